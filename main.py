@@ -1,0 +1,408 @@
+"""Trains and tests MAML (Finn, Abbeel, Levine, ICML 2017): sinusoid regression, few-shot Omniglot and MiniImagenet.
+
+Usage (README.md has every command of the paper):
+
+  Train  python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 \\
+             --update_lr=0.4 --num_updates=1 --logdir=logs/omniglot5way/
+  Test   the same command plus --train=False --test_set=True
+
+Evaluation is transductive under batch norm, as in the paper: the query images of a task are normalised together.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, which reads it
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags, logging
+
+import networks
+import runs
+from data_generator import DATASETS, ROOT, Dataset, ImageTasks, SinusoidTasks
+from maml import MAML
+from utils import InputError, accuracy, confidence_interval, mse, xent
+
+FLAGS = flags.FLAGS
+
+# The original's flags, with its names and defaults.
+flags.DEFINE_enum("datasource", "sinusoid", list(DATASETS), "Data set that tasks are drawn from.")
+flags.DEFINE_integer("num_classes", 5, "N, classes in a task (way). Paper: 5 and 20. The sinusoid has none.")
+flags.DEFINE_enum(
+    "baseline",
+    None,
+    ["oracle"],
+    "oracle: the sinusoid's amplitude and phase are inputs too; pretraining only.",
+)
+flags.DEFINE_integer("pretrain_iterations", 0, "Outer steps on the support loss before any update, done first.")
+flags.DEFINE_integer("metatrain_iterations", 15000, "Outer steps of MAML. Paper: 70000 sinusoid, 60000 images.")
+flags.DEFINE_integer(
+    "meta_batch_size",
+    25,
+    "Tasks in an outer step. Paper: 25 sinusoid; 32 and 16 Omniglot 5- and 20-way; 4 MiniImagenet.",
+)
+flags.DEFINE_float("meta_lr", 0.001, "beta, rate of the outer Adam. Paper: 0.001.")
+flags.DEFINE_integer("update_batch_size", 5, "K, support examples a class (shot). Paper: 1 and 5; 5, 10, 20 sinusoid.")
+flags.DEFINE_float(
+    "update_lr",
+    0.001,
+    "alpha, size of an inner step on the cross-entropy summed over examples and divided by K, or on the mean squared "
+    "error. Paper: 0.4 and 0.1 Omniglot 5- and 20-way, 0.01 MiniImagenet; the original's sinusoid commands 0.001.",
+)
+flags.DEFINE_integer(
+    "num_updates", 1, "J, inner steps in training. Paper: 1 sinusoid and Omniglot 5-way, 5 the others."
+)
+flags.DEFINE_enum(
+    "norm",
+    "batch_norm",
+    ["batch_norm", "layer_norm", "None"],
+    "Normalisation. batch_norm takes the statistics of the batch at hand, at test too (transductive). "
+    "The sinusoid has None unless this is given.",
+)
+flags.DEFINE_integer("num_filters", 64, "Filters of each convolution. Paper: 64 Omniglot, 32 MiniImagenet.")
+flags.DEFINE_bool(
+    "conv",
+    True,
+    "Convolutional network; --noconv: fully connected (256, 128, 64, 64). The sinusoid's is always 40, 40.",
+)
+flags.DEFINE_bool("max_pool", False, "Halve by 2x2 max-pooling rather than by stride 2. Paper: MiniImagenet.")
+flags.DEFINE_bool("stop_grad", False, "First-order MAML: no second derivatives (paper section 5.2).")
+flags.DEFINE_bool("log", True, "Write TensorBoard events.")
+flags.DEFINE_string("logdir", "/tmp/data", "Folder in which the run has its own folder, named by its flags.")
+flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint, exactly as if never stopped.")
+flags.DEFINE_bool("train", True, "Train; --train=False: test.")
+flags.DEFINE_integer("test_iter", -1, "Iteration of the checkpoint to test; -1: the latest.")
+flags.DEFINE_bool(
+    "test_set",
+    False,
+    "Test on the test classes; else on the validation classes. In training: validate on the test classes.",
+)
+flags.DEFINE_integer(
+    "train_update_batch_size", -1, "At test: the K of training, if it was another; it names the run folder."
+)
+flags.DEFINE_float(
+    "train_update_lr", -1.0, "At test: the alpha of training, if it was another; it names the run folder."
+)
+
+# Ours.
+flags.DEFINE_integer(
+    "seed",
+    0,
+    "Seed of the initial weights and the training tasks. Validation and test tasks are always the same.",
+)
+flags.DEFINE_integer(
+    "num_query",
+    -1,
+    "Query examples a class. -1, as the original: K; in MiniImagenet training and its validation 15.",
+)
+flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images).")
+flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
+flags.DEFINE_string("data_path", None, "Image folder, if not the data set's own below data/.")
+flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
+
+# What a run's numbers depend on: recorded in its folder, so that another run cannot continue it by mistake.
+IDENTITY = (
+    *("datasource", "num_classes", "baseline", "pretrain_iterations", "metatrain_iterations", "meta_batch_size"),
+    *("meta_lr", "update_batch_size", "update_lr", "num_updates", "norm", "num_filters", "conv", "max_pool"),
+    *("stop_grad", "num_query", "seed"),
+)
+
+SUMMARY_INTERVAL = 100  # iterations; this and the next three are the original's (its main.py)
+PRINT_INTERVAL = {"sinusoid": 1000}  # else SUMMARY_INTERVAL
+VALIDATION_INTERVAL = 500
+TEST_UPDATES = 10  # at least, even where training has fewer
+TEST_TASKS = 600
+EVALUATION_SEED = 0
+EVALUATION_CHUNK = 20  # tasks in memory at once
+NO_EVENTS = tf.summary.create_noop_writer()  # --nolog
+
+
+def _number(name, test, range_):
+    message = f"must be {range_}"
+    flags.register_validator(name, lambda value: math.isfinite(value) and test(value), message=message)
+
+
+for _name in ("meta_batch_size", "update_batch_size", "num_updates", "num_filters", "val_tasks", "save_interval"):
+    _number(_name, lambda value: value >= 1, "1 or more")
+for _name in ("pretrain_iterations", "metatrain_iterations", "seed"):
+    _number(_name, lambda value: value >= 0, "0 or more")
+for _name in ("train_update_batch_size", "num_query"):
+    _number(_name, lambda value: value == -1 or value >= 1, "1 or more, or -1")
+_number("num_classes", lambda value: value >= 2, "2 or more")
+_number("test_iter", lambda value: value >= -1, "an iteration, or -1 for the latest")
+_number("meta_lr", lambda value: value > 0, "a number above 0")
+_number("update_lr", lambda value: value > 0, "a number above 0")
+_number("train_update_lr", lambda value: value == -1 or value > 0, "a number above 0, or -1")
+
+
+def main(argv: list[str]) -> None:
+    """Trains, or tests, as the flags say."""
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
+    logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
+    # One task a core: each task's operations run on one thread, the tasks side by side.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(_cores())
+    dataset = DATASETS[FLAGS.datasource]
+    identity = run_identity(dataset)
+    run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
+    if FLAGS.train:
+        train(run, identity, dataset)
+    else:
+        test(run, identity, dataset)
+
+
+def run_identity(dataset: Dataset) -> dict:
+    """The values of the IDENTITY flags that this run trains, or was trained, with."""
+    identity = {name: FLAGS[name].value for name in IDENTITY}
+    if identity["norm"] == "None":
+        identity["norm"] = None
+    if FLAGS["norm"].using_default_value and dataset.norm != identity["norm"]:
+        print(f"The {FLAGS.datasource} is trained with --norm={dataset.norm} unless --norm is given.")
+        identity["norm"] = dataset.norm
+    if FLAGS.baseline == "oracle":
+        if FLAGS.datasource != "sinusoid":
+            raise InputError(
+                f"--baseline=oracle is for the sinusoid, not for --datasource={FLAGS.datasource}: leave it out"
+            )
+        # The oracle needs no adaptation, so all its iterations are pretraining (the original's main.py).
+        identity["pretrain_iterations"] += identity["metatrain_iterations"]
+        identity["metatrain_iterations"] = 0
+    if not FLAGS.train:
+        if FLAGS.train_update_batch_size != -1:
+            identity["update_batch_size"] = FLAGS.train_update_batch_size
+        if FLAGS.train_update_lr != -1:
+            identity["update_lr"] = FLAGS.train_update_lr
+        del identity["num_query"]  # at test it is the test's own
+    return identity
+
+
+def build(identity: dict, dataset: Dataset) -> MAML:
+    """The model with its initial weights. This is where the flags' names become the field's (README.md, glossary)."""
+    way, norm, images = identity["num_classes"], identity["norm"], dataset.images
+    if images is None:
+        network, loss, score = (
+            networks.fc(3 if identity["baseline"] else 1, dataset.hidden, 1, norm=norm),
+            mse,
+            None,
+        )
+    else:
+        # K is the one at hand, also where a test's differs from training's.
+        loss, score = functools.partial(xent, shot=FLAGS.update_batch_size), accuracy
+        if identity["conv"]:
+            network = networks.conv4(
+                images.size,
+                images.channels,
+                way,
+                identity["num_filters"],
+                max_pool=identity["max_pool"],
+                norm=norm,
+                mean_head=images.mean_head,
+            )
+        else:
+            network = networks.fc(math.prod(images.size) * images.channels, dataset.hidden, way, norm=norm)
+    return MAML(
+        network,
+        loss,
+        score,
+        inner_lr=FLAGS.update_lr,
+        inner_steps=identity["num_updates"],
+        meta_lr=identity["meta_lr"],
+        first_order=identity["stop_grad"],
+        clip=dataset.clip,
+        seed=identity["seed"],
+        parallel_tasks=_cores(),
+    )
+
+
+def open_data(dataset: Dataset, splits: tuple[str, ...], default_query: int) -> SinusoidTasks | ImageTasks:
+    """The source of tasks, its folder checked."""
+    query = default_query if FLAGS.num_query == -1 else FLAGS.num_query
+    if dataset.images is None:
+        return SinusoidTasks(FLAGS.update_batch_size, query, oracle=FLAGS.baseline == "oracle")
+    folder = Path(FLAGS.data_path) if FLAGS.data_path else ROOT / dataset.images.folder
+    return ImageTasks(dataset.images, folder, splits, FLAGS.num_classes, FLAGS.update_batch_size, query)
+
+
+def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
+    """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files."""
+    images, updates, batch = dataset.images, identity["num_updates"], identity["meta_batch_size"]
+    pretrain, total = (
+        identity["pretrain_iterations"],
+        identity["pretrain_iterations"] + identity["metatrain_iterations"],
+    )
+    val_split = "test" if FLAGS.test_set else "val"
+    run.claim(identity, FLAGS.resume)
+    data = open_data(dataset, ("train", val_split), (images and images.train_query) or FLAGS.update_batch_size)
+    maml = build(identity, dataset)
+    if run.iterations():
+        prefix = run.checkpoint()
+        run.restore(maml, prefix)
+        print("Restoring model weights from", prefix)
+    start = int(maml.step)
+    if start >= total:
+        print(
+            f"Nothing left to do: {start} of {total} iterations are done. To go on, give more --metatrain_iterations."
+        )
+        return
+
+    print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
+    value = "accuracy" if images else "mean squared error"
+    print(f"Printed: {value} on support sets before any update, {value} on query sets after {updates}.")
+    print("Done initializing, starting training.", flush=True)
+    print_interval = PRINT_INTERVAL.get(FLAGS.datasource, SUMMARY_INTERVAL)
+    sampled = []  # (before, after) of each summary since the last print
+    with _StopSignal() as stop, contextlib.closing(run.events(start) if FLAGS.log else NO_EVENTS) as writer:
+        for iteration in range(start, total):
+            tasks = data.draw(identity["seed"], "train", iteration * batch, batch)
+            if iteration % SUMMARY_INTERVAL == 0:
+                curve = maml.evaluate(tasks, max(updates, dataset.curve_steps))
+                log_curve(writer, iteration, "metatrain", curve)
+                sampled.append(_before_after(curve, updates))
+            (maml.pretrain_step if iteration < pretrain else maml.train_step)(tasks)
+
+            if iteration and iteration % print_interval == 0:
+                shown = (
+                    f"Pretrain Iteration {iteration}" if iteration < pretrain else f"Iteration {iteration - pretrain}"
+                )
+                print("{}: {:.6g}, {:.6g}".format(shown, *np.mean(sampled, axis=0)), flush=True)
+                sampled = []
+            if iteration == total - 1 or stop.signal or (iteration and iteration % FLAGS.save_interval == 0):
+                prefix = run.save(maml)
+                writer.flush()
+            if stop.signal:
+                print(f"Stopped by {stop.signal.name} after iteration {iteration}, saved in {prefix}. ", end="")
+                print("The same command goes on from there.")
+                sys.exit(128 + stop.signal)
+            if images and iteration and iteration % VALIDATION_INTERVAL == 0:
+                curve = evaluate(maml, data, val_split, FLAGS.val_tasks, updates)
+                log_curve(writer, iteration, "metaval", curve)
+                print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
+    print(f"Done: {total} iterations, the last saved in {prefix}.")
+
+
+def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
+    """Tests a checkpoint on 600 tasks, always the same ones, and writes the original's files and results.json."""
+    split = "test" if FLAGS.test_set else "val"
+    prefix = run.checkpoint(FLAGS.test_iter)
+    run.check_flags(identity, training=False)
+    results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
+    runs.check_writable(results, "--results_dir")
+    data = open_data(dataset, (split,), FLAGS.update_batch_size)
+    maml = build(identity, dataset)
+    run.restore(maml, prefix)
+    print("Restoring model weights from", prefix)
+
+    updates = max(identity["num_updates"], TEST_UPDATES)
+    curve = evaluate(maml, data, split, TEST_TASKS, updates)
+    values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
+    print("Mean validation accuracy/loss, stddev, and confidence intervals")
+    print((np.mean(values, 0), np.std(values, 0), confidence_interval(values)))
+
+    paper = dataset.paper_updates.get(FLAGS.num_classes, ())
+    metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
+    entry = {
+        "data_set": FLAGS.datasource,
+        "split": split,
+        "metric": metric,
+        "classes_N": FLAGS.num_classes if dataset.images else None,
+        "support_examples_a_class_K": FLAGS.update_batch_size,
+        "query_examples_a_class_Q": data.query,
+        "inner_step_size_alpha": FLAGS.update_lr,
+        "inner_updates_in_training_J": identity["num_updates"],
+        "checkpoint": Path(prefix).name,
+        "training_seed": identity["seed"],
+        "tasks": TEST_TASKS,
+        "task_seed": EVALUATION_SEED,
+        "normalised_with": {
+            "batch_norm": "the task's other query examples (transductive)",
+            "layer_norm": "itself",
+        }.get(identity["norm"]),
+    }
+    name = f"{split}_ubs{FLAGS.update_batch_size}_stepsize{FLAGS.update_lr}"
+    runs.write_results(
+        results, name if FLAGS.num_query == -1 else f"{name}_query{FLAGS.num_query}", values, entry, paper
+    )
+    for update in paper:
+        mean, interval = np.mean(values[:, update]), confidence_interval(values[:, update])
+        shown = f"{100 * mean:.2f} +- {100 * interval:.2f} %" if dataset.images else f"{mean:.4f} +- {interval:.4f}"
+        print(f"The paper's column, update{update}: {metric} {shown} over {TEST_TASKS} {split} tasks.")
+    print(f"Written: {results / name}.csv, .pkl and results.json.")
+
+
+def evaluate(maml: MAML, data: SinusoidTasks | ImageTasks, split: str, count: int, updates: int):
+    """maml.evaluate on tasks 0 .. count - 1 of a split: a Curve of arrays [count, 1 + updates]."""
+    chunks = []
+    for first in range(0, count, EVALUATION_CHUNK):
+        tasks = data.draw(EVALUATION_SEED, split, first, EVALUATION_CHUNK)
+        chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
+    # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
+    return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
+
+
+def log_curve(writer: tf.summary.SummaryWriter, iteration: int, prefix: str, curve) -> None:
+    """Writes a curve's means under the original's tags."""
+    with writer.as_default(step=iteration):
+        for metric, values in (("loss", curve.losses), ("accuracy", curve.accuracies)):
+            for updates, mean in enumerate(np.mean(values, axis=0)):
+                tag = f"Post-update_{metric}__step_{updates}" if updates else f"Pre-update_{metric}"
+                tf.summary.scalar(f"{prefix}_{tag}", mean)
+
+
+def _before_after(curve, updates):
+    """Mean over tasks before any update and after `updates`: accuracies where there are classes, else losses."""
+    values = curve.accuracies if curve.accuracies.shape[1] else curve.losses
+    return float(np.mean(values[:, 0])), float(np.mean(values[:, updates]))
+
+
+class _StopSignal:
+    """Notes the first Ctrl-C or SIGTERM, so that the iteration at hand is finished and saved. A second ends at once."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = signal.Signals(number)
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _run(argv):
+    """main, with bad input told in one line."""
+    try:
+        main(argv)
+    except InputError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _parse(argv):
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        print(
+            f"main.py: {' '.join(str(error).split())} (python main.py --help lists the flags)",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(_run, flags_parser=_parse)

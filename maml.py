@@ -1,0 +1,175 @@
+"""MAML: the inner loop, the meta-gradient, one training step and evaluation (Algorithms 1 and 2 of the paper)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from utils import Network, Tasks, Weights
+
+
+class Curve(NamedTuple):
+    """What adaptation does to each task. Column 0: support set before any update; j: query set after j updates."""
+
+    losses: tf.Tensor  # [T, 1 + steps]
+    accuracies: tf.Tensor  # [T, 1 + steps], 0 to 1; [T, 0] where there are no classes
+
+
+class MAML(tf.Module):
+    """The meta-learned weights, the two optimizers' moments and the step: all the state that a run has."""
+
+    def __init__(
+        self,
+        network: Network,
+        loss: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+        accuracy: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
+        *,
+        inner_lr: float,
+        inner_steps: int,
+        meta_lr: float = 0.001,
+        first_order: bool = False,
+        clip: float | None = None,
+        seed: int = 0,
+        parallel_tasks: int = 1,
+    ):
+        """Initial weights by `seed`, moments and step at 0.
+
+        network: the model of one task.
+        loss, accuracy: of one task's (outputs [n, O], labels [n, O]), scalars; no accuracy in regression.
+        inner_lr: alpha, size of an inner step. inner_steps: J. meta_lr: beta, Adam's rate.
+        first_order: the inner gradients are constants to the outer one (paper section 5.2).
+        clip: bound on the absolute value of each element of the meta-gradient, or None.
+        parallel_tasks: tasks computed side by side; one a core is fastest.
+        """
+        super().__init__(name="maml")
+        self.network, self.loss, self.accuracy = network, loss, accuracy
+        self.inner_lr, self.inner_steps, self.first_order, self.clip = (
+            inner_lr,
+            inner_steps,
+            first_order,
+            clip,
+        )
+        self.parallel_tasks = parallel_tasks
+        self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
+        self.meta_optimizer = Adam(self.weights, meta_lr)
+        self.pretrain_optimizer = Adam(self.weights, meta_lr)
+        self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer updates done, pretraining included
+
+    def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
+        """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.
+
+        Returns 1 + steps dicts; the first is `weights` itself. Differentiable to `weights`.
+        """
+        path = [weights]
+        for _ in range(steps):
+            adapted = {name: path[-1][name] for name in self.network.adapted}
+            with tf.GradientTape() as tape:
+                tape.watch(adapted)
+                loss = self.loss(self.network.apply(path[-1] | adapted, task.support_x), task.support_y)
+            gradient = tape.gradient(loss, adapted, unconnected_gradients="zero")
+            if self.first_order:
+                gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
+            path.append(path[-1] | {name: adapted[name] - self.inner_lr * gradient[name] for name in adapted})
+        return path
+
+    @tf.function(autograph=False)
+    def train_step(self, tasks: Tasks) -> tf.Tensor:
+        """One step of Adam on the mean query loss after J updates, over T tasks; returns that loss, a scalar."""
+
+        def query_loss(weights, task):
+            adapted = self.adapt(weights, task, self.inner_steps)[-1]
+            return self.loss(self.network.apply(adapted, task.query_x), task.query_y)
+
+        gradient, loss = self.mean_gradient(query_loss, tasks)
+        if self.clip is not None:
+            gradient = {name: tf.clip_by_value(g, -self.clip, self.clip) for name, g in gradient.items()}
+        self.meta_optimizer.apply(gradient)
+        self.step.assign_add(1)
+        return loss
+
+    @tf.function(autograph=False)
+    def pretrain_step(self, tasks: Tasks) -> tf.Tensor:
+        """One step of Adam on the mean support loss before any update, never clipped; returns that loss, a scalar."""
+
+        def support_loss(weights, task):
+            return self.loss(self.network.apply(weights, task.support_x), task.support_y)
+
+        gradient, loss = self.mean_gradient(support_loss, tasks)
+        self.pretrain_optimizer.apply(gradient)
+        self.step.assign_add(1)
+        return loss
+
+    @tf.function(autograph=False)
+    def evaluate(self, tasks: Tasks, steps: int) -> Curve:
+        """Loss and accuracy of every task before and after each of `steps` updates. Changes nothing.
+
+        Under batch norm it is transductive: a query image is normalised together with its task's other query images.
+        """
+        weights = self._values()
+
+        def curve(task):
+            before, *after = self.adapt(weights, task, steps)
+            scored = [(self.network.apply(before, task.support_x), task.support_y)]
+            scored += [(self.network.apply(adapted, task.query_x), task.query_y) for adapted in after]
+            accuracies = [self.accuracy(*pair) for pair in scored] if self.accuracy else tf.zeros([0])
+            return Curve(tf.stack([self.loss(*pair) for pair in scored]), tf.stack(accuracies))
+
+        return self._over_tasks(curve, tasks, Curve(tasks.query_x.dtype, tasks.query_x.dtype))
+
+    def mean_gradient(self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks):
+        """Gradient to the meta-learned weights of the tasks' mean loss, and that loss.
+
+        Each task differentiates its own loss inside the loop over tasks: no backward pass through the loop, and the
+        memory of one task a core.
+        """
+        weights = self._values()
+
+        def gradient_and_loss(task):
+            with tf.GradientTape() as tape:
+                tape.watch(weights)
+                loss = task_loss(weights, task)
+            return tape.gradient(loss, weights, unconnected_gradients="zero"), loss
+
+        outputs = tf.nest.map_structure(lambda x: x.dtype, weights), tasks.query_x.dtype
+        per_task = self._over_tasks(gradient_and_loss, tasks, outputs)
+        return tf.nest.map_structure(lambda x: tf.reduce_mean(x, 0), per_task)
+
+    def _values(self):
+        return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
+
+    def _over_tasks(self, function, tasks, outputs):
+        """function of each task, stacked. The one place that knows how tasks are laid out on the machine.
+
+        outputs: the dtypes of what function returns, in its structure.
+        """
+        if self.network.batched:
+            return tf.vectorized_map(function, tasks)
+        return tf.map_fn(function, tasks, fn_output_signature=outputs, parallel_iterations=self.parallel_tasks)
+
+
+class Adam(tf.Module):
+    """TensorFlow 1's Adam, by its own kernel: w -= rate * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
+
+    def __init__(self, weights: dict[str, tf.Variable], rate: float):
+        super().__init__(name="adam")
+        self.weights, self.rate = weights, rate
+        self.m = {name: tf.Variable(tf.zeros_like(w), name=f"m_{name}") for name, w in weights.items()}
+        self.v = {name: tf.Variable(tf.zeros_like(w), name=f"v_{name}") for name, w in weights.items()}
+        self.updates = tf.Variable(0, dtype=tf.int64, name="updates")
+
+    def apply(self, gradient: Weights) -> None:
+        """Moves every weight once. b1 = 0.9, b2 = 0.999, eps = 1e-8: TensorFlow 1's defaults, as the original."""
+        t = tf.cast(self.updates.assign_add(1), tf.float32)
+        for name, weight in self.weights.items():
+            tf.raw_ops.ResourceApplyAdam(
+                var=weight.handle,
+                m=self.m[name].handle,
+                v=self.v[name].handle,
+                beta1_power=tf.cast(tf.pow(0.9, t), weight.dtype),
+                beta2_power=tf.cast(tf.pow(0.999, t), weight.dtype),
+                lr=tf.constant(self.rate, weight.dtype),
+                beta1=tf.constant(0.9, weight.dtype),
+                beta2=tf.constant(0.999, weight.dtype),
+                epsilon=tf.constant(1e-8, weight.dtype),
+                grad=gradient[name],
+            )

@@ -1,0 +1,120 @@
+"""Gradients written by hand, because TensorFlow's own are slow or wrong to second order.
+
+Batch norm of a batch's own statistics, centre only, over n values of one channel:
+
+    mu = mean(x)    s = (mean((x - mu)^2) + epsilon)^(-1/2)    h = (x - mu) s    y = h + beta
+
+First derivative. For an incoming gradient g, the gradient that reaches x is linear in g and symmetric,
+
+    P(g) = s (g - mean(g) - h mean(g h)),
+
+and beta receives sum(g). This is what the kernel FusedBatchNormGradV3 computes, together with sum(g h) and sum(g).
+
+Second derivative. MAML differentiates P(g) once more, as a function of g and of x. Let u arrive at P(g). As P is
+symmetric, g receives P(u). For x write the scalar that is differentiated with a = mean(u h) and b = mean(g h):
+
+    F = sum(u P(g)) = n s c,    c = mean(u g) - mean(u) mean(g) - a b.
+
+With ds/dx = -s^2 h / n and, since h's own gradient is P, da/dx = P(u) / n and db/dx = P(g) / n:
+
+    dF/dx = -s (c s h + b P(u) + a P(g)).
+
+One element-wise pass over what is at hand; automatic differentiation of the formulas above takes some fifteen.
+`tf.nn.moments` and Keras' batch norm may not stand in its place: they stop the gradient through mu inside the
+variance, and so their second derivatives are wrong (tests/test_special_grads.py shows it).
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+EPSILON = 0.001  # tf.contrib.layers.batch_norm's default, which the original uses
+
+
+def batch_norm(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+    """Normalises by the batch's own mean and variance and adds beta; exact to second order.
+
+    Args: x [n, width] or [n, height, width, channels]; beta [channels], one a channel; float32, or float64 for checks.
+    Returns: the shape of x. Every channel is normalised over all other axes.
+    Source: the original's utils.py (normalize): centre only, epsilon 0.001, moving averages never used.
+    """
+    # The kernels take images; the small fc networks gain more from XLA, which fuses the plain operations.
+    return (_normalize(x) if x.shape.rank == 4 else normalize_plain(x)) + beta
+
+
+def normalize_plain(x: tf.Tensor) -> tf.Tensor:
+    """h of the formulas above in plain operations, differentiated by TensorFlow: what the rest is tested against."""
+    axes = list(range(x.shape.rank - 1))
+    centred = x - tf.reduce_mean(x, axes)
+    return centred * tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axes) + EPSILON)
+
+
+class _Statistics(NamedTuple):
+    """What a normalised batch leaves for its gradients."""
+
+    mean: tf.Tensor  # [channels]
+    scale: tf.Tensor  # [channels]  s of the formulas
+    reserves: tuple  # opaque to all but the kernel's own gradient; empty in float64, which the kernels lack
+
+
+@tf.custom_gradient
+def _normalize(x):
+    """h [n, height, width, channels], with P as its gradient."""
+    if x.dtype == tf.float32:
+        channels = x.shape[-1]
+        out = tf.raw_ops.FusedBatchNormV3(
+            x=x, scale=tf.ones([channels]), offset=tf.zeros([channels]), mean=[], variance=[], epsilon=EPSILON
+        )
+        h, mean, reserves = (
+            out.y,
+            out.batch_mean,
+            (out.reserve_space_1, out.reserve_space_2, out.reserve_space_3),
+        )
+    else:
+        h, mean, reserves = normalize_plain(x), tf.reduce_mean(x, [0, 1, 2]), ()
+    # The kernel's reserved variance is inverted on a GPU, so s comes from a reduction of its own.
+    scale = tf.math.rsqrt(tf.reduce_mean(tf.square(x - mean), [0, 1, 2]) + EPSILON)
+    statistics = _Statistics(mean, scale, reserves)
+
+    def gradient(g):
+        return _project(g, x, statistics)
+
+    return h, gradient
+
+
+def _project(g, x, statistics):
+    """P(g), [n, height, width, channels], with its own gradients to g and x (the second derivative above)."""
+
+    @tf.custom_gradient
+    def project(g, x):
+        p_g, mean_g, mean_gh = _project_once(g, x, statistics)
+
+        def gradient(u):
+            p_u, mean_u, mean_uh = _project_once(u, x, statistics)
+            mean, s, _ = statistics
+            c = tf.reduce_mean(u * g, [0, 1, 2]) - mean_u * mean_g - mean_uh * mean_gh
+            return p_u, -(c * s * s * s * (x - mean) + s * mean_gh * p_u + s * mean_uh * p_g)
+
+        return p_g, gradient
+
+    return project(g, x)
+
+
+def _project_once(g, x, statistics):
+    """P(g), mean(g) and mean(g h), without gradients of their own."""
+    mean, s, reserves = statistics
+    if reserves:
+        out = tf.raw_ops.FusedBatchNormGradV3(
+            y_backprop=g,
+            x=x,
+            scale=tf.ones_like(s),
+            reserve_space_1=reserves[0],
+            reserve_space_2=reserves[1],
+            reserve_space_3=reserves[2],
+            epsilon=EPSILON,
+        )
+        n = tf.cast(tf.size(x[..., 0]), x.dtype)
+        return out.x_backprop, out.offset_backprop / n, out.scale_backprop / n
+    h = (x - mean) * s
+    mean_g, mean_gh = tf.reduce_mean(g, [0, 1, 2]), tf.reduce_mean(g * h, [0, 1, 2])
+    return s * (g - mean_g - h * mean_gh), mean_g, mean_gh

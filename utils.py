@@ -1,0 +1,77 @@
+"""What two or more modules need: the records, losses, accuracy, the interval, whole files, the user's error."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+
+class InputError(Exception):
+    """Bad input: one line that names the thing, its value and the way out. main.py prints it and exits with 1."""
+
+
+class Tasks(NamedTuple):
+    """A meta-batch of T tasks (or one task, without the leading axis), float32.
+
+    D is [width] for vectors and [height, width, channels] for images; O is one target or N class scores.
+    """
+
+    support_x: tf.Tensor  # [T, N * K, *D]
+    support_y: tf.Tensor  # [T, N * K, O]  one-hot for classification
+    query_x: tf.Tensor  # [T, N * Q, *D]
+    query_y: tf.Tensor  # [T, N * Q, O]
+
+
+Weights = dict[str, tf.Tensor]
+
+
+class Network(NamedTuple):
+    """One model: how its weights begin, what it computes, and which of them the inner loop changes."""
+
+    init: Callable[[int], Weights]  # seed -> float32 weights
+    apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O], of one task
+    adapted: tuple[str, ...]  # names that the inner loop changes; the norms' beta and gamma are only meta-learned
+    tf1_names: dict[str, str]  # our name -> the variable's name in checkpoints of the original
+    batched: bool  # so small that all tasks are computed in one operation, rather than one task a core
+
+
+def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Mean squared error over every element, a scalar (the original's utils.py)."""
+    return tf.reduce_mean(tf.square(outputs - targets))
+
+
+def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int) -> tf.Tensor:
+    """Softmax cross-entropy in nats, summed over the examples and divided by K: a scalar, NOT the mean.
+
+    On the support set of an N-way task it is N times the mean; the original's step sizes are meant for it.
+    Args: logits [n, N]; labels one-hot [n, N]; shot K, support examples a class, for support and query alike.
+    Source: the original's utils.py, where update_batch_size is the divisor.
+    """
+    return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(labels, logits)) / shot
+
+
+def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Share of examples, 0 to 1, whose largest logit is the label's: a scalar. logits and labels are [n, N]."""
+    return tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, -1), tf.argmax(labels, -1)), logits.dtype))
+
+
+def confidence_interval(values: np.ndarray) -> np.ndarray:
+    """Half width of the 95 % interval of the mean over the first axis: 1.96 * population std / sqrt(n).
+
+    Source: the original's main.py (test), which the published intervals come from.
+    """
+    return 1.96 * np.std(values, axis=0) / np.sqrt(len(values))
+
+
+def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """The whole file or none: `fill` writes it beside its place, and it is moved in."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            fill(file)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
