@@ -105,16 +105,16 @@ class MAML(tf.Module):
 
         Under batch norm it is transductive: a query image is normalised together with its task's other query images.
         """
-        weights = self._values()
+        weights, dtype = self._values(), tasks.query_x.dtype
 
         def curve(task):
             before, *after = self.adapt(weights, task, steps)
             scored = [(self.network.apply(before, task.support_x), task.support_y)]
             scored += [(self.network.apply(adapted, task.query_x), task.query_y) for adapted in after]
-            accuracies = [self.accuracy(*pair) for pair in scored] if self.accuracy else tf.zeros([0])
+            accuracies = [self.accuracy(*pair) for pair in scored] if self.accuracy else tf.zeros([0], dtype)
             return Curve(tf.stack([self.loss(*pair) for pair in scored]), tf.stack(accuracies))
 
-        return self._over_tasks(curve, tasks, Curve(tasks.query_x.dtype, tasks.query_x.dtype))
+        return self._over_tasks(curve, tasks, Curve(dtype, dtype))
 
     def mean_gradient(self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks):
         """Gradient to the meta-learned weights of the tasks' mean loss, and that loss.

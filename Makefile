@@ -1,0 +1,49 @@
+# Needs make (GNU 3.81 or newer) and Python 3.10 to 3.13; all else is installed into $(VENV).
+# $(VENV) is emptied when it is remade and removed by `make clean`: do not name an environment of your own.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+sinusoid_flags = --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000 --norm=None --update_batch_size=10
+sinusoid_run = logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
+
+.PHONY: help sinusoid test clean
+
+help:
+	@echo 'make sinusoid  train and test the 10-shot sinusoid, and compare its errors with the original'
+	@echo 'make test      lint, and run all tests'
+	@echo 'make clean     remove the environment and the caches of the tools; runs and data stay'
+	@echo
+	@echo 'make PYTHON=python3.12 sinusoid  names the Python that $(VENV) is made with'
+
+sinusoid: $(VENV)/installed
+	$(VENV)/bin/python main.py $(sinusoid_flags)
+	$(VENV)/bin/python main.py $(sinusoid_flags) --train=False --test_set=True
+	$(VENV)/bin/python experiments/compare_sinusoid.py $(sinusoid_run)/results.json
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+# The stamps are written last, so that an environment whose installation was cut short is made again from nothing.
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	  found=$$($(PYTHON) --version 2>/dev/null || echo 'not there'); \
+	  echo "PYTHON=$(PYTHON) is $$found; 3.10 to 3.13 is needed: try make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { \
+	  echo "VENV=$(VENV) exists and is not a virtual environment: move it away, or try make VENV=.venv2 ..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install -r requirements.txt
+	touch $@
+
+# Neither stamp holds while the test tools are being installed, for the same reason.
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	rm -f $(VENV)/installed
+	$(VENV)/bin/python -m pip install -r requirements-dev.txt
+	touch $(VENV)/installed $@
+
+clean:
+	test ! -f $(VENV)/pyvenv.cfg || rm -rf $(VENV)
+	rm -rf .hypothesis .pytest_cache .ruff_cache
+	find . -path ./logs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

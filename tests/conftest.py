@@ -1,0 +1,65 @@
+"""Settings and data that the tests share."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import main
+
+# As main sets them: TensorFlow takes them once, before it starts.
+tf.config.threading.set_intra_op_parallelism_threads(1)
+tf.config.threading.set_inter_op_parallelism_threads(main._cores())
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and the original's recorded numbers; a test that needs them is skipped where they are absent."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared: real data and the original's recorded numbers are not at hand")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def omniglot_like(tmp_path_factory) -> Path:
+    """A generated folder laid out as the resized Omniglot: 4 alphabets of 10 characters of 20 binary 28x28 drawings.
+
+    A character is a set of strokes, jittered from drawing to drawing, so that there is something to learn.
+    """
+    root = tmp_path_factory.mktemp("omniglot_resized")
+    random = np.random.default_rng(0)
+    for alphabet in range(4):
+        for character in range(10):
+            folder = root / f"Alphabet_{alphabet}" / f"character{character:02}"
+            folder.mkdir(parents=True)
+            strokes = random.integers(4, 20, (3, 2))
+            for drawing in range(20):
+                pixels = np.full((28, 28), 255, np.uint8)
+                for index, (row, column) in enumerate(strokes + random.integers(-1, 2, (3, 2))):
+                    height, width = (7, 2) if index % 2 else (2, 7)
+                    pixels[row : row + height, column : column + width] = 0
+                Image.fromarray(pixels).convert("1").save(folder / f"{drawing:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def miniimagenet_like(tmp_path_factory) -> Path:
+    """A generated folder laid out as MiniImagenet: in each split 6 classes of 24 84x84 images; a class is a colour."""
+    root = tmp_path_factory.mktemp("miniImagenet")
+    random = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for label in range(6):
+            folder = root / split / f"n{label:08}"
+            folder.mkdir(parents=True)
+            colour = random.integers(40, 216, 3)
+            for image in range(24):
+                pixels = np.clip(colour + random.integers(-40, 40, (84, 84, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{image:03}.jpg")
+    return root

@@ -1,0 +1,72 @@
+"""MAML as slow and obvious as it can be written: the executable specification that maml.py is tested against.
+
+One task after the other, plain operations, every derivative by automatic differentiation, eagerly, in float64. Nothing
+of maml.py, networks.py or special_grads.py is used.
+"""
+
+import tensorflow as tf
+
+BATCH_NORM_EPSILON = 0.001
+LAYER_NORM_EPSILON = 1e-12
+
+
+def normalise(x, axes, epsilon):
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean((x - mean) ** 2, axes, keepdims=True)
+    return (x - mean) / tf.sqrt(variance + epsilon)
+
+
+def hidden(x, weights, layer, norm):
+    """Bias, norm; the caller adds ReLU and pooling."""
+    x = x + weights[f"b{layer}"]
+    if norm == "batch_norm":
+        return normalise(x, list(range(len(x.shape) - 1)), BATCH_NORM_EPSILON) + weights[f"beta{layer}"]
+    if norm == "layer_norm":
+        x = normalise(x, list(range(1, len(x.shape))), LAYER_NORM_EPSILON)
+        return x * weights[f"gamma{layer}"] + weights[f"beta{layer}"]
+    return x
+
+
+def conv4(weights, x, *, max_pool, norm, mean_head):
+    for layer in range(1, 5):
+        x = tf.nn.conv2d(x, weights[f"conv{layer}"], strides=1 if max_pool else 2, padding="SAME")
+        x = tf.nn.relu(hidden(x, weights, layer, norm))
+        if max_pool:
+            x = tf.nn.max_pool2d(x, 2, 2, "VALID")
+    x = tf.reduce_mean(x, [1, 2]) if mean_head else tf.reshape(x, [x.shape[0], -1])
+    return x @ weights["w5"] + weights["b5"]
+
+
+def fc(weights, x, *, norm):
+    x = tf.reshape(x, [x.shape[0], -1])
+    last = sum(name.startswith("w") for name in weights)
+    for layer in range(1, last):
+        x = tf.nn.relu(hidden(x @ weights[f"w{layer}"], weights, layer, norm))
+    return x @ weights[f"w{last}"] + weights[f"b{last}"]
+
+
+def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order):
+    """Query loss of one task after the inner loop (paper, Algorithm 2, lines 5 to 7 and the sum of line 10)."""
+    weights = dict(weights)
+    for _ in range(inner_steps):
+        adapted = [name for name in weights if not name.startswith(("beta", "gamma"))]
+        with tf.GradientTape() as tape:
+            tape.watch([weights[name] for name in adapted])
+            support_loss = loss(apply(weights, task.support_x), task.support_y)
+        gradients = tape.gradient(support_loss, [weights[name] for name in adapted])
+        for name, gradient in zip(adapted, gradients, strict=True):
+            gradient = tf.stop_gradient(gradient) if first_order else gradient
+            weights[name] = weights[name] - inner_lr * gradient
+    return loss(apply(weights, task.query_x), task.query_y)
+
+
+def meta_gradient(apply, loss, weights, tasks, inner_lr, inner_steps, first_order=False):
+    """The mean over tasks of the query loss, and its gradient to the meta-learned weights."""
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        losses = [
+            task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order)
+            for task in (type(tasks)(*(part[i] for part in tasks)) for i in range(tasks.support_x.shape[0]))
+        ]
+        mean = tf.add_n(losses) / len(losses)
+    return mean, tape.gradient(mean, weights)

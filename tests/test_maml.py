@@ -1,0 +1,250 @@
+"""The algorithm: against a meta-gradient derived by hand, the slow reference, differences; and the outer step."""
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import networks
+from maml import MAML, Adam
+from tests import reference
+from tests.test_oracle import meta_gradient
+from utils import Network, Tasks, accuracy, confidence_interval, mse, xent
+
+LINE = Network(  # y = w x, one weight
+    init=lambda seed: {"w": tf.constant(1.5)},
+    apply=lambda weights, x: weights["w"] * x,
+    adapted=("w",),
+    tf1_names={"w": "model/Variable"},
+    batched=False,
+)
+
+
+def one_task(support_x, support_y, query_x, query_y) -> Tasks:
+    return Tasks(*(np.array(part, np.float32).reshape(1, -1, 1) for part in (support_x, support_y, query_x, query_y)))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_meta_gradient_derived_by_hand(steps, first_order, batched):
+    """One weight, one support point (a, y), one query point (b, z), loss (w a - y)^2.
+
+    An inner step maps w to w' = w - 2 alpha a (w a - y), so dw'/dw = 1 - 2 alpha a^2, and after J steps the
+    meta-gradient is 2 b (w_J b - z) (1 - 2 alpha a^2)^J; to first order the last factor is 1.
+    """
+    w, a, y, b, z, alpha = 1.5, 0.8, -0.4, 1.3, 0.7, 0.05
+    tasks = one_task([a], [y], [b], [z])
+    maml = MAML(LINE._replace(batched=batched), mse, inner_lr=alpha, inner_steps=steps, first_order=first_order)
+    for _ in range(steps):
+        w = w - 2 * alpha * a * (w * a - y)
+    expected = 2 * b * (w * b - z) * (1 if first_order else (1 - 2 * alpha * a**2) ** steps)
+    np.testing.assert_allclose(meta_gradient(maml, tasks)["w"], expected, rtol=1e-6)
+
+
+def random_tasks(count, support, query, shape, way, seed=0, dtype=np.float64):
+    random = np.random.default_rng(seed)
+    label = lambda n: np.eye(way)[np.tile(np.arange(way), (count, n // way))]  # noqa: E731
+    return Tasks(
+        random.random((count, support, *shape)).astype(dtype),
+        label(support).astype(dtype),
+        random.random((count, query, *shape)).astype(dtype),
+        label(query).astype(dtype),
+    )
+
+
+def in_float64(network: Network) -> Network:
+    """The network with jittered float64 weights, so that biases, betas and gammas take part."""
+    random = np.random.default_rng(7)
+
+    def init(seed):
+        return {
+            name: tf.constant(value.numpy() + 0.1 * random.normal(size=value.shape), tf.float64)
+            for name, value in network.init(seed).items()
+        }
+
+    return network._replace(init=init)
+
+
+CASES = {
+    "conv": ((17, 16, 2), functools.partial(networks.conv4, (17, 16), 2, 3, 4), functools.partial(reference.conv4)),
+    "fc": ((9,), functools.partial(networks.fc, 9, (8, 7), 3), reference.fc),
+}
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", None])
+@pytest.mark.parametrize("kind, options", [("conv", {"max_pool": False, "mean_head": True}), ("fc", {})])
+def test_fast_equals_slow(kind, options, norm, first_order):
+    check_against_reference(kind, options, norm, 2, first_order)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_fast_equals_slow_with_pooling_and_more_steps(steps):
+    check_against_reference("conv", {"max_pool": True, "mean_head": False}, "batch_norm", steps, False)
+
+
+def check_against_reference(kind, options, norm, steps, first_order):
+    shape, build, slow = CASES[kind]
+    loss = functools.partial(xent, shot=2)
+    tasks = random_tasks(2, 6, 9, shape, 3)
+    maml = MAML(
+        in_float64(build(norm=norm, **options)), loss, inner_lr=0.05, inner_steps=steps, first_order=first_order
+    )
+    weights = {name: tf.convert_to_tensor(w) for name, w in maml.weights.items()}
+    expected_loss, expected = reference.meta_gradient(
+        functools.partial(slow, norm=norm, **options),
+        loss,
+        weights,
+        Tasks(*map(tf.constant, tasks)),
+        0.05,
+        steps,
+        first_order,
+    )
+    np.testing.assert_allclose(np.mean(maml.evaluate(tasks, steps).losses[:, steps]), expected_loss, rtol=1e-9)
+    for name, gradient in meta_gradient(maml, tasks).items():
+        # The biases that batch norm cancels have no gradient here, and rounding noise in the reference.
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", None])
+def test_meta_gradient_against_differences(norm):
+    network = in_float64(networks.conv4((20, 20), 1, 2, 3, max_pool=False, norm=norm, mean_head=True))
+    maml = MAML(network, functools.partial(xent, shot=5), inner_lr=0.05, inner_steps=2)
+    tasks = random_tasks(2, 10, 10, (20, 20, 1), 2)
+    gradient = meta_gradient(maml, tasks)
+    random = np.random.default_rng(5)
+    direction = {name: random.normal(size=w.shape) for name, w in maml.weights.items()}
+
+    def loss_at(distance):
+        for name, weight in maml.weights.items():
+            weight.assign_add(distance * direction[name])
+        loss = np.mean(maml.evaluate(tasks, 2).losses[:, 2])
+        for name, weight in maml.weights.items():
+            weight.assign_sub(distance * direction[name])
+        return loss
+
+    slope = (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6
+    np.testing.assert_allclose(slope, sum(np.sum(gradient[name] * direction[name]) for name in gradient), rtol=1e-5)
+
+
+def small_maml(**options) -> MAML:
+    network = networks.conv4((16, 16), 1, 3, 4, max_pool=False, norm="batch_norm", mean_head=True)
+    settings = {"inner_lr": 0.4, "inner_steps": 1} | options
+    return MAML(network, functools.partial(xent, shot=1), accuracy, **settings)
+
+
+SMALL = functools.partial(random_tasks, 4, 3, 6, (16, 16, 1), 3, dtype=np.float32)
+
+
+def entering_adam(optimizer: Adam) -> dict[str, np.ndarray]:
+    """The first gradient that entered Adam: its first moment is then 0.1 of it."""
+    assert int(optimizer.updates) == 1
+    return {name: m.numpy() / 0.1 for name, m in optimizer.m.items()}
+
+
+def scaled_loss(logits, labels):
+    return 1e4 * xent(logits, labels, 1)  # gradients far beyond the clip
+
+
+def test_the_gradient_that_enters_adam_is_clipped_element_by_element_where_asked():
+    network = networks.conv4((16, 16), 1, 3, 4, max_pool=False, norm="batch_norm", mean_head=True)
+    build = functools.partial(MAML, network, scaled_loss, inner_lr=1e-6, inner_steps=1)
+    clipped, free = build(clip=10.0), build()
+    gradient = meta_gradient(free, SMALL())
+    assert max(np.abs(g).max() for g in gradient.values()) > 1000
+    clipped.train_step(SMALL())
+    free.train_step(SMALL())
+    for name, expected in gradient.items():
+        np.testing.assert_allclose(
+            entering_adam(clipped.meta_optimizer)[name], np.clip(expected, -10, 10), rtol=1e-3, atol=1e-3, err_msg=name
+        )
+        np.testing.assert_allclose(
+            entering_adam(free.meta_optimizer)[name],
+            expected,
+            rtol=1e-3,
+            atol=1e-3 * np.abs(expected).max(),
+            err_msg=name,
+        )
+    clipped.pretrain_step(SMALL())  # pretraining is never clipped
+    assert max(np.abs(g).max() for g in entering_adam(clipped.pretrain_optimizer).values()) > 1000
+
+
+def test_pretraining_and_meta_training_have_moments_of_their_own():
+    maml = small_maml()
+    maml.pretrain_step(SMALL())
+    assert (int(maml.pretrain_optimizer.updates), int(maml.meta_optimizer.updates), int(maml.step)) == (1, 0, 1)
+    maml.train_step(SMALL())
+    assert (int(maml.pretrain_optimizer.updates), int(maml.meta_optimizer.updates), int(maml.step)) == (1, 1, 2)
+
+
+def test_adam_is_the_formula():
+    """lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), epsilon outside the bias correction."""
+    weight = {"w": tf.Variable([1.0, -2.0, 3.0])}
+    adam, expected, m, v = Adam(weight, 0.01), np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
+    for t in range(1, 6):
+        g = np.array([1e-9, 0.5 * t, -2.0])
+        adam.apply({"w": tf.constant(g, tf.float32)})
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        expected = expected - 0.01 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
+    np.testing.assert_allclose(weight["w"], expected, rtol=1e-5)
+
+
+def test_weights_that_batch_norm_cancels_stay_where_they_are():
+    maml = small_maml()
+    for _ in range(3):
+        maml.train_step(SMALL())
+    for layer in range(1, 5):
+        assert not maml.weights[f"b{layer}"].numpy().any()
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 8])
+def test_tasks_do_not_touch_each_other(parallel):
+    """Permuted tasks permute results, and any number of them side by side gives the same numbers to the bit."""
+    tasks, order = SMALL(), np.array([2, 0, 3, 1])
+    maml, one_by_one = small_maml(parallel_tasks=parallel), small_maml()
+    curve = maml.evaluate(tasks, 2)
+    permuted = one_by_one.evaluate(Tasks(*(part[order] for part in tasks)), 2)
+    alone = one_by_one.evaluate(Tasks(*(part[2:3] for part in tasks)), 2)
+    np.testing.assert_array_equal(curve.losses.numpy()[order], permuted.losses)
+    np.testing.assert_array_equal(curve.accuracies.numpy()[order], permuted.accuracies)
+    np.testing.assert_array_equal(curve.losses.numpy()[2:3], alone.losses)
+
+
+def test_evaluation_changes_nothing_and_training_learns():
+    maml = small_maml(meta_lr=0.01)
+    before = {name: w.numpy() for name, w in maml.weights.items()}
+    losses = maml.evaluate(SMALL(), 3).losses
+    for name, weight in maml.weights.items():
+        np.testing.assert_array_equal(weight.numpy(), before[name])
+    assert losses.shape == (4, 4)
+    steps = [float(maml.train_step(SMALL())) for _ in range(40)]
+    assert np.mean(steps[-5:]) < 0.8 * np.mean(steps[:5])
+    np.testing.assert_allclose(steps[0], np.mean(losses[:, 1]), rtol=1e-5)
+
+
+def test_a_query_example_is_normalised_with_the_others():
+    """Transductive on purpose: another companion changes an example's score; without a norm it does not."""
+    tasks = SMALL()
+    other = tasks._replace(query_x=np.concatenate([tasks.query_x[:, :5], tasks.query_x[:, :1]], 1))
+    for norm, same in (("batch_norm", False), (None, True)):
+        network = networks.conv4((16, 16), 1, 3, 4, max_pool=False, norm=norm, mean_head=True)
+        weights = network.init(0)
+        scores = [network.apply(weights, tf.constant(each.query_x[0]))[:5] for each in (tasks, other)]
+        assert np.allclose(*scores, atol=1e-6) == same
+
+
+def test_cross_entropy_is_summed_over_examples_and_divided_by_the_shot():
+    logits, labels = (
+        tf.constant([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]]),
+        tf.constant([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]),
+    )
+    each = [np.log1p(np.exp(-2)), np.log1p(np.exp(1)), np.log1p(np.exp(2))]
+    np.testing.assert_allclose(xent(logits, labels, 2), sum(each) / 2, rtol=1e-6)
+    np.testing.assert_allclose(accuracy(logits, labels), 1 / 3, rtol=1e-6)
+
+
+def test_confidence_interval_is_the_original_s():
+    values = np.array([[0.0], [1.0], [1.0], [0.0]])
+    np.testing.assert_allclose(confidence_interval(values), [1.96 * 0.5 / 2])

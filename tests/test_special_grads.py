@@ -1,0 +1,93 @@
+"""The hand-written gradients to second order: the formula against autodiff and differences, the kernels against it."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import special_grads
+
+SHAPES = [(5, 4, 3, 2), (7, 1, 1, 3), (1, 6, 5, 4), (12, 3)]
+
+
+def batch(shape, dtype, scale=2.0, offset=1.0, seed=0):
+    return tf.constant(np.random.default_rng(seed).normal(offset, scale, shape), dtype)
+
+
+def plain_batch_norm(x, beta):
+    return special_grads.normalize_plain(x) + beta
+
+
+def derivatives(norm, x, beta, g, u):
+    """Output; first derivatives of sum(output * g); derivatives of sum(first to x * u) to x, g and beta."""
+    with tf.GradientTape() as outer:
+        outer.watch([x, beta, g])
+        with tf.GradientTape() as inner:
+            inner.watch([x, beta])
+            y = norm(x, beta)
+            total = tf.reduce_sum(tf.nn.relu(y) * g)  # the ReLU makes beta matter to second order
+        first_x, first_beta = inner.gradient(total, [x, beta])
+        again = tf.reduce_sum(first_x * u) + tf.reduce_sum(first_beta * u[0])
+    second = outer.gradient(again, [x, g, beta], unconnected_gradients="zero")
+    return [y, first_x, first_beta, *second]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 2e-5)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("graph", [False, True])
+def test_batch_norm_equals_autodiff_of_the_plain_formula(shape, dtype, tolerance, graph):
+    x, g, u = batch(shape, dtype), batch(shape, dtype, 1.0, 0.3, 1), batch(shape, dtype, 1.0, 0.0, 2)
+    beta = batch(shape[-1:], dtype, 0.5, 0.0, 3)
+
+    def both():
+        return derivatives(special_grads.batch_norm, x, beta, g, u), derivatives(plain_batch_norm, x, beta, g, u)
+
+    ours, plain = tf.function(both)() if graph else both()
+    for value, expected in zip(ours, plain, strict=True):
+        scale = max(1.0, float(tf.norm(expected)))
+        assert float(tf.norm(value - expected)) / scale < tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batch_norm_against_finite_differences_to_second_order(shape):
+    x, g, u = batch(shape, "float64"), batch(shape, "float64", 1.0, 0.3, 1), batch(shape, "float64", 1.0, 0.0, 2)
+    beta = batch(shape[-1:], "float64", 0.5, 0.0, 3)
+
+    def first(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(special_grads.batch_norm(x, beta) ** 3 * g)
+        return total, tape.gradient(total, x)
+
+    step = 1e-5
+    (above, gradient_above), (below, gradient_below) = first(x + step * u), first(x - step * u)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        directional = tf.reduce_sum(first(x)[1] * u)
+    hessian_times_u = tape.gradient(directional, x)
+    np.testing.assert_allclose((above - below) / (2 * step), directional, rtol=1e-7)
+    difference = (gradient_above - gradient_below) / (2 * step)
+    np.testing.assert_allclose(difference, hessian_times_u, rtol=1e-6, atol=1e-6 * np.abs(difference).max())
+
+
+def test_output_is_normalised_and_centred_on_beta():
+    x, beta = batch((50, 4, 4, 3), "float32", 3.0, 7.0), tf.constant([0.0, 1.0, -2.0])
+    y = special_grads.batch_norm(x, beta).numpy()
+    np.testing.assert_allclose(y.mean((0, 1, 2)), beta, atol=1e-5)
+    np.testing.assert_allclose(y.std((0, 1, 2)), 1, atol=1e-3)
+    assert y.dtype == np.float32
+
+
+def test_the_usual_moments_have_wrong_second_derivatives():
+    """Why this file exists: tf.nn.moments stops the gradient through the mean inside the variance."""
+
+    def library(x, beta):
+        mean, variance = getattr(tf.nn, "moments")(x, [0, 1, 2])  # noqa: B009
+        return tf.nn.batch_normalization(x, mean, variance, beta, None, special_grads.EPSILON)
+
+    shape = (5, 4, 3, 2)
+    x, g, u = batch(shape, "float64"), batch(shape, "float64", 1.0, 0.3, 1), batch(shape, "float64", 1.0, 0.0, 2)
+    beta = batch((2,), "float64", 0.5, 0.0, 3)
+    ours, theirs = (derivatives(norm, x, beta, g, u) for norm in (special_grads.batch_norm, library))
+    for value, expected in zip(theirs[:3], ours[:3], strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12)
+    assert float(tf.norm(theirs[3] - ours[3]) / tf.norm(ours[3])) > 0.01
