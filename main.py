@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, which reads it
@@ -183,25 +184,23 @@ def run_identity(dataset: Dataset) -> dict:
     return identity
 
 
-def build(identity: dict, dataset: Dataset) -> MAML:
-    """The model with its initial weights. This is where the flags' names become the field's (README.md, glossary)."""
-    way, norm, images = identity["num_classes"], identity["norm"], dataset.images
+def build(flags: Mapping, dataset: Dataset) -> MAML:
+    """The model with its initial weights. Here the flags' names become the field's (README.md, glossary).
+
+    flags: those of IDENTITY, with the K and alpha at hand.
+    """
+    way, shot, norm, images = flags["num_classes"], flags["update_batch_size"], flags["norm"], dataset.images
     if images is None:
-        network, loss, score = (
-            networks.fc(3 if identity["baseline"] else 1, dataset.hidden, 1, norm=norm),
-            mse,
-            None,
-        )
+        network, loss, score = networks.fc(3 if flags["baseline"] else 1, dataset.hidden, 1, norm=norm), mse, None
     else:
-        # K is the one at hand, also where a test's differs from training's.
-        loss, score = functools.partial(xent, shot=FLAGS.update_batch_size), accuracy
-        if identity["conv"]:
+        loss, score = functools.partial(xent, shot=shot), accuracy
+        if flags["conv"]:
             network = networks.conv4(
                 images.size,
                 images.channels,
                 way,
-                identity["num_filters"],
-                max_pool=identity["max_pool"],
+                flags["num_filters"],
+                max_pool=flags["max_pool"],
                 norm=norm,
                 mean_head=images.mean_head,
             )
@@ -211,12 +210,12 @@ def build(identity: dict, dataset: Dataset) -> MAML:
         network,
         loss,
         score,
-        inner_lr=FLAGS.update_lr,
-        inner_steps=identity["num_updates"],
-        meta_lr=identity["meta_lr"],
-        first_order=identity["stop_grad"],
+        inner_lr=flags["update_lr"],
+        inner_steps=flags["num_updates"],
+        meta_lr=flags["meta_lr"],
+        first_order=flags["stop_grad"],
         clip=dataset.clip,
-        seed=identity["seed"],
+        seed=flags["seed"],
         parallel_tasks=_cores(),
     )
 
@@ -295,7 +294,7 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
     runs.check_writable(results, "--results_dir")
     data = open_data(dataset, (split,), FLAGS.update_batch_size)
-    maml = build(identity, dataset)
+    maml = build(identity | {"update_batch_size": FLAGS.update_batch_size, "update_lr": FLAGS.update_lr}, dataset)
     run.restore(maml, prefix)
     print("Restoring model weights from", prefix)
 
@@ -320,15 +319,13 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         "training_seed": identity["seed"],
         "tasks": TEST_TASKS,
         "task_seed": EVALUATION_SEED,
-        "normalised_with": {
-            "batch_norm": "the task's other query examples (transductive)",
-            "layer_norm": "itself",
-        }.get(identity["norm"]),
+        "norm": identity["norm"],
+        "transductive": identity["norm"] == "batch_norm",  # a task's query examples are normalised together
     }
     name = f"{split}_ubs{FLAGS.update_batch_size}_stepsize{FLAGS.update_lr}"
-    runs.write_results(
-        results, name if FLAGS.num_query == -1 else f"{name}_query{FLAGS.num_query}", values, entry, paper
-    )
+    if FLAGS.num_query != -1:
+        name += f"_query{FLAGS.num_query}"
+    runs.write_results(results, name, values, entry, paper)
     for update in paper:
         mean, interval = np.mean(values[:, update]), confidence_interval(values[:, update])
         shown = f"{100 * mean:.2f} +- {100 * interval:.2f} %" if dataset.images else f"{mean:.4f} +- {interval:.4f}"

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import main
 import networks
+import runs
 from data_generator import DATASETS
 from maml import MAML
-from utils import Tasks, accuracy, mse, xent
+from utils import Tasks
 
 SINUSOID = Path(__file__).parent / "data" / "sinusoid_10shot.npz"
 RECORDS = (
@@ -39,42 +41,17 @@ class Record:
         self.arrays = dict(np.load(path))
         self.flags = flags = json.loads(str(self.arrays.pop("flags")))
         dataset = DATASETS[flags["datasource"]]
-        norm = None if flags["norm"] == "None" else flags["norm"]
         if dataset.images is None:
             support_x, query_x = self.arrays["inputa"], self.arrays["inputb"]
-            network = networks.fc(support_x.shape[-1], dataset.hidden, 1, norm=norm)
-            loss, score = mse, None
         else:
             support_x, query_x = (
                 self.arrays[name].astype(np.float32) / 255 for name in ("inputa_uint8", "inputb_uint8")
             )
             if dataset.images.invert:
                 support_x, query_x = 1 - support_x, 1 - query_x
-            loss, score = functools.partial(xent, shot=flags["update_batch_size"]), accuracy
-            way, (height, width, channels) = flags["num_classes"], support_x.shape[2:]
-            if flags["conv"]:
-                network = networks.conv4(
-                    (height, width),
-                    channels,
-                    way,
-                    flags["num_filters"],
-                    max_pool=flags["max_pool"],
-                    norm=norm,
-                    mean_head=dataset.images.mean_head,
-                )
-            else:
-                network = networks.fc(height * width * channels, dataset.hidden, way, norm=norm)
         self.tasks = Tasks(support_x, self.arrays["labela"], query_x, self.arrays["labelb"])
-        self.maml = MAML(
-            network,
-            loss,
-            score,
-            inner_lr=flags["update_lr"],
-            inner_steps=flags["num_updates"],
-            meta_lr=flags["meta_lr"],
-            first_order=flags["stop_grad"],
-            clip=dataset.clip,
-        )
+        norm = None if flags["norm"] == "None" else flags["norm"]
+        self.maml = main.build(flags | {"norm": norm, "seed": 0}, dataset)
         for name, weight in self.maml.weights.items():
             weight.assign(self.recorded("weights", name))
         # Under batch norm the gradient of a hidden layer's bias is exactly zero; the record holds its rounding noise.
@@ -178,8 +155,6 @@ def test_every_record_is_tested(shared):
 @pytest.mark.parametrize("record", ["miniimagenet_5way_1shot_test"], indirect=True)
 def test_released_checkpoint_is_the_recorded_model(record, shared):
     """The recorded weights are the original authors' released model: the checkpoint reader gives them to the bit."""
-    import runs
-
     (folder,) = (shared / "data" / "maml_checkpoint").iterdir()
     run = runs.Run(folder)
     run.restore(record.maml, run.checkpoint(59000))
