@@ -268,7 +268,7 @@ def _load_classes(images: Images, folder: Path, split: str) -> Classes:
             f"no images in {folder / split}: expected class folders of .png or .jpg files there, "
             f"as {images.prepare} makes them"
         )
-    names = sorted(files)
+    names = sorted(files)  # Differs: the original takes the disk's order, and its split and tasks with it
     counts = np.array([len(files[name]) for name in names])
     paths = [path for name in names for path in files[name]]
     pixels = _cached(images, folder, paths, "all" if split == "." else split)

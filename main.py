@@ -109,17 +109,18 @@ flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the 
 
 # What a run's numbers depend on: recorded in its folder, so that another run cannot continue it by mistake.
 IDENTITY = (
-    *("datasource", "num_classes", "baseline", "pretrain_iterations", "metatrain_iterations", "meta_batch_size"),
-    *("meta_lr", "update_batch_size", "update_lr", "num_updates", "norm", "num_filters", "conv", "max_pool"),
-    *("stop_grad", "num_query", "seed"),
-)
+    "datasource num_classes baseline pretrain_iterations metatrain_iterations meta_batch_size meta_lr "
+    "update_batch_size update_lr num_updates norm num_filters conv max_pool stop_grad num_query seed"
+).split()
 
-SUMMARY_INTERVAL = 100  # iterations; this and the next three are the original's (its main.py)
-PRINT_INTERVAL = {"sinusoid": 1000}  # else SUMMARY_INTERVAL
+# The original's (its main.py), in iterations, updates and tasks.
+SUMMARY_INTERVAL = 100
+PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000
 VALIDATION_INTERVAL = 500
 TEST_UPDATES = 10  # at least, even where training has fewer
 TEST_TASKS = 600
-EVALUATION_SEED = 0
+
+EVALUATION_SEED = 0  # of validation and test tasks, whatever --seed is, so that runs are tested on the same tasks
 EVALUATION_CHUNK = 20  # tasks in memory at once
 NO_EVENTS = tf.summary.create_noop_writer()  # --nolog
 
@@ -129,7 +130,7 @@ def _number(name, test, range_):
     flags.register_validator(name, lambda value: math.isfinite(value) and test(value), message=message)
 
 
-for _name in ("meta_batch_size", "update_batch_size", "num_updates", "num_filters", "val_tasks", "save_interval"):
+for _name in "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval".split():
     _number(_name, lambda value: value >= 1, "1 or more")
 for _name in ("pretrain_iterations", "metatrain_iterations", "seed"):
     _number(_name, lambda value: value >= 0, "0 or more")
@@ -168,9 +169,9 @@ def run_identity(dataset: Dataset) -> dict:
         print(f"The {FLAGS.datasource} is trained with --norm={dataset.norm} unless --norm is given.")
         identity["norm"] = dataset.norm
     if FLAGS.baseline == "oracle":
-        if FLAGS.datasource != "sinusoid":
+        if dataset.images is not None:
             raise InputError(
-                f"--baseline=oracle is for the sinusoid, not for --datasource={FLAGS.datasource}: leave it out"
+                f"--baseline=oracle is the sinusoid's, not for --datasource={FLAGS.datasource}: leave it out"
             )
         # The oracle needs no adaptation, so all its iterations are pretraining (the original's main.py).
         identity["pretrain_iterations"] += identity["metatrain_iterations"]
@@ -232,10 +233,8 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], default_query: int) -> 
 def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files."""
     images, updates, batch = dataset.images, identity["num_updates"], identity["meta_batch_size"]
-    pretrain, total = (
-        identity["pretrain_iterations"],
-        identity["pretrain_iterations"] + identity["metatrain_iterations"],
-    )
+    pretrain = identity["pretrain_iterations"]
+    total = pretrain + identity["metatrain_iterations"]
     val_split = "test" if FLAGS.test_set else "val"
     run.claim(identity, FLAGS.resume)
     data = open_data(dataset, ("train", val_split), (images and images.train_query) or FLAGS.update_batch_size)
@@ -246,16 +245,15 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         print("Restoring model weights from", prefix)
     start = int(maml.step)
     if start >= total:
-        print(
-            f"Nothing left to do: {start} of {total} iterations are done. To go on, give more --metatrain_iterations."
-        )
+        more = "--metatrain_iterations" if identity["metatrain_iterations"] else "--pretrain_iterations"
+        print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
         return
 
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {updates}.")
     print("Done initializing, starting training.", flush=True)
-    print_interval = PRINT_INTERVAL.get(FLAGS.datasource, SUMMARY_INTERVAL)
+    print_interval = PRINT_INTERVAL if images else SINUSOID_PRINT_INTERVAL
     sampled = []  # (before, after) of each summary since the last print
     with _StopSignal() as stop, contextlib.closing(run.events(start) if FLAGS.log else NO_EVENTS) as writer:
         for iteration in range(start, total):
@@ -267,11 +265,16 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
             (maml.pretrain_step if iteration < pretrain else maml.train_step)(tasks)
 
             if iteration and iteration % print_interval == 0:
-                shown = (
-                    f"Pretrain Iteration {iteration}" if iteration < pretrain else f"Iteration {iteration - pretrain}"
-                )
+                shown = f"Pretrain Iteration {iteration}"
+                if iteration >= pretrain:
+                    shown = f"Iteration {iteration - pretrain}"
                 print("{}: {:.6g}, {:.6g}".format(shown, *np.mean(sampled, axis=0)), flush=True)
                 sampled = []
+            if images and iteration and iteration % VALIDATION_INTERVAL == 0 and not stop.signal:
+                # Differs: the original validates on one meta-batch.
+                curve = evaluate(maml, data, val_split, FLAGS.val_tasks, updates)
+                log_curve(writer, iteration, "metaval", curve)
+                print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
             if iteration == total - 1 or stop.signal or (iteration and iteration % FLAGS.save_interval == 0):
                 prefix = run.save(maml)
                 writer.flush()
@@ -279,10 +282,6 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
                 print(f"Stopped by {stop.signal.name} after iteration {iteration}, saved in {prefix}. ", end="")
                 print("The same command goes on from there.")
                 sys.exit(128 + stop.signal)
-            if images and iteration and iteration % VALIDATION_INTERVAL == 0:
-                curve = evaluate(maml, data, val_split, FLAGS.val_tasks, updates)
-                log_curve(writer, iteration, "metaval", curve)
-                print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
     print(f"Done: {total} iterations, the last saved in {prefix}.")
 
 

@@ -43,13 +43,8 @@ class MAML(tf.Module):
         """
         super().__init__(name="maml")
         self.network, self.loss, self.accuracy = network, loss, accuracy
-        self.inner_lr, self.inner_steps, self.first_order, self.clip = (
-            inner_lr,
-            inner_steps,
-            first_order,
-            clip,
-        )
-        self.parallel_tasks = parallel_tasks
+        self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
+        self.clip, self.parallel_tasks = clip, parallel_tasks
         self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)

@@ -33,6 +33,7 @@ def conv4(
     Args: size (height, width) in pixels, each 16 or more with max_pool; norm 'batch_norm', 'layer_norm' or None.
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
+    # Differs: the original assumes 5 x 5 here, whatever the image and the pooling.
     height, width = (_halved(pixels, max_pool) for pixels in size)
     shapes = {}
     for layer in range(1, 5):

@@ -259,6 +259,7 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def _checkpoint(maml):
+    # Differs: the original saves the weights alone, so that a resumed run begins with fresh moments.
     return tf.train.Checkpoint(
         weights=maml.weights,
         meta_optimizer=maml.meta_optimizer,

@@ -38,6 +38,7 @@ def batch_norm(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
     Returns: the shape of x. Every channel is normalised over all other axes.
     Source: the original's utils.py (normalize): centre only, epsilon 0.001, moving averages never used.
     """
+    # Differs: exact to second order, where the original's formula stops a gradient, as tf.nn.moments does.
     # The kernels take images; the small fc networks gain more from XLA, which fuses the plain operations.
     return (_normalize(x) if x.shape.rank == 4 else normalize_plain(x)) + beta
 
