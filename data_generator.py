@@ -300,7 +300,7 @@ def _cached(images: Images, folder: Path, paths: list[Path], name: str) -> np.nd
             pixels = np.load(array_file, mmap_mode="r", allow_pickle=False)
             if pixels.shape == shape and pixels.dtype == np.uint8:
                 return pixels
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         pass  # no cache yet, or a damaged one: it is made anew
 
     pixels = _decode(images, paths, shape)
