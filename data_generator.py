@@ -15,7 +15,6 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
@@ -105,27 +104,16 @@ class SinusoidTasks:
     def __init__(self, shot: int, query: int, oracle: bool = False):
         self.shot, self.query, self.oracle = shot, query, oracle
 
-    def draw(self, seed: int, split: str, first: int | tf.Tensor, count: int) -> Tasks:
-        """Tasks first .. first + count - 1 of a split's stream: T = count, K = shot, Q = query, O = 1."""
-        return self._draw(seed, split, tf.convert_to_tensor(first, tf.int64), count)
-
-    @tf.function(autograph=False)
-    def _draw(self, seed, split, first, count):
-        numbers = 2 + self.shot + self.query
-        blocks = -(-numbers // 4)  # the kernel fills its output four numbers a counter
-        counter = tf.stack([tf.cast(first * blocks, tf.uint64), tf.constant(SPLITS.index(split), tf.uint64)])
-        uniform = tf.raw_ops.StatelessRandomUniformV2(
-            shape=[count, 4 * blocks],
-            key=tf.constant([seed], tf.uint64),
-            counter=counter,
-            alg=tf.random.Algorithm.PHILOX.value,
-        )
-        amplitude = 0.1 + 4.9 * uniform[:, None, 0:1]
-        phase = np.float32(np.pi) * uniform[:, None, 1:2]
-        x = -5.0 + 10.0 * uniform[:, 2:numbers, None]
-        y = amplitude * tf.sin(x - phase)
+    def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
+        """Tasks first .. first + count - 1 of a split's stream, NumPy arrays: T = count, K = shot, Q = query, O = 1."""
+        words = _words(seed, split, first, count, per_task=2 + self.shot + self.query)
+        uniform = (words >> np.uint64(11))[..., None] * 2.0**-53  # [0, 1), [T, 2 + K + Q, 1]
+        amplitude, phase = 0.1 + 4.9 * uniform[:, :1], np.pi * uniform[:, 1:2]
+        x = -5 + 10 * uniform[:, 2:]
+        y = amplitude * np.sin(x - phase)
         if self.oracle:
-            x = tf.concat([x, tf.broadcast_to(amplitude, x.shape), tf.broadcast_to(phase, x.shape)], -1)
+            x = np.concatenate([x, np.broadcast_to(amplitude, x.shape), np.broadcast_to(phase, x.shape)], -1)
+        x, y = x.astype(np.float32), y.astype(np.float32)
         return Tasks(x[:, : self.shot], y[:, : self.shot], x[:, self.shot :], y[:, self.shot :])
 
 
@@ -147,9 +135,9 @@ class ImageTasks:
         T = count, D = [height, width, channels], pixels 0 to 1; O = N.
         """
         pixels, order = self._pixels(seed, split, first, count)
-        x = pixels.reshape(count, -1, *pixels.shape[3:]).astype(np.float32) / 255
+        x = np.divide(pixels.reshape(count, -1, *pixels.shape[3:]), 255, dtype=np.float32)
         if self.images.invert:
-            x = 1 - x
+            np.subtract(1, x, out=x)
         y = np.eye(self.way, dtype=np.float32)[order].reshape(count, -1, self.way)
         support = self.way * self.shot
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, which reads it
@@ -28,7 +29,7 @@ import networks
 import runs
 from data_generator import DATASETS, ROOT, Dataset, ImageTasks, SinusoidTasks
 from maml import MAML
-from utils import InputError, accuracy, confidence_interval, mse, xent
+from utils import InputError, Tasks, accuracy, confidence_interval, mse, xent
 
 FLAGS = flags.FLAGS
 
@@ -122,6 +123,7 @@ TEST_TASKS = 600
 
 EVALUATION_SEED = 0  # of validation and test tasks, whatever --seed is, so that runs are tested on the same tasks
 EVALUATION_CHUNK = 20  # tasks in memory at once
+BLOCK = 100  # steps of a tiny network in one program
 NO_EVENTS = tf.summary.create_noop_writer()  # --nolog
 
 
@@ -232,7 +234,7 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], default_query: int) -> 
 
 def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files."""
-    images, updates, batch = dataset.images, identity["num_updates"], identity["meta_batch_size"]
+    images, updates = dataset.images, identity["num_updates"]
     pretrain = identity["pretrain_iterations"]
     total = pretrain + identity["metatrain_iterations"]
     val_split = "test" if FLAGS.test_set else "val"
@@ -255,14 +257,25 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     print("Done initializing, starting training.", flush=True)
     print_interval = PRINT_INTERVAL if images else SINUSOID_PRINT_INTERVAL
     sampled = []  # (before, after) of each summary since the last print
-    with _StopSignal() as stop, contextlib.closing(run.events(start) if FLAGS.log else NO_EVENTS) as writer:
-        for iteration in range(start, total):
-            tasks = data.draw(identity["seed"], "train", iteration * batch, batch)
-            if iteration % SUMMARY_INTERVAL == 0:
+    # The iterations at which more is done than a step.
+    visits = {*range(0, total, SUMMARY_INTERVAL), *range(0, total, FLAGS.save_interval), total - 1} - {*range(start)}
+    with (
+        _StopSignal() as stop,
+        _Steps(maml, data, identity, stop) as steps,
+        contextlib.closing(run.events(start) if FLAGS.log else NO_EVENTS) as writer,
+    ):
+        for iteration in sorted(visits):
+            steps.advance(iteration)
+            if iteration % SUMMARY_INTERVAL == 0 and not stop.signal:
+                tasks = Tasks(*(part[0] for part in steps.tasks(iteration)))
                 curve = maml.evaluate(tasks, max(updates, dataset.curve_steps))
                 log_curve(writer, iteration, "metatrain", curve)
                 sampled.append(_before_after(curve, updates))
-            (maml.pretrain_step if iteration < pretrain else maml.train_step)(tasks)
+            steps.advance(iteration + 1)
+            if stop.signal:
+                prefix = run.save(maml)
+                print(f"Stopped by {stop.signal.name}, saved in {prefix}. The same command goes on from there.")
+                sys.exit(128 + stop.signal)
 
             if iteration and iteration % print_interval == 0:
                 shown = f"Pretrain Iteration {iteration}"
@@ -270,19 +283,57 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
                     shown = f"Iteration {iteration - pretrain}"
                 print("{}: {:.6g}, {:.6g}".format(shown, *np.mean(sampled, axis=0)), flush=True)
                 sampled = []
-            if images and iteration and iteration % VALIDATION_INTERVAL == 0 and not stop.signal:
+            if images and iteration and iteration % VALIDATION_INTERVAL == 0:
                 # Differs: the original validates on one meta-batch.
                 curve = evaluate(maml, data, val_split, FLAGS.val_tasks, updates)
                 log_curve(writer, iteration, "metaval", curve)
                 print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
-            if iteration == total - 1 or stop.signal or (iteration and iteration % FLAGS.save_interval == 0):
+            if iteration == total - 1 or (iteration and iteration % FLAGS.save_interval == 0):
                 prefix = run.save(maml)
                 writer.flush()
-            if stop.signal:
-                print(f"Stopped by {stop.signal.name} after iteration {iteration}, saved in {prefix}. ", end="")
-                print("The same command goes on from there.")
-                sys.exit(128 + stop.signal)
     print(f"Done: {total} iterations, the last saved in {prefix}.")
+
+
+class _Steps:
+    """Takes the outer steps, on tasks that are drawn while the step before runs.
+
+    One step at a time, or BLOCK of a tiny network, which then runs as one program.
+    """
+
+    def __init__(self, maml: MAML, data: SinusoidTasks | ImageTasks, identity: Mapping, stop: "_StopSignal"):
+        self.maml, self.data, self.stop, self.done = maml, data, stop, int(maml.step)
+        self.seed, self.batch, self.pretrain = map(identity.get, ("seed", "meta_batch_size", "pretrain_iterations"))
+        self.size = BLOCK if maml.network.batched else 1
+        self.drawn = {}  # first iteration -> the future tasks from there on
+
+    def __enter__(self):
+        self.background = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *exception):
+        self.background.shutdown(cancel_futures=True)
+
+    def tasks(self, first: int) -> Tasks:
+        """The meta-batches of `size` iterations from `first` on: Tasks with one more leading axis."""
+        if first not in self.drawn:
+            self.drawn = {first: self.background.submit(self._draw, first)}
+        return self.drawn[first].result()
+
+    def _draw(self, first):
+        tasks = self.data.draw(self.seed, "train", first * self.batch, self.size * self.batch)
+        return Tasks(*(part.reshape(self.size, self.batch, *part.shape[1:]) for part in tasks))
+
+    def advance(self, end: int) -> None:
+        """Takes the steps up to iteration end - 1, unless a stop signal comes."""
+        while self.done < end and not self.stop.signal:
+            pretrain, tasks = self.done < self.pretrain, self.tasks(self.done)
+            following = min(self.done + self.size, end, self.pretrain if pretrain else end)
+            self.drawn = {following: self.background.submit(self._draw, following)}
+            if self.maml.network.batched:
+                self.maml.many_steps(tasks, tf.constant(following - self.done), pretrain)
+            else:
+                (self.maml.pretrain_step if pretrain else self.maml.train_step)(Tasks(*(part[0] for part in tasks)))
+            self.done = following
 
 
 def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:

@@ -67,30 +67,44 @@ class MAML(tf.Module):
             path.append(path[-1] | {name: adapted[name] - self.inner_lr * gradient[name] for name in adapted})
         return path
 
+    def query_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
+        """What meta-training minimises, for one task: the loss on its query set after J updates. A scalar."""
+        adapted = self.adapt(weights, task, self.inner_steps)[-1]
+        return self.loss(self.network.apply(adapted, task.query_x), task.query_y)
+
+    def support_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
+        """What pretraining minimises, for one task: the loss on its support set before any update. A scalar."""
+        return self.loss(self.network.apply(weights, task.support_x), task.support_y)
+
     @tf.function(autograph=False)
     def train_step(self, tasks: Tasks) -> tf.Tensor:
-        """One step of Adam on the mean query loss after J updates, over T tasks; returns that loss, a scalar."""
-
-        def query_loss(weights, task):
-            adapted = self.adapt(weights, task, self.inner_steps)[-1]
-            return self.loss(self.network.apply(adapted, task.query_x), task.query_y)
-
-        gradient, loss = self.mean_gradient(query_loss, tasks)
-        if self.clip is not None:
-            gradient = {name: tf.clip_by_value(g, -self.clip, self.clip) for name, g in gradient.items()}
-        self.meta_optimizer.apply(gradient)
-        self.step.assign_add(1)
-        return loss
+        """One step of Adam on the tasks' mean query_loss, clipped if asked for; returns that loss, a scalar."""
+        return self._step(tasks, pretrain=False)
 
     @tf.function(autograph=False)
     def pretrain_step(self, tasks: Tasks) -> tf.Tensor:
-        """One step of Adam on the mean support loss before any update, never clipped; returns that loss, a scalar."""
+        """One step of Adam, with moments of its own, on the tasks' mean support_loss, never clipped; returns it."""
+        return self._step(tasks, pretrain=True)
 
-        def support_loss(weights, task):
-            return self.loss(self.network.apply(weights, task.support_x), task.support_y)
+    @tf.function(autograph=False, jit_compile=True)
+    def many_steps(self, tasks: Tasks, count: tf.Tensor, pretrain: bool) -> None:
+        """The first `count` of a stack of meta-batches, a train_step or pretrain_step on each, as one compiled program.
 
-        gradient, loss = self.mean_gradient(support_loss, tasks)
-        self.pretrain_optimizer.apply(gradient)
+        For tiny networks, whose operations cost less than Python and dispatch. tasks: as Tasks, with a leading axis of
+        count or more steps. count: an integer tensor, so that one program serves them all.
+        """
+
+        def body(i):
+            self._step(tf.nest.map_structure(lambda x: x[i], tasks), pretrain)
+            return i + 1
+
+        tf.while_loop(lambda i: i < count, body, [tf.zeros([], count.dtype)])
+
+    def _step(self, tasks, pretrain):
+        gradient, loss = self.mean_gradient(self.support_loss if pretrain else self.query_loss, tasks)
+        if self.clip is not None and not pretrain:
+            gradient = {name: tf.clip_by_value(g, -self.clip, self.clip) for name, g in gradient.items()}
+        (self.pretrain_optimizer if pretrain else self.meta_optimizer).apply(gradient)
         self.step.assign_add(1)
         return loss
 

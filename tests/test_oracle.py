@@ -72,11 +72,7 @@ def relative(value, expected) -> float:
 
 
 def meta_gradient(maml: MAML, tasks: Tasks) -> dict[str, np.ndarray]:
-    def query_loss(weights, task):
-        adapted = maml.adapt(weights, task, maml.inner_steps)[-1]
-        return maml.loss(maml.network.apply(adapted, task.query_x), task.query_y)
-
-    gradient, _ = tf.function(lambda tasks: maml.mean_gradient(query_loss, tasks), autograph=False)(tasks)
+    gradient, _ = tf.function(lambda tasks: maml.mean_gradient(maml.query_loss, tasks), autograph=False)(tasks)
     return {name: value.numpy() for name, value in gradient.items()}
 
 
