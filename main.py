@@ -134,10 +134,11 @@ def _number(name, test, range_):
 
 for _name in "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval".split():
     _number(_name, lambda value: value >= 1, "1 or more")
-for _name in ("pretrain_iterations", "metatrain_iterations", "seed"):
+for _name in ("pretrain_iterations", "metatrain_iterations"):
     _number(_name, lambda value: value >= 0, "0 or more")
 for _name in ("train_update_batch_size", "num_query"):
     _number(_name, lambda value: value == -1 or value >= 1, "1 or more, or -1")
+_number("seed", lambda value: 0 <= value < 2**63, "0 or more, and below 2 to the 63rd")
 _number("num_classes", lambda value: value >= 2, "2 or more")
 _number("test_iter", lambda value: value >= -1, "an iteration, or -1 for the latest")
 _number("meta_lr", lambda value: value > 0, "a number above 0")
@@ -271,10 +272,14 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
                 curve = maml.evaluate(tasks, max(updates, dataset.curve_steps))
                 log_curve(writer, iteration, "metatrain", curve)
                 sampled.append(_before_after(curve, updates))
-            steps.advance(iteration + 1)
+            saves = iteration == total - 1 or (iteration and iteration % FLAGS.save_interval == 0)
+            validates = images and iteration and iteration % VALIDATION_INTERVAL == 0
+            if saves or validates:
+                steps.advance(iteration + 1)
             if stop.signal:
                 prefix = run.save(maml)
-                print(f"Stopped by {stop.signal.name}, saved in {prefix}. The same command goes on from there.")
+                print(f"Stopped by {stop.signal.name} after iteration {steps.done - 1}, saved in {prefix}. ", end="")
+                print("The same command goes on from there.")
                 sys.exit(128 + stop.signal)
 
             if iteration and iteration % print_interval == 0:
@@ -283,12 +288,12 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
                     shown = f"Iteration {iteration - pretrain}"
                 print("{}: {:.6g}, {:.6g}".format(shown, *np.mean(sampled, axis=0)), flush=True)
                 sampled = []
-            if images and iteration and iteration % VALIDATION_INTERVAL == 0:
+            if validates:
                 # Differs: the original validates on one meta-batch.
                 curve = evaluate(maml, data, val_split, FLAGS.val_tasks, updates)
                 log_curve(writer, iteration, "metaval", curve)
                 print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
-            if iteration == total - 1 or (iteration and iteration % FLAGS.save_interval == 0):
+            if saves:
                 prefix = run.save(maml)
                 writer.flush()
     print(f"Done: {total} iterations, the last saved in {prefix}.")

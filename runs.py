@@ -63,6 +63,11 @@ class Run:
     """One run folder on disk."""
 
     def __init__(self, folder: Path):
+        if set(str(folder)) & set("[\\"):
+            raise InputError(
+                f"{folder} has a [ or a backslash, which TensorFlow takes for a pattern when it reads checkpoints: "
+                "give another --logdir"
+            )
         self.folder = folder
 
     # -- identity -----------------------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ class Run:
         A folder without a record (the original's released model) may be tested, not trained into.
         """
         try:
-            recorded = json.loads((self.folder / "flags.json").read_text())
+            recorded = dict(json.loads((self.folder / "flags.json").read_text()))
         except FileNotFoundError:
             if training:
                 raise InputError(
@@ -96,7 +101,7 @@ class Run:
                     "give another --logdir"
                 ) from None
             return
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise InputError(
                 f"{self.folder / 'flags.json'} is damaged ({error}): delete it, or give another --logdir"
             ) from None
@@ -170,7 +175,9 @@ class Run:
                 _check_shapes(prefix, {names[name]: weight.shape for name, weight in maml.weights.items()}, stored)
                 for name, weight in maml.weights.items():
                     weight.assign(reader.get_tensor(names[name]))
-        except (tf.errors.OpError, AssertionError, ValueError, RuntimeError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # on a damaged file TensorFlow raises nearly every kind there is
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"cannot read checkpoint {prefix} ({reason}): delete it to go on from the one before"
@@ -224,24 +231,27 @@ def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, p
     # For programs that read the original's results; nothing here reads it.
     write_whole(folder / f"{name}.pkl", lambda file: pickle.dump({"mses": values}, file))
 
+    def number(value):
+        return float(value) if np.isfinite(value) else None  # a task diverged: JSON has no NaN
+
     updates = [
         {
             "updates": j,
             "set": "query" if j else "support, before any update",
-            "mean": float(columns["means"][j]),
-            "ci95": float(columns["ci95"][j]),
-            "std": float(columns["stds"][j]),
-            "median": float(np.median(values[:, j])),
+            "mean": number(columns["means"][j]),
+            "ci95": number(columns["ci95"][j]),
+            "std": number(columns["stds"][j]),
+            "median": number(np.median(values[:, j])),
             "the_papers_number": j in paper_updates,
         }
         for j in range(values.shape[1])
     ]
     path = folder / "results.json"
     try:
-        earlier = json.loads(path.read_text())
+        earlier = [dict(one) for one in json.loads(path.read_text())]
     except FileNotFoundError:
         earlier = []
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): delete it, or give another --results_dir") from None
     kept = [one for one in earlier if any(one.get(key) != value for key, value in entry.items())]
     results = json.dumps([*kept, {**entry, "results": updates}], indent=1).encode()
