@@ -5,6 +5,7 @@ and split choose the stream, the task number the stretch. So the size of the met
 pieces agree by construction, on any machine.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -279,7 +280,10 @@ def _cached(images: Images, folder: Path, paths: list[Path], name: str) -> np.nd
     shape = (len(paths), *images.size, images.channels)
     listing = hashlib.sha256()
     for path in paths:
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:  # a link that leads nowhere
+            raise _unreadable(path, error) from error
         listing.update(f"{path.relative_to(folder).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
     index = {"format": CACHE_FORMAT, "shape": list(shape), "files": listing.hexdigest()}
 
@@ -288,8 +292,8 @@ def _cached(images: Images, folder: Path, paths: list[Path], name: str) -> np.nd
             pixels = np.load(array_file, mmap_mode="r", allow_pickle=False)
             if pixels.shape == shape and pixels.dtype == np.uint8:
                 return pixels
-    except (OSError, ValueError, EOFError):
-        pass  # no cache yet, or a damaged one: it is made anew
+    except Exception:  # no cache yet, or a damaged one, which raises nearly every kind there is: it is made anew
+        pass
 
     pixels = _decode(images, paths, shape)
     try:
@@ -298,10 +302,14 @@ def _cached(images: Images, folder: Path, paths: list[Path], name: str) -> np.nd
         write_whole(array_file, lambda file: np.save(file, pixels))
         write_whole(index_file, lambda file: file.write(json.dumps(index).encode()))
     except OSError as error:
-        print(
-            f"The image cache {cache} cannot be written ({error.strerror}): the images are decoded anew at every start."
-        )
+        _tell_once(f"The image cache {cache} cannot be written ({error.strerror or error})")
     return pixels
+
+
+@functools.cache
+def _tell_once(reason):
+    """One line, though each split has an array of its own."""
+    print(f"{reason}: the images are decoded anew at every start.")
 
 
 def _decode(images, paths, shape):
@@ -316,14 +324,16 @@ def _decode(images, paths, shape):
     return pixels
 
 
+def _unreadable(path, error):
+    return InputError(f"cannot read image {path} of class {path.parent.name}: {error}; replace or delete it")
+
+
 def _image(path, images):
     try:
         with Image.open(path) as image:
             decoded = np.asarray(image.convert("L" if images.channels == 1 else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"cannot read image {path} of class {path.parent.name}: {error}; replace or delete it"
-        ) from error
+        raise _unreadable(path, error) from error
     if decoded.shape[:2] != images.size:
         height, width = images.size
         raise InputError(

@@ -2,8 +2,8 @@
 
     python experiments/compare_sinusoid.py logs/sine/<run>/results.json
 
-The original's numbers: cbfinn/maml on TensorFlow 1.15, its documented 70,000 iterations, mean squared error over 600 test
-tasks (intervals 0.038 after one update, 0.017 after ten). Column 0 is the support set before any update.
+The original's numbers: cbfinn/maml on TensorFlow 1.15, its documented 70,000 iterations, mean squared error over 600
+test tasks (intervals 0.038 after one update, 0.017 after ten). Column 0 is the support set before any update.
 """
 
 import argparse

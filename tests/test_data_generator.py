@@ -1,0 +1,802 @@
+"""The tasks: the sinusoid's, the images', how even and repeatable their draws are; the folders, cache and errors."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from itertools import permutations, product
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+
+import data_generator
+import utils
+from data_generator import DATASETS, ROOT, SPLITS, Classes, ImageTasks, SinusoidTasks
+from utils import InputError, Tasks
+
+OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
+PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
+CHARACTERS = [name for split in SPLITS for name in PUBLISHED[split]]
+
+
+def assert_same(tasks: Tasks, others: Tasks) -> None:
+    for part, other in zip(tasks, others, strict=True):
+        np.testing.assert_array_equal(part, other)
+
+
+def assert_drawn_in_batches(source: ImageTasks | SinusoidTasks, seed, split, first, batches: list[int]) -> None:
+    """Tasks drawn in batches, the last batch first, are the same as those drawn at once."""
+    whole = source.draw(seed, split, first, sum(batches))
+    for i in reversed(range(len(batches))):
+        start, count = sum(batches[:i]), batches[i]
+        assert_same(source.draw(seed, split, first + start, count), Tasks(*(p[start : start + count] for p in whole)))
+
+
+# Random draws. The seeds are fixed, so a test that passes once always passes. The bounds on p are so low that, with
+# another generator, fewer than one run in a hundred would fail by chance.
+
+
+def assert_uniform(outcomes: np.ndarray, possible: int) -> None:
+    """The rows of `outcomes` take all possible values, each equally often."""
+    _, counts = np.unique(outcomes, axis=0, return_counts=True)
+    assert len(counts) == possible
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def assert_independent(a: np.ndarray, b: np.ndarray) -> None:
+    assert stats.chi2_contingency(stats.contingency.crosstab(a, b).count).pvalue > 1e-6
+
+
+# Tasks of numbered images: each is 2x2 pixels that tell its number and how it is turned.
+
+
+class Drawn(NamedTuple):
+    """What was drawn, each [T, K + Q, N]: of every image in its row of the task."""
+
+    classes: np.ndarray
+    examples: np.ndarray
+    quarters: np.ndarray  # quarter turns, counterclockwise
+    labels: np.ndarray
+
+    def by_label(self) -> "Drawn":
+        """The same with label n in column n."""
+        place = self.labels.argsort(2)
+        return Drawn(*(np.take_along_axis(part, place, 2) for part in self))
+
+
+def numbered_tasks(counts, way, shot, query, names=None, images=OMNIGLOT) -> ImageTasks:
+    """A source of tasks, every split of which has counts[c] images of class c, numbered through all classes."""
+    counts = np.array(counts)
+    number = np.arange(counts.sum())
+    corners = [np.full_like(number, 255), number // 100, number % 100, np.zeros_like(number)]
+    pixels = np.stack(corners, 1).astype(np.uint8).reshape(-1, 2, 2, 1)
+    names = names or [f"class{c:04}" for c in range(len(counts))]
+    classes = Classes(names, np.cumsum(counts) - counts, counts, pixels)
+    with mock.patch.object(data_generator, "_load_splits", return_value=dict.fromkeys(SPLITS, classes)):
+        return ImageTasks(images, Path("numbered"), SPLITS, way, shot, query)
+
+
+def drawn(tasks: Tasks, counts, way: int, images=OMNIGLOT) -> Drawn:
+    """Reads numbered images and their labels back."""
+    x = np.concatenate([tasks.support_x, tasks.query_x], 1)
+    y = np.concatenate([tasks.support_y, tasks.query_y], 1)
+    shape = (len(x), -1, way)
+    u8 = np.rint(255 * (1 - x if images.invert else x)).astype(int).reshape(-1, 4)
+    ring = u8[:, [0, 1, 3, 2]]  # the corners, clockwise: 255, hundreds, 0, ones
+    start = ring.argmax(1)
+    row = np.arange(len(ring))
+    number = 100 * ring[row, (start + 1) % 4] + ring[row, start - 1]
+    ends = np.cumsum(counts)
+    classes = np.searchsorted(ends, number, "right")
+    examples = number - (ends - counts)[classes]
+    return Drawn(*(part.reshape(shape) for part in (classes, examples, -start % 4, y.argmax(2))))
+
+
+@st.composite
+def image_tasks(draw):
+    """Counts of images a class, way, shot, query: anything that a task can be drawn from, often with none to spare."""
+    way, shot, query = draw(st.integers(2, 6)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    spare = draw(st.lists(st.integers(0, 5), min_size=way, max_size=way + 4))
+    return [shot + query + more for more in spare], way, shot, query
+
+
+seeds, splits, firsts = st.integers(0, 2**63), st.sampled_from(SPLITS), st.integers(0, 2**40)
+
+
+@given(image_tasks(), seeds, splits, firsts)
+@settings(deadline=None)
+def test_image_task_is_made_as_specified(made_of, seed, split, first):
+    counts, way, shot, query = made_of
+    tasks = numbered_tasks(*made_of).draw(seed, split, first, 3)
+    assert [part.shape for part in tasks] == [
+        *((3, way * shot, 2, 2, 1), (3, way * shot, way)),
+        *((3, way * query, 2, 2, 1), (3, way * query, way)),
+    ]
+    assert all(part.dtype == np.float32 for part in tasks)
+    for labels in (tasks.support_y, tasks.query_y):
+        assert set(np.unique(labels)) == {0, 1}
+        assert (labels.sum(2) == 1).all()
+
+    rows = drawn(tasks, counts, way)
+    # Every N rows have every label once: K of each in the support set, Q in the query set.
+    np.testing.assert_array_equal(np.sort(rows.labels, 2), np.broadcast_to(np.arange(way), rows.labels.shape))
+    label = rows.by_label()
+    assert (label.classes == label.classes[:, :1]).all()
+    assert (label.quarters == label.quarters[:, :1]).all()
+    assert all(len(set(task[0])) == way for task in label.classes)
+    examples = np.sort(label.examples, 1)
+    assert (examples[:, 1:] > examples[:, :-1]).all()  # none twice: support and query are disjoint
+
+
+@given(image_tasks(), seeds, splits, firsts, st.lists(st.integers(1, 4), min_size=2, max_size=4))
+@settings(deadline=None)
+def test_image_task_does_not_depend_on_the_meta_batch(made_of, seed, split, first, batches):
+    assert_drawn_in_batches(numbered_tasks(*made_of), seed, split, first, batches)
+
+
+@pytest.mark.parametrize(
+    "source", [numbered_tasks([20] * 30, 5, 1, 1), SinusoidTasks(5, 5)], ids=["images", "sinusoid"]
+)
+def test_every_seed_split_and_number_has_a_task_of_its_own(source):
+    seen = set()
+    for seed, split in product((0, 1, 2, 2**40), SPLITS):
+        tasks = source.draw(seed, split, 0, 25)
+        seen |= {b"".join(part[t].tobytes() for part in tasks) for t in range(25)}
+    assert len(seen) == 4 * 3 * 25
+
+
+def test_draws_of_images_are_uniform():
+    counts = [5] * 7
+    source = numbered_tasks(counts, 3, 1, 1)
+    rows = drawn(source.draw(0, "train", 0, 20_000), counts, 3)
+    label = rows.by_label()
+    assert_uniform(label.classes[:, 0], possible=7 * 6 * 5)
+    assert_uniform(label.quarters[:, 0], possible=4**3)
+    for n in range(3):
+        assert_uniform(label.examples[:, :, n], possible=5 * 4)
+    assert_uniform(rows.labels.reshape(-1, 6), possible=6 * 6)  # both orders of the classes: a new one for each example
+
+    # Nothing tells anything about anything else, neither in the same task nor in the next.
+    columns = {
+        **{("class", 0, n): label.classes[:, 0, n] for n in range(3)},
+        **{("quarter", 0, n): label.quarters[:, 0, n] for n in range(3)},
+        **{("example", e, n): label.examples[:, e, n] for e, n in product(range(2), range(3))},
+        **{("order", e, place): rows.labels[:, e, place] for e, place in product(range(2), range(2))},
+    }
+    for (one, a), (other, b) in permutations(columns.items(), 2):
+        assert_independent(a[:-1], b[1:])
+        # In one task, classes are drawn without replacement, so are a class's examples, and an order's places.
+        if one < other and (one[0] != other[0] or (one[0] == "example" and one[2] != other[2])):
+            assert_independent(a, b)
+    for column in columns.values():
+        assert_independent(column[:-1], column[1:])
+
+
+def test_draws_are_uniform_where_classes_differ_in_size():
+    counts = [3, 11, 6]
+    label = drawn(numbered_tasks(counts, 2, 1, 1).draw(0, "train", 0, 6000), counts, 2).by_label()
+    assert_uniform(label.classes[:, 0], possible=6)
+    for c, count in enumerate(counts):
+        assert_uniform(label.examples[:, 0][label.classes[:, 0] == c], possible=count)
+        assert_uniform(label.examples[:, 1][label.classes[:, 1] == c], possible=count)
+
+
+def test_omniglot_test_tasks_are_pinned():
+    """The 600 tasks that every 5-way 1-shot Omniglot accuracy is a mean over: they must never change."""
+    names, counts = sorted(PUBLISHED["test"]), [20] * 423
+    tasks = numbered_tasks(counts, 5, 1, 1, names).draw(0, "test", 0, 600)
+    rows = zip(*(part.ravel() for part in drawn(tasks, counts, 5)), strict=True)
+    text = "".join(f"{names[c]} {example} {quarter} {label}\n" for c, example, quarter, label in rows)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert digest == "dec14eec586d651150471fb2f53513002813311690132bb2e2a70f68ed32de23"
+
+
+def test_only_omniglot_is_turned():
+    source = numbered_tasks([4] * 5, 5, 1, 1, images=MINIIMAGENET)
+    assert not drawn(source.draw(0, "train", 0, 100), [4] * 5, 5, MINIIMAGENET).quarters.any()
+
+
+def test_drawing_leaves_the_images_as_they_are():
+    source = numbered_tasks([4] * 5, 5, 1, 1)
+    before = source.classes["train"].pixels.copy()
+    source.draw(0, "train", 0, 50)
+    np.testing.assert_array_equal(source.classes["train"].pixels, before)
+
+
+# Tasks of image files.
+
+
+def assert_drawn_from(tasks: Tasks, way: int, images: data_generator.Images, folders: dict[str, Path]) -> None:
+    """Every label of every task stands for one of the class folders (by name), at one rotation, to the bit."""
+    known: dict[bytes, set] = {}
+    for name, folder in folders.items():
+        for file in folder.iterdir():
+            with Image.open(file) as image:
+                u8 = np.asarray(image.convert("L" if images.channels == 1 else "RGB")).reshape(*images.size, -1)
+            pixels = u8.astype(np.float32) / np.float32(255)
+            for quarter in range(4 if images.rotations else 1):
+                turned = np.rot90(1 - pixels if images.invert else pixels, quarter)
+                known.setdefault(turned.tobytes(), set()).add((name, quarter))
+
+    x = np.concatenate([tasks.support_x, tasks.query_x], 1)
+    labels = np.concatenate([tasks.support_y, tasks.query_y], 1).argmax(2)
+    turns = set()
+    for t, label in product(range(len(x)), range(way)):
+        stands_for = set.intersection(*(known[image.tobytes()] for image in x[t, labels[t] == label]))
+        assert len({name for name, _ in stands_for}) == 1
+        turns |= {quarter for _, quarter in stands_for}
+    assert turns == set(range(4 if images.rotations else 1))
+
+
+def test_omniglot_pixels_are_those_of_the_files(omniglot_like):
+    source = ImageTasks(OMNIGLOT, omniglot_like, ("train", "test"), 5, 2, 3)
+    for split in ("train", "test"):
+        folders = {name: omniglot_like / name for name in source.classes[split].names}
+        tasks = source.draw(0, split, 0, 20)
+        assert tasks.support_x.shape == (20, 10, 28, 28, 1)
+        assert_drawn_from(tasks, 5, OMNIGLOT, folders)
+
+
+def test_miniimagenet_pixels_are_those_of_the_files(miniimagenet_like):
+    source = ImageTasks(MINIIMAGENET, miniimagenet_like, ("train", "test"), 5, 1, 4)
+    for split in ("train", "test"):
+        folders = {folder.name: folder for folder in (miniimagenet_like / split).iterdir()}
+        tasks = source.draw(0, split, 0, 4)
+        assert tasks.query_x.shape == (4, 20, 84, 84, 3)
+        assert_drawn_from(tasks, 5, MINIIMAGENET, folders)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_every_grey_value(tmp_path, invert):
+    folder = tmp_path / "train" / "greys"
+    folder.mkdir(parents=True)
+    for name in ("0.png", "1.png"):
+        Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / name)
+    shutil.copytree(folder, folder.with_name("other"))
+    images = MINIIMAGENET._replace(size=(16, 16), channels=1, invert=invert)
+    x = ImageTasks(images, tmp_path, ("train",), 2, 1, 1).draw(0, "train", 0, 1).support_x
+    assert x.dtype == np.float32
+    expected = [np.float32(u8) / np.float32(255) for u8 in range(256)]
+    expected = [np.float32(1) - value for value in expected] if invert else expected
+    np.testing.assert_array_equal(x[0, 0].ravel(), expected)
+
+
+def test_ink_is_one(omniglot_like):
+    x = ImageTasks(OMNIGLOT, omniglot_like, ("train",), 5, 1, 1).draw(0, "train", 0, 20).support_x
+    assert set(np.unique(x)) == {0, 1}
+    assert 0 < x.mean() < 0.2
+
+
+def test_order_of_the_listing_does_not_matter(omniglot_like, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    shutil.copytree(omniglot_like, folder, ignore=shutil.ignore_patterns(".cache"))
+    source = ImageTasks(OMNIGLOT, folder, ("train", "test"), 5, 1, 1)
+    expected = [source.draw(0, split, 0, 50) for split in ("train", "test")]
+    shutil.rmtree(folder / ".cache")
+
+    walk, listdir, shuffle = os.walk, os.listdir, Random(0).shuffle
+
+    def shuffled_walk(*args, **kwargs):
+        for here, folders, files in walk(*args, **kwargs):
+            shuffle(folders)
+            shuffle(files)
+            yield here, folders, files
+
+    def shuffled_listdir(*args):
+        names = listdir(*args)
+        shuffle(names)
+        return names
+
+    monkeypatch.setattr(os, "walk", shuffled_walk)
+    monkeypatch.setattr(os, "listdir", shuffled_listdir)
+    source = ImageTasks(OMNIGLOT, folder, ("train", "test"), 5, 1, 1)
+    for split, tasks in zip(("train", "test"), expected, strict=True):
+        assert_same(source.draw(0, split, 0, 50), tasks)
+
+
+# Small folders of 3x2 images (not square, so that height and width are not mixed up), 3 classes of 4 images a split.
+
+TINY = MINIIMAGENET._replace(size=(3, 2))
+
+
+def save_image(path: Path, seed: int, size=TINY.size, **options) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """A data folder with the splits train and test. Its files are of one length and one time, as if just unpacked."""
+    folder = tmp_path / "tiny"
+    for seed, (split, label, image) in enumerate(product(("train", "test"), "abc", range(4))):
+        file = folder / split / label / f"{image}.png"
+        save_image(file, seed, compress_level=0)
+        os.utime(file, (1e9, 1e9))
+    return folder
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[Path]:
+    """The image files that are opened from here on."""
+    files, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *rest, **named: files.append(path) or real(path, *rest, **named))
+    return files
+
+
+def tiny_tasks(folder: Path, images=TINY, way=2) -> Tasks:
+    return ImageTasks(images, folder, ("test",), way, 1, 1).draw(0, "test", 0, 40)
+
+
+def uncached_tasks(folder: Path) -> Tasks:
+    """The tasks of a copy that never had a cache."""
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".cache"))
+    tasks = tiny_tasks(copy)
+    shutil.rmtree(copy)
+    return tasks
+
+
+def test_what_is_no_image_is_passed_over(tiny):
+    tasks = tiny_tasks(tiny)
+    (tiny / "test" / "notes.txt").write_text("not an image")
+    (tiny / "test" / "a" / "Thumbs.db").write_bytes(b"not an image")
+    (tiny / "test" / "a" / "._0.png").write_bytes(b"what a Mac leaves beside 0.png")
+    (tiny / "test" / "empty").mkdir()
+    save_image(tiny / "test" / ".b.being-written" / "0.png", seed=0)
+    assert_same(tiny_tasks(tiny), tasks)
+
+
+@pytest.mark.parametrize("name", ["4.PNG", "4.jpg", "4.JPEG"])
+def test_other_endings_are_images_too(tiny, name):
+    save_image(tiny / "test" / "a" / name, seed=0)
+    assert list(ImageTasks(TINY, tiny, ("test",), 2, 1, 1).classes["test"].counts) == [5, 4, 4]
+
+
+def test_linked_class_folders_are_followed(tiny):
+    tasks = tiny_tasks(tiny)
+    os.rename(tiny / "test" / "b", tiny.with_name("elsewhere"))
+    (tiny / "test" / "b").symlink_to(tiny.with_name("elsewhere"), target_is_directory=True)
+    assert_same(tiny_tasks(tiny), tasks)
+
+
+# The cache.
+
+
+def test_second_start_decodes_nothing(tiny, opened, capsys):
+    tasks = tiny_tasks(tiny)
+    assert len(opened) == 12
+    assert_same(tiny_tasks(tiny), tasks)
+    os.rename(tiny, tiny.with_name("moved"))
+    assert_same(tiny_tasks(tiny.with_name("moved")), tasks)
+    assert len(opened) == 12
+    assert sorted(os.listdir(tiny.with_name("moved") / ".cache")) == ["test.json", "test.npy"]
+    assert capsys.readouterr().out == ""
+
+
+def other_pixels(folder):
+    file = folder / "a" / "0.png"
+    before = file.stat()
+    save_image(file, seed=99, compress_level=0)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert file.stat().st_size == before.st_size
+
+
+def other_length(folder):
+    file = folder / "a" / "0.png"
+    before = file.stat()
+    save_image(file, seed=99, compress_level=9)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size != before.st_size
+
+
+CHANGES = {
+    "other pixels": other_pixels,
+    "other length, same time": other_length,
+    "image added": lambda folder: save_image(folder / "a" / "00.png", seed=99),
+    "image removed": lambda folder: (folder / "a" / "0.png").unlink(),
+    "image renamed": lambda folder: os.rename(folder / "a" / "0.png", folder / "a" / "9.png"),
+    "image moved": lambda folder: os.rename(folder / "a" / "3.png", folder / "b" / "00.png"),
+    "class added": lambda folder: shutil.copytree(folder / "a", folder / "aa"),
+    "class removed": lambda folder: shutil.rmtree(folder / "a"),
+    "class renamed": lambda folder: os.rename(folder / "a", folder / "d"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_changed_folder_is_noticed(tiny, change):
+    before = tiny_tasks(tiny)
+    change(tiny / "test")
+    expected = uncached_tasks(tiny)
+    assert any(not np.array_equal(*parts) for parts in zip(before, expected, strict=True))
+    for _ in range(2):
+        assert_same(tiny_tasks(tiny), expected)
+
+
+def test_cache_of_another_size_or_colour_is_not_used(tiny):
+    tiny_tasks(tiny)
+    assert tiny_tasks(tiny, TINY._replace(channels=1)).support_x.shape[2:] == (3, 2, 1)
+    with pytest.raises(InputError, match="3x2 pixels, not 2x3"):
+        tiny_tasks(tiny, TINY._replace(size=(2, 3)))
+
+
+def shortened(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "array gone": ("test.npy", os.remove),
+    "array empty": ("test.npy", lambda file: file.write_bytes(b"")),
+    "array cut short": ("test.npy", shortened),
+    "array cut in its header": ("test.npy", lambda file: file.write_bytes(file.read_bytes()[:50])),
+    "array's header unreadable": ("test.npy", lambda file: file.write_bytes(file.read_bytes().replace(b"}", b"("))),
+    "array no array": ("test.npy", lambda file: file.write_bytes(b"no array" * 100)),
+    "array of another shape": ("test.npy", lambda file: np.save(file, np.zeros((11, 3, 2, 3), np.uint8))),
+    "array of another kind": ("test.npy", lambda file: np.save(file, np.zeros((12, 3, 2, 3), np.int8))),
+    "array of pickles": ("test.npy", lambda file: np.save(file, np.array([{}]), allow_pickle=True)),
+    "index gone": ("test.json", os.remove),
+    "index empty": ("test.json", lambda file: file.write_bytes(b"")),
+    "index cut short": ("test.json", shortened),
+    "index no text": ("test.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
+    "index of another kind": ("test.json", lambda file: file.write_text("[1]")),
+    "index of another format": ("test.json", lambda file: file.write_text(file.read_text().replace(": 1,", ": 0,", 1))),
+}
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_cache_is_made_anew(tiny, opened, name, damage):
+    expected = tiny_tasks(tiny)
+    file = tiny / ".cache" / name
+    before = file.read_bytes()
+    damage(file)
+    opened.clear()
+    assert_same(tiny_tasks(tiny), expected)
+    assert len(opened) == 12
+    assert file.read_bytes() == before
+    assert_same(tiny_tasks(tiny), expected)
+    assert len(opened) == 12
+
+
+def refuse(error: OSError):
+    def refused(*_args, **_named):
+        raise error
+
+    return refused
+
+
+REFUSALS = {
+    "folder": (Path, "mkdir", PermissionError(errno.EACCES, "Permission denied")),
+    "file": (utils, "open", OSError(errno.EROFS, "Read-only file system")),
+    "full disk": (np, "save", OSError("216 requested and 0 written")),  # so NumPy tells it: without a number
+    "moving in": (os, "replace", OSError(errno.EIO, "Input/output error")),
+}
+
+
+@pytest.mark.parametrize("module, function, error", REFUSALS.values(), ids=REFUSALS.keys())
+def test_unwritable_cache_is_told_in_one_line(tiny, monkeypatch, capsys, module, function, error):
+    expected = [uncached_tasks(tiny), uncached_tasks(tiny)]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, refuse(error), raising=False)
+        source = ImageTasks(TINY, tiny, ("train", "test"), 2, 1, 1)
+    assert_same(source.draw(0, "test", 0, 40), expected[0])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert str(tiny / ".cache") in printed
+    assert (error.strerror or str(error)) in printed
+    assert not list(tiny.glob(".cache/*"))
+    assert_same(tiny_tasks(tiny), expected[1])
+
+
+def test_file_in_the_cache_s_place(tiny, capsys):
+    expected = uncached_tasks(tiny)
+    (tiny / ".cache").write_text("a file of the user's")
+    assert_same(tiny_tasks(tiny), expected)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert (tiny / ".cache").read_text() == "a file of the user's"
+
+
+@pytest.mark.parametrize("moved", [0, 1], ids=["before the array", "between array and index"])
+def test_killed_while_the_cache_is_written(tiny, monkeypatch, moved):
+    """The kill falls where the array is of other images than the last index; then those images return."""
+    expected = tiny_tasks(tiny)
+    original = tiny.with_name("original")
+    shutil.copytree(tiny / "test", original)
+    CHANGES["other pixels"](tiny / "test")
+
+    class Killed(BaseException):
+        pass
+
+    replace, done = os.replace, []
+
+    def replace_until_killed(source, target):
+        if len(done) == moved:
+            raise Killed
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_until_killed)
+        tiny_tasks(tiny)
+    assert len(done) == moved
+    changed = tiny.with_name("changed")
+    shutil.copytree(tiny, changed)
+    assert_same(tiny_tasks(changed), uncached_tasks(changed))
+
+    shutil.rmtree(tiny / "test")
+    shutil.copytree(original, tiny / "test")  # with the times of its files
+    assert_same(tiny_tasks(tiny), expected)
+
+
+# Errors: one line that names the thing, its value and the way out.
+
+
+def error_of(folder: Path, images=TINY, splits=("test",), way=2, shot=1, query=1) -> str:
+    with pytest.raises(InputError) as raised:
+        ImageTasks(images, folder, splits, way, shot, query)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("images", [OMNIGLOT, MINIIMAGENET], ids=["omniglot", "miniimagenet"])
+def test_no_folder(tmp_path, images):
+    for folder in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").write_text("a file where a folder is to be")
+        message = error_of(folder, images)
+        assert f"no data folder {folder}" in message
+        assert images.prepare in message
+        assert "--data_path" in message
+        assert (ROOT / images.prepare).is_file()
+
+
+@pytest.mark.parametrize("images", [OMNIGLOT, MINIIMAGENET], ids=["omniglot", "miniimagenet"])
+def test_empty_folder(tmp_path, images):
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    (tmp_path / "notes.txt").write_text("no image")
+    message = error_of(tmp_path, images)
+    assert f"no images in {tmp_path if images.split_list else tmp_path / 'test'}:" in message
+    assert "class folders of .png or .jpg files" in message
+    assert images.prepare in message
+
+
+def test_split_without_a_folder(tiny):
+    assert f"no images in {tiny / 'val'}:" in error_of(tiny, splits=("train", "val"))
+
+
+def test_too_few_classes(tiny):
+    message = error_of(tiny, way=4)
+    assert "--num_classes=4" in message
+    assert f"the test split of {tiny} has 3 classes" in message
+    assert "lower it" in message
+    tiny_tasks(tiny, way=3)
+
+
+def test_too_few_images_in_a_class(tiny):
+    for file in ("1.png", "2.png", "3.png"):
+        (tiny / "test" / "c" / file).unlink()
+    (tiny / "test" / "b" / "3.png").unlink()
+    message = error_of(tiny, shot=2, query=2)
+    assert f"class c (test) in {tiny} has 1 images, but a task takes 4 of each class" in message
+    assert "--update_batch_size" in message
+    assert "--num_query" in message
+    ImageTasks(TINY, tiny, ("train",), 2, 2, 2)  # 4 are enough, and the split with too few is not asked for
+    assert "class a (train)" in error_of(tiny, splits=("train", "test"), shot=2, query=3)
+
+
+def png_of_enormous_size() -> bytes:
+    """A PNG that says it is 60,000 pixels wide and high: refused by Pillow before it fills the memory."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+UNREADABLE = {"empty": b"", "text": b"no image at all\n" * 20, "enormous": png_of_enormous_size()}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_unreadable_image(tiny, content):
+    expected = tiny_tasks(tiny)
+    file = tiny / "test" / "b" / "2.png"
+    whole, status = file.read_bytes(), file.stat()
+    file.write_bytes(content)
+    message = error_of(tiny)
+    assert f"cannot read image {file} of class b:" in message
+    assert "replace or delete it" in message
+    file.write_bytes(whole)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert_same(tiny_tasks(tiny), expected)
+
+
+def test_link_to_an_image_that_is_gone(tiny):
+    file = tiny / "test" / "b" / "2.png"
+    file.unlink()
+    file.symlink_to(tiny / "gone.png")
+    message = error_of(tiny)
+    assert f"cannot read image {file} of class b:" in message
+    assert "replace or delete it" in message
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_truncated_image_is_never_taken_for_a_whole_one(tmp_path, ending):
+    file = tmp_path / "test" / "a" / f"0{ending}"
+    save_image(file, seed=0, size=(16, 16))
+    with Image.open(file) as image:
+        whole = np.asarray(image).ravel()
+    content = file.read_bytes()
+    images = TINY._replace(size=(16, 16))
+    refused = 0
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        try:
+            pixels = data_generator._image(file, images)
+        except InputError as error:
+            refused += 1
+            assert f"cannot read image {file} of class a:" in str(error)
+            assert "\n" not in str(error)
+        else:  # only what follows the pixels was missing
+            np.testing.assert_array_equal(pixels.ravel(), whole)
+    assert refused >= len(content) - 20  # the checksums and the end of a PNG
+
+
+def test_image_of_another_size(tiny):
+    file = tiny / "test" / "b" / "2.png"
+    save_image(file, seed=0, size=(2, 3))
+    message = error_of(tiny)
+    assert f"image {file} is 2x3 pixels, not 3x2" in message
+    assert TINY.prepare in message
+
+
+# Omniglot's splits.
+
+
+def test_published_split_is_the_rule_s():
+    """The original's data_generator.py, its listing sorted: shuffled by seed 1, cut at 1,100 and 1,200."""
+    assert len(set(CHARACTERS)) == len(CHARACTERS) == 1623
+    assert [len(PUBLISHED[split]) for split in SPLITS] == [1100, 100, 423]
+    shuffled = sorted(CHARACTERS)
+    Random(1).shuffle(shuffled)
+    assert shuffled == CHARACTERS
+
+
+def test_published_split_has_the_published_characters(shared):
+    names = set()
+    for archive in ("images_background", "images_evaluation"):
+        with zipfile.ZipFile(shared / "data" / "omniglot" / f"{archive}.zip") as opened_archive:
+            drawings = [Path(name) for name in opened_archive.namelist() if name.endswith(".png")]
+        names |= {f"{path.parts[-3]}/{path.parts[-2]}" for path in drawings}
+    assert names == set(CHARACTERS)
+
+
+def blank_omniglot(folder: Path, names) -> Path:
+    """Character folders of two drawings each, all of them links to one blank image."""
+    folder.mkdir()
+    blank = folder / "blank"
+    Image.new("1", OMNIGLOT.size, 1).save(blank, "png")
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for drawing in ("0.png", "1.png"):
+            os.link(blank, folder / name / drawing)
+    return folder
+
+
+def test_complete_omniglot_has_the_published_split(tmp_path, capsys):
+    folder = blank_omniglot(tmp_path / "omniglot", CHARACTERS)
+    classes = ImageTasks(OMNIGLOT, folder, SPLITS, 20, 1, 1).classes
+    assert {split: classes[split].names for split in SPLITS} == {split: sorted(PUBLISHED[split]) for split in SPLITS}
+    assert capsys.readouterr().out == ""
+
+
+def test_part_of_omniglot_keeps_its_places_and_says_so(tmp_path, capsys):
+    part = {split: [name for name in PUBLISHED[split] if name < "C"] for split in SPLITS}
+    total = sum(map(len, part.values()))
+    folder = blank_omniglot(tmp_path / "omniglot", [name for split in SPLITS for name in part[split]])
+    classes = ImageTasks(OMNIGLOT, folder, SPLITS, 5, 1, 1).classes
+    assert {split: classes[split].names for split in SPLITS} == {split: sorted(part[split]) for split in SPLITS}
+    assert capsys.readouterr().out == (
+        f"{folder} has {total} of the 1,623 published classes: each stays in its published split.\n"
+    )
+
+
+def test_split_without_classes(tmp_path):
+    folder = blank_omniglot(tmp_path / "omniglot", PUBLISHED["train"][:10])
+    ImageTasks(OMNIGLOT, folder, ("train",), 5, 1, 1)
+    assert "the test split of" in error_of(folder, OMNIGLOT, ("train", "test"), way=5)
+
+
+@pytest.mark.parametrize("stranger", ["Klingon/character01", "another"])
+def test_one_foreign_name_splits_all_by_the_rule(tmp_path, capsys, stranger):
+    names = [*PUBLISHED["train"][:28], stranger, *PUBLISHED["test"][:11]]
+    folder = blank_omniglot(tmp_path / "omniglot", names)
+    classes = ImageTasks(OMNIGLOT, folder, SPLITS, 2, 1, 1).classes
+    shuffled = sorted(names)
+    Random(1).shuffle(shuffled)
+    assert classes["train"].names == sorted(shuffled[:27])  # 40 * 1,100 / 1,623
+    assert classes["val"].names == sorted(shuffled[27:29])
+    assert classes["test"].names == sorted(shuffled[29:])
+    assert capsys.readouterr().out == (
+        f"{folder} has 40 classes, not the 1,623 published: split 27/2/11 by a seed-1 shuffle.\n"
+    )
+    assert ImageTasks(OMNIGLOT, folder, ("test",), 2, 1, 1).classes["test"].names == classes["test"].names
+
+
+def test_tasks_of_real_omniglot(shared, tmp_path, capsys):
+    """Five alphabets from the published archive, through the script that prepares them."""
+    archive, folder = shared / "data" / "omniglot" / "images_background_small1.zip", tmp_path / "omniglot"
+    subprocess.run([sys.executable, ROOT / OMNIGLOT.prepare, archive, "--out", folder], check=True, capture_output=True)
+    source = ImageTasks(OMNIGLOT, folder, SPLITS, 5, 1, 1)
+    assert "has 136 of the 1,623 published classes" in capsys.readouterr().out
+    assert [len(source.classes[split].names) for split in SPLITS] == [93, 10, 33]
+    for split in SPLITS:
+        assert set(source.classes[split].names) <= set(PUBLISHED[split])
+        assert set(source.classes[split].counts) == {20}
+        tasks = source.draw(0, split, 0, 20)
+        assert set(np.unique(tasks.support_x)) == {0, 1}  # binary as published
+        assert 0 < tasks.support_x.mean() < 0.3  # ink is 1
+        assert_drawn_from(tasks, 5, OMNIGLOT, {name: folder / name for name in source.classes[split].names})
+
+
+# The sinusoid.
+
+
+def sines(tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
+    """x (with what the oracle adds) and y of all points, [T, K + Q, width], in float64."""
+    x = np.concatenate([tasks.support_x, tasks.query_x], 1).astype(float)
+    return x, np.concatenate([tasks.support_y, tasks.query_y], 1).astype(float)
+
+
+@pytest.mark.parametrize("shot, query", [(1, 1), (5, 5), (10, 10), (3, 8)])
+def test_sinusoid_is_a_sine(shot, query):
+    oracle = SinusoidTasks(shot, query, oracle=True).draw(3, "train", 7, 50)
+    assert [part.shape for part in oracle] == [(50, shot, 3), (50, shot, 1), (50, query, 3), (50, query, 1)]
+    assert all(part.dtype == np.float32 for part in oracle)
+    x, y = sines(oracle)
+    amplitude, phase = x[:, :, 1], x[:, :, 2]
+    assert (amplitude == amplitude[:, :1]).all()
+    assert (phase == phase[:, :1]).all()
+    np.testing.assert_allclose(y[:, :, 0], amplitude * np.sin(x[:, :, 0] - phase), atol=1e-5)
+
+    plain = SinusoidTasks(shot, query).draw(3, "train", 7, 50)
+    assert_same(plain, Tasks(oracle.support_x[..., :1], oracle.support_y, oracle.query_x[..., :1], oracle.query_y))
+
+
+def test_draws_of_the_sinusoid_are_uniform():
+    x, _ = sines(SinusoidTasks(2, 2, oracle=True).draw(0, "train", 0, 20_000))
+    columns = {"amplitude": (x[:, 0, 1], 0.1, 5), "phase": (x[:, 0, 2], 0, np.pi)}
+    columns |= {f"x{i}": (x[:, i, 0], -5, 5) for i in range(4)}
+    for values, low, high in columns.values():
+        near = (high - low) / 1000
+        assert low - 1e-6 <= values.min() < low + near
+        assert high - near < values.max() <= high + 1e-6
+        assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > 1e-4
+    for (one, (a, *_)), (other, (b, *_)) in product(columns.items(), repeat=2):
+        if one < other:
+            assert stats.spearmanr(a, b).pvalue > 1e-5
+        assert stats.spearmanr(a[:-1], b[1:]).pvalue > 1e-5  # nor does the next task depend on this one
+
+
+@given(st.integers(1, 6), st.integers(1, 6), seeds, splits, firsts, st.lists(st.integers(1, 4), min_size=2, max_size=4))
+@settings(deadline=None)
+def test_sinusoid_does_not_depend_on_the_meta_batch(shot, query, seed, split, first, batches):
+    assert_drawn_in_batches(SinusoidTasks(shot, query, oracle=True), seed, split, first, batches)
+
+
+def test_sinusoid_test_tasks_are_pinned():
+    """The first of the 600 tasks that every sinusoid error is a mean over: they must never change."""
+    x, y = sines(SinusoidTasks(10, 10, oracle=True).draw(0, "test", 0, 4))
+    digits = np.rint(np.concatenate([x, y], 2) * 1e4).astype(int)
+    digest = hashlib.sha256(" ".join(map(str, digits.ravel())).encode()).hexdigest()
+    assert digest == "0d06b8830fe123464a5513670b63862ab2278131d56a02bea33e0d6afaa475fc"

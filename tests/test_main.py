@@ -1,0 +1,872 @@
+"""Whole runs: main with the flags of a command line, on generated images, and what a user finds afterwards."""
+
+import contextlib
+import csv
+import functools
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import flagsaver
+from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+import main
+import networks
+import runs
+from data_generator import DATASETS, SPLITS, ImageTasks
+from maml import MAML, Curve
+from utils import accuracy, xent
+
+PROGRAM = Path(main.__file__)
+NUMBER = r"-?\d\S*"
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def start(*arguments: object) -> Ended:
+    """What `python main.py <arguments>` does, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main._run(main._parse(["main.py", *map(str, arguments)]))
+        except SystemExit as end:
+            code = end.code
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run(*arguments: object) -> str:
+    """The same, to a good end; returns what it prints."""
+    ended = start(*arguments)
+    assert (ended.code, ended.err) == (0, "")
+    return ended.out
+
+
+def refusal(*arguments: object) -> str:
+    """The same, with bad input; returns the one line that says so."""
+    ended = start(*arguments)
+    assert ended.code in (1, 2)
+    (line,) = ended.err.splitlines()
+    assert line.startswith("main.py: ")
+    return line
+
+
+def spawn(*command: object, **options) -> subprocess.Popen:
+    """A process of its own, where that matters."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
+
+
+def end(process: subprocess.Popen) -> Ended:
+    """Waits for it. TensorFlow's own lines about how it starts are left out."""
+    out, err = process.communicate(timeout=60)
+    err = [line for line in err.splitlines() if not re.match(r"[IWE]\d{4} |WARNING: All log messages before", line)]
+    return Ended(process.returncode, out, "\n".join(err))
+
+
+def only_run(logdir: Path) -> Path:
+    (folder,) = logdir.iterdir()
+    return folder
+
+
+def models(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.index"))
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def variables(folder: Path, model: str) -> dict[str, np.ndarray]:
+    """All that a checkpoint holds: weights, both optimizers' moments and counts, and the step."""
+    reader = tf.train.load_checkpoint(str(folder / model))
+    names = [name for name in reader.get_variable_to_shape_map() if name != "_CHECKPOINTABLE_OBJECT_GRAPH"]
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def assert_same_ending(one: Path, other: Path) -> None:
+    """The last checkpoints of two runs are equal bit for bit."""
+    model, other_model = (Path(runs.Run(folder).checkpoint()).name for folder in (one, other))
+    assert model == other_model
+    left, right = (variables(folder, model) for folder in (one, other))
+    assert left.keys() == right.keys()
+    assert {"weights", "meta_optimizer", "pretrain_optimizer", "step"} <= {name.split("/")[0] for name in left}
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """tag -> (step, value), in the order in which TensorBoard's reader meets them."""
+    found = defaultdict(list)
+    # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
+    paths = sorted(folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    for path in paths:
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found[value.tag].append((event.step, tf.make_ndarray(value.tensor).item()))
+    return dict(found)
+
+
+def curve_tags(prefix: str, metrics: tuple[str, ...], updates: int) -> set[str]:
+    """The original's names (SEMANTICS, section 6)."""
+    after = {f"{prefix}_Post-update_{metric}__step_{j}" for metric in metrics for j in range(1, updates + 1)}
+    return after | {f"{prefix}_Pre-update_{metric}" for metric in metrics}
+
+
+def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
+    header, *rows = csv.reader(path.read_text().splitlines())
+    return header, np.array(rows, float)
+
+
+def read_pickle(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return pickle.load(file)["mses"]
+
+
+@pytest.fixture(scope="module")
+def omniglot(omniglot_like, tmp_path_factory) -> Path:
+    """The generated characters under published names, 20 in each split: enough for 20-way tasks everywhere."""
+    root = tmp_path_factory.mktemp("omniglot")
+    published = json.loads((PROGRAM.parent / "data" / "splits" / "omniglot.json").read_text())
+    drawn = sorted(omniglot_like.glob("*/*"))
+    for split in SPLITS:
+        for name, folder in zip(published[split][:20], drawn, strict=False):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).symlink_to(folder)
+    return root
+
+
+@pytest.fixture
+def few_test_tasks(monkeypatch):
+    """Four tasks at test, not 600, where their number does not matter."""
+    monkeypatch.setattr(main, "TEST_TASKS", 4)
+    monkeypatch.setattr(main, "EVALUATION_CHUNK", 4)
+
+
+@pytest.fixture(scope="module")
+def uncompiled():
+    """From here to the end, runs of a few steps: to compile them would take longer than to take them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MAML, "many_steps", tf.function(MAML.many_steps.python_function, autograph=False))
+        yield
+
+
+@pytest.fixture
+def small(omniglot) -> list[str]:
+    """Omniglot 5-way 1-shot with a network and a meta-batch that cost little."""
+    return small_flags(omniglot)
+
+
+def small_flags(omniglot: Path) -> list[str]:
+    return [
+        *("--datasource=omniglot", f"--data_path={omniglot}", "--num_filters=4", "--meta_batch_size=2"),
+        *("--update_batch_size=1", "--update_lr=0.4", "--val_tasks=20"),
+    ]
+
+
+# -- the documented commands ------------------------------------------------------------------------------------------
+
+SINUSOID = "--datasource=sinusoid --logdir=logs/sine/ "
+MINIIMAGENET = "--datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 "
+DOCUMENTED = {
+    SINUSOID + "--metatrain_iterations=70000 --norm=None --update_batch_size=10": (
+        "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm",
+        "ubs10_stepsize0.001",
+        [1, 5, 10],
+    ),
+    SINUSOID
+    + "--pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10 --baseline=oracle": (
+        "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001oraclenonorm",
+        "ubs10_stepsize0.001",
+        [1, 5, 10],
+    ),
+    # Ours has a suffix: the original lets this one share the first one's folder.
+    SINUSOID + "--pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10": (
+        "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.pretrain",
+        "ubs10_stepsize0.001",
+        [1, 5, 10],
+    ),
+    "--datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 "
+    "--num_updates=1 --logdir=logs/omniglot5way/": (
+        "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm",
+        "ubs1_stepsize0.4",
+        [3],
+    ),
+    "--datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=16 --update_batch_size=1 --num_classes=20 "
+    "--update_lr=0.1 --num_updates=5 --logdir=logs/omniglot20way/": (
+        "cls_20.mbs_16.ubs_1.numstep5.updatelr0.1batchnorm",
+        "ubs1_stepsize0.1",
+        [5],
+    ),
+    MINIIMAGENET + "--update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 "
+    "--logdir=logs/miniimagenet1shot/ --num_filters=32 --max_pool=True": (
+        "cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm",
+        "ubs1_stepsize0.01",
+        [10],
+    ),
+    MINIIMAGENET + "--update_batch_size=5 --update_lr=0.01 --num_updates=5 --num_classes=5 "
+    "--logdir=logs/miniimagenet5shot/ --num_filters=32 --max_pool=True": (
+        "cls_5.mbs_4.ubs_5.numstep5.updatelr0.01hidden32maxpoolbatchnorm",
+        "ubs5_stepsize0.01",
+        [10],
+    ),
+}
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_documented_command(command, few_test_tasks, omniglot, miniimagenet_like, tmp_path):
+    name, results, paper = DOCUMENTED[command]
+    iterations = 3 if "sinusoid" in command else 1
+    flags = re.sub("iterations=[67]0000", f"iterations={iterations}", command)
+    flags = flags.replace("--logdir=", f"--logdir={tmp_path}/").split()
+    if "sinusoid" not in command:
+        flags.append(f"--data_path={omniglot if 'omniglot' in command else miniimagenet_like}")
+
+    assert "\nDone initializing, starting training.\n" in run(*flags)
+    folder = only_run(only_run(tmp_path / "logs"))
+    assert folder.name == name
+    assert models(folder) == [f"model{iterations - 1}"]
+
+    printed = run(*flags, "--train=False", "--test_set=True")
+    assert f"Restoring model weights from {folder / f'model{iterations - 1}'}\n" in printed
+    title = "Mean validation accuracy/loss, stddev, and confidence intervals"
+    assert re.search(rf"^{title}\n\(array\(.*\), array\(.*\), array\(.*\)\)$", printed, re.MULTILINE | re.DOTALL)
+    header, (means, stds, ci95) = read_csv(folder / f"test_{results}.csv")
+    assert header == [f"update{j}" for j in range(11)]
+    values = read_pickle(folder / f"test_{results}.pkl")
+    assert values.shape == (4, 11)
+    np.testing.assert_allclose(means, values.mean(0))
+    np.testing.assert_allclose(stds, values.std(0), atol=1e-12)
+    np.testing.assert_allclose(ci95, 1.96 * values.std(0) / 2, atol=1e-12)
+    (entry,) = json.loads((folder / "results.json").read_text())
+    assert entry["split"] == "test"
+    assert entry["checkpoint"] == f"model{iterations - 1}"
+    assert [result["updates"] for result in entry["results"] if result["the_papers_number"]] == paper
+    np.testing.assert_allclose([result["mean"] for result in entry["results"]], means)
+
+
+def test_the_originals_flags_keep_their_defaults():
+    defaults = {
+        **{"datasource": "sinusoid", "num_classes": 5, "baseline": None, "pretrain_iterations": 0},
+        **{"metatrain_iterations": 15000, "meta_batch_size": 25, "meta_lr": 0.001, "update_batch_size": 5},
+        **{"update_lr": 1e-3, "num_updates": 1, "norm": "batch_norm", "num_filters": 64, "conv": True},
+        **{"max_pool": False, "stop_grad": False, "log": True, "logdir": "/tmp/data", "resume": True, "train": True},
+        **{"test_iter": -1, "test_set": False, "train_update_batch_size": -1, "train_update_lr": -1},
+    }
+    assert len(defaults) == 23
+    assert {name: main.FLAGS[name].default for name in defaults} == defaults
+
+
+# -- what a run prints and writes -------------------------------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    flags: list[str]
+    folder: Path
+    printed: list[str]
+
+
+def finished(logdir: Path, *flags: str) -> Finished:
+    flags = [f"--logdir={logdir}", *flags]
+    printed = run(*flags).splitlines()
+    return Finished(flags, only_run(logdir), printed)
+
+
+@pytest.fixture(scope="module")
+def sinusoid_run(tmp_path_factory) -> Finished:
+    flags = "--pretrain_iterations=1100", "--metatrain_iterations=902", "--norm=None"
+    return finished(tmp_path_factory.mktemp("sine"), *flags)
+
+
+@pytest.fixture(scope="module")
+def omniglot_run(omniglot, tmp_path_factory) -> Finished:
+    flags = *small_flags(omniglot), "--metatrain_iterations=510", "--save_interval=500"
+    return finished(tmp_path_factory.mktemp("omniglot5way"), *flags)
+
+
+def printed_means(folder: Path, tags: tuple[str, str], steps: range) -> str:
+    """Two means over the summaries at these steps, as a line shows them."""
+    found = scalars(folder)
+    return ", ".join(f"{np.mean([value for step, value in found[tag] if step in steps]):.6g}" for tag in tags)
+
+
+def test_the_lines_of_a_sinusoid_run(sinusoid_run):
+    """Every 1,000 iterations, the mean of the losses since the last line; pretraining counts in neither number."""
+    tags = "metatrain_Pre-update_loss", "metatrain_Post-update_loss__step_1"
+    started = sinusoid_run.printed.index("Done initializing, starting training.")
+    assert sinusoid_run.printed[started + 1 : -1] == [
+        f"Pretrain Iteration 1000: {printed_means(sinusoid_run.folder, tags, range(0, 1001))}",
+        f"Iteration 900: {printed_means(sinusoid_run.folder, tags, range(1001, 2001))}",
+    ]
+    for line in sinusoid_run.printed[started + 1 : -1]:
+        assert re.fullmatch(rf"(Pretrain )?Iteration \d+: {NUMBER}, {NUMBER}", line)
+
+
+def test_the_lines_of_an_image_run(omniglot_run):
+    """Every 100 iterations accuracies on training tasks, every 500 on validation tasks."""
+    after = "Post-update_accuracy__step_1"
+    train, val = (
+        functools.partial(printed_means, omniglot_run.folder, (f"{prefix}_Pre-update_accuracy", f"{prefix}_{after}"))
+        for prefix in ("metatrain", "metaval")
+    )
+    started = omniglot_run.printed.index("Done initializing, starting training.")
+    assert omniglot_run.printed[started + 1 : -1] == [
+        f"Iteration 100: {train(range(0, 101))}",
+        *(f"Iteration {last}: {train(range(last, last + 1))}" for last in (200, 300, 400, 500)),
+        f"Validation results: {val(range(500, 501))}",
+    ]
+
+
+def test_checkpoints_come_every_1000_iterations_and_at_the_end(sinusoid_run, omniglot_run):
+    assert models(sinusoid_run.folder) == ["model1000", "model2000", "model2001"]
+    assert models(omniglot_run.folder) == ["model500", "model509"]  # --save_interval=500
+
+
+def test_the_events_of_a_sinusoid_run(sinusoid_run):
+    """A summary every 100 iterations, 0 and pretraining included; losses alone, and no validation."""
+    found = scalars(sinusoid_run.folder)
+    assert found.keys() == curve_tags("metatrain", ("loss",), 5)
+    for points in found.values():
+        assert [step for step, _ in points] == list(range(0, 2001, 100))
+
+
+def test_the_events_of_an_image_run(omniglot_run):
+    found = scalars(omniglot_run.folder)
+    train = curve_tags("metatrain", ("loss", "accuracy"), 10)
+    assert found.keys() == train | curve_tags("metaval", ("loss", "accuracy"), 1)
+    for tag, points in found.items():
+        assert [step for step, _ in points] == (list(range(0, 501, 100)) if tag in train else [500])
+
+
+def evaluated(run: Finished, model: str, split: str, shot: int, inner_lr: float, count: int, steps: int) -> Curve:
+    """What main has to find on tasks 0 .. count - 1 of the small Omniglot, put together by hand."""
+    (folder,) = (Path(flag.split("=")[1]) for flag in run.flags if flag.startswith("--data_path="))
+    network = networks.conv4((28, 28), 1, 5, 4, max_pool=False, norm="batch_norm", mean_head=True)
+    maml = MAML(network, functools.partial(xent, shot=shot), accuracy, inner_lr=inner_lr, inner_steps=1)
+    runs.Run(run.folder).restore(maml, str(run.folder / model))
+    tasks = ImageTasks(DATASETS["omniglot"].images, folder, (split,), 5, shot, shot).draw(0, split, 0, count)
+    return maml.evaluate(tasks, steps)
+
+
+def test_validation_is_of_as_many_tasks_as_said(omniglot_run):
+    """--val_tasks=20, always the same ones, and of the state that model500 holds."""
+    curve = evaluated(omniglot_run, "model500", "val", shot=1, inner_lr=0.4, count=20, steps=1)
+    found = {tag: points[0][1] for tag, points in scalars(omniglot_run.folder).items() if tag.startswith("metaval_")}
+    for metric, values in (("loss", curve.losses), ("accuracy", curve.accuracies)):
+        means = [found[f"metaval_Pre-update_{metric}"], found[f"metaval_Post-update_{metric}__step_1"]]
+        np.testing.assert_allclose(means, np.mean(values, 0), rtol=1e-4)
+
+
+def test_validation_and_test_have_files_of_their_own(sinusoid_run, tmp_path):
+    """600 tasks of the split; --results_dir takes the files, and the run folder is left alone."""
+    before = contents(sinusoid_run.folder)
+    results = tmp_path / "a" / "b"
+    flags = *sinusoid_run.flags, "--train=False", f"--results_dir={results}"
+    run(*flags)
+    run(*flags, "--test_set=True")
+    assert sorted(path.name for path in results.iterdir()) == [
+        "results.json",
+        *("test_ubs5_stepsize0.001.csv", "test_ubs5_stepsize0.001.pkl"),
+        *("val_ubs5_stepsize0.001.csv", "val_ubs5_stepsize0.001.pkl"),
+    ]
+    assert contents(sinusoid_run.folder) == before
+    val, test = (read_pickle(results / f"{split}_ubs5_stepsize0.001.pkl") for split in ("val", "test"))
+    assert val.shape == test.shape == (600, 11)
+    assert not np.array_equal(val, test)
+    entries = json.loads((results / "results.json").read_text())
+    assert [(entry["split"], entry["tasks"]) for entry in entries] == [("val", 600), ("test", 600)]
+
+    printed = run(*flags, "--test_set=True", "--num_query=3")  # other tasks, so a file of their own
+    assert str(results / "test_ubs5_stepsize0.001_query3.csv") in printed
+    assert not np.array_equal(read_pickle(results / "test_ubs5_stepsize0.001_query3.pkl"), test)
+    np.testing.assert_array_equal(read_pickle(results / "test_ubs5_stepsize0.001.pkl"), test)
+
+
+def test_another_shot_and_step_size_at_test(omniglot_run, few_test_tasks, tmp_path):
+    """K and alpha of the test stand in the file's name and take effect; those of training name the folder."""
+    flags = [flag for flag in omniglot_run.flags if not flag.startswith("--update_")]
+    flags += ["--train=False", "--test_set=True", f"--results_dir={tmp_path}"]
+    flags += ["--update_batch_size=5", "--train_update_batch_size=1", "--update_lr=0.1", "--train_update_lr=0.4"]
+    run(*flags)
+    values = read_pickle(tmp_path / "test_ubs5_stepsize0.1.pkl")
+
+    curve = evaluated(omniglot_run, "model509", "test", shot=5, inner_lr=0.1, count=4, steps=10)
+    np.testing.assert_allclose(values, curve.accuracies, atol=1e-6)
+    (entry,) = json.loads((tmp_path / "results.json").read_text())
+    assert (entry["support_examples_a_class_K"], entry["query_examples_a_class_Q"]) == (5, 5)
+    assert entry["inner_step_size_alpha"] == 0.1
+
+
+def test_an_earlier_checkpoint(sinusoid_run, few_test_tasks, tmp_path):
+    means = {}
+    for iteration in (1000, 2001, -1):
+        results = tmp_path / str(iteration)
+        flags = "--train=False", "--test_set=True", f"--test_iter={iteration}", f"--results_dir={results}"
+        assert f"model{2001 if iteration == -1 else iteration}\n" in run(*sinusoid_run.flags, *flags)
+        means[iteration] = read_csv(results / "test_ubs5_stepsize0.001.csv")[1][0]
+    np.testing.assert_array_equal(means[2001], means[-1])  # and the tasks are always the same ones
+    assert not np.array_equal(means[1000], means[-1])
+
+
+def test_the_released_model(shared, miniimagenet_like, few_test_tasks, tmp_path):
+    """The original's TensorFlow 1 checkpoint, found by its file name where it lies."""
+    flags = (
+        *("--datasource=miniimagenet", "--update_batch_size=1", "--num_updates=5", "--update_lr=0.01"),
+        *("--meta_batch_size=4", "--num_filters=32", "--max_pool", f"--logdir={shared / 'data' / 'maml_checkpoint'}"),
+        *(f"--data_path={miniimagenet_like}", "--train=False", f"--results_dir={tmp_path}"),
+    )
+    assert "updatelr0.01hidden32maxpoolbatchnorm/model59000\n" in run(*flags, "--test_iter=59000")
+    (entry,) = json.loads((tmp_path / "results.json").read_text())
+    assert entry["checkpoint"] == "model59000"
+    assert entry["results"][10]["mean"] > 0.9  # classes that are colours
+
+
+# -- killed, stopped, resumed -----------------------------------------------------------------------------------------
+
+BOTH_PHASES = "--pretrain_iterations=300", "--metatrain_iterations=300", "--norm=None", "--save_interval=250"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Finished:
+    return finished(tmp_path_factory.mktemp("uninterrupted"), *BOTH_PHASES)
+
+
+def test_kill_and_resume(uninterrupted, tmp_path):
+    """kill -9 at the summary of iteration 500, when model250 is the latest: the second run ends as if it were one."""
+    killed = (
+        "import os, signal, sys, main\n"
+        "log_curve = main.log_curve\n"
+        "def kill(writer, iteration, *curve):\n"
+        "    if iteration == 500: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    log_curve(writer, iteration, *curve)\n"
+        "main.log_curve = kill\n"
+        "main._run(main._parse(sys.argv))\n"
+    )
+    flags = f"--logdir={tmp_path}", *BOTH_PHASES
+    assert end(spawn("-c", killed, *flags, cwd=PROGRAM.parent)).code == -signal.SIGKILL
+    folder = only_run(tmp_path)
+    assert models(folder) == ["model250"]
+    assert max(step for points in scalars(folder).values() for step, _ in points) > 250  # to be dropped
+
+    printed = run(*flags)
+    assert f"Restoring model weights from {folder / 'model250'}\n" in printed
+    assert "iterations 251 to 599." in printed
+    assert models(folder) == ["model250", "model500", "model599"]
+    assert_same_ending(folder, uninterrupted.folder)
+    assert scalars(folder) == scalars(uninterrupted.folder)
+
+
+def signal_at(monkeypatch, iteration: int, *numbers: int) -> None:
+    """These signals arrive while the summary of an iteration is written."""
+
+    def log_curve(writer, at, *curve, log_curve=main.log_curve):
+        if at == iteration:
+            for number in numbers:
+                signal.raise_signal(number)
+        log_curve(writer, at, *curve)
+
+    monkeypatch.setattr(main, "log_curve", log_curve)
+
+
+def saved_by(number: signal.Signals, stopped: Ended) -> Path:
+    """The checkpoint that a stopped run names; it says how to go on, and its exit code is the signal's."""
+    assert (stopped.code, stopped.err) == (128 + number, "")
+    message = rf"Stopped by {number.name}.*, saved in (\S+)\. The same command goes on from there\."
+    return Path(re.fullmatch(message, stopped.out.splitlines()[-1])[1])
+
+
+@pytest.mark.parametrize(("number", "iteration"), [(signal.SIGTERM, 100), (signal.SIGINT, 400)])
+def test_stop_and_resume(uninterrupted, monkeypatch, tmp_path, number, iteration):
+    """Stopped in pretraining and in meta-training: saved at once, and the same command goes on."""
+    flags = f"--logdir={tmp_path}", *BOTH_PHASES
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signal_at(patch, iteration, number)
+        prefix = saved_by(number, start(*flags))
+    assert signal.getsignal(number) is before
+    folder = only_run(tmp_path)
+    assert str(prefix) == runs.Run(folder).checkpoint()
+    assert prefix.name in (f"model{iteration - 1}", f"model{iteration}")
+    assert f"Restoring model weights from {prefix}\n" in run(*flags)
+    assert_same_ending(folder, uninterrupted.folder)
+    assert scalars(folder) == scalars(uninterrupted.folder)
+
+
+def test_stop_before_the_first_step(uninterrupted, monkeypatch, tmp_path):
+    """Where most time passes before anything is done: while the first programs are compiled."""
+    flags = f"--logdir={tmp_path}", *BOTH_PHASES
+    with monkeypatch.context() as patch:
+        signal_at(patch, 0, signal.SIGINT)
+        stopped = start(*flags)
+    assert (stopped.code, stopped.err) == (128 + signal.SIGINT, "")
+    assert set(models(only_run(tmp_path))) <= {"model0"}
+    run(*flags)
+    assert_same_ending(only_run(tmp_path), uninterrupted.folder)
+    assert scalars(only_run(tmp_path)) == scalars(uninterrupted.folder)
+
+
+def test_stop_and_resume_on_images(omniglot_run, monkeypatch, tmp_path):
+    flags = *omniglot_run.flags, f"--logdir={tmp_path}"
+    with monkeypatch.context() as patch:
+        signal_at(patch, 400, signal.SIGTERM)
+        prefix = saved_by(signal.SIGTERM, start(*flags))
+    assert f"Restoring model weights from {prefix}\n" in run(*flags)
+    assert_same_ending(only_run(tmp_path), omniglot_run.folder)
+    assert scalars(only_run(tmp_path)) == scalars(omniglot_run.folder)
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch, tmp_path):
+    signal_at(monkeypatch, 100, signal.SIGINT, signal.SIGINT)
+    ended = start(f"--logdir={tmp_path}", *BOTH_PHASES)
+    assert (ended.code, ended.err) == (128 + signal.SIGINT, "")
+    assert models(only_run(tmp_path)) == []
+
+
+def test_ctrl_c_at_any_time(tmp_path):
+    """In a process of its own, at no special iteration; and the rest is done in another."""
+    flags = "--norm=None", "--save_interval=50"
+    process = spawn(PROGRAM, *flags, "--metatrain_iterations=10000000", "--logdir=stopped", cwd=tmp_path)
+    for _ in range(600):
+        if list(tmp_path.glob("stopped/*/model*.index")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    prefix = tmp_path / saved_by(signal.SIGINT, end(process))
+    assert str(prefix) == runs.Run(only_run(tmp_path / "stopped")).checkpoint()
+
+    iterations = int(prefix.name.removeprefix("model")) + 150
+    for logdir in ("stopped", "whole"):
+        run(*flags, f"--metatrain_iterations={iterations}", f"--logdir={tmp_path / logdir}")
+    assert_same_ending(only_run(tmp_path / "stopped"), only_run(tmp_path / "whole"))
+    assert scalars(only_run(tmp_path / "stopped")) == scalars(only_run(tmp_path / "whole"))
+
+
+def test_a_finished_run_says_so(omniglot_run):
+    before = contents(omniglot_run.folder)
+    printed = run(*omniglot_run.flags)
+    assert "Nothing left to do: 510 of 510 iterations are done." in printed
+    assert "--metatrain_iterations" in printed
+    assert contents(omniglot_run.folder) == before
+
+
+def test_more_iterations_go_on(uninterrupted, tmp_path):
+    """As one run: the shorter one's end leaves no trace but its checkpoint."""
+    flags = f"--logdir={tmp_path}", *BOTH_PHASES
+    run(*flags, "--metatrain_iterations=50")
+    folder = only_run(tmp_path)
+    assert f"Restoring model weights from {folder / 'model349'}\n" in run(*flags)
+    assert models(folder) == ["model250", "model349", "model500", "model599"]
+    assert_same_ending(folder, uninterrupted.folder)
+    assert scalars(folder) == scalars(uninterrupted.folder)
+
+
+def test_zero_iterations(tmp_path):
+    assert "Nothing left to do: 0 of 0 iterations are done." in run(f"--logdir={tmp_path}", "--metatrain_iterations=0")
+
+
+# -- flags take effect ------------------------------------------------------------------------------------------------
+
+
+def test_the_bare_command_trains(tmp_path):
+    """The original's crashes: its default norm does not work on the sinusoid. Ours takes None, and says so."""
+    printed = run("--metatrain_iterations=2", f"--logdir={tmp_path}")
+    assert "norm=None" in printed
+    assert only_run(tmp_path).name == "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm"
+    assert models(only_run(tmp_path)) == ["model1"]
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm"])
+def test_a_norm_that_is_asked_for_on_the_sinusoid(norm, few_test_tasks, tmp_path):
+    flags = f"--norm={norm}", "--metatrain_iterations=2", f"--logdir={tmp_path}"
+    assert "norm=None" not in run(*flags)
+    folder = only_run(tmp_path)
+    assert folder.name.endswith(norm.replace("_", ""))
+    run(*flags, "--train=False", "--test_set=True")
+    assert np.isfinite(read_pickle(folder / "test_ubs5_stepsize0.001.pkl")).all()
+
+
+@pytest.fixture(scope="module")
+def three_steps(uncompiled, tmp_path_factory) -> dict[str, np.ndarray]:
+    logdir = tmp_path_factory.mktemp("three_steps")
+    return variables(finished(logdir, "--metatrain_iterations=3").folder, "model2")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("pretrain_iterations=1", "meta_batch_size=24", "meta_lr=0.002", "update_batch_size=4", "update_lr=0.002"),
+        *("num_updates=2", "norm=layer_norm", "stop_grad", "seed=1", "num_query=4"),
+    ],
+)
+def test_a_flag_reaches_the_training(flag, three_steps, tmp_path):
+    iterations = 2 if flag.startswith("pretrain") else 3
+    folder = finished(tmp_path, f"--{flag}", f"--metatrain_iterations={iterations}").folder
+    weight = "weights/w1/.ATTRIBUTES/VARIABLE_VALUE"
+    assert not np.array_equal(variables(folder, "model2")[weight], three_steps[weight])
+
+
+def test_training_is_the_same_every_time(three_steps, tmp_path):
+    again = variables(finished(tmp_path, "--metatrain_iterations=3").folder, "model2")
+    for name, value in three_steps.items():
+        np.testing.assert_array_equal(value, again[name], err_msg=name)
+
+
+def test_without_log_there_are_no_events(tmp_path):
+    run("--log=False", "--metatrain_iterations=2", f"--logdir={tmp_path / 'not' / 'there' / 'yet'}")
+    folder = only_run(tmp_path / "not" / "there" / "yet")
+    assert models(folder) == ["model1"]
+    assert not list(folder.glob("*tfevents*"))
+
+
+@pytest.mark.parametrize("name", ["my models/model7.index \u00e9 \u8a66", "*? {a,b}"])
+def test_any_folder_name_will_do(name, few_test_tasks, tmp_path):
+    """To train, resume and test in. The original looks for "model" in the whole path."""
+    logdir = tmp_path / name
+    folder = finished(logdir, "--metatrain_iterations=2").folder
+    printed = run("--metatrain_iterations=3", f"--logdir={logdir}")
+    assert f"Restoring model weights from {folder / 'model1'}\n" in printed
+    run("--train=False", f"--logdir={logdir}")
+    assert models(folder) == ["model1", "model2"]
+    assert (folder / "val_ubs5_stepsize0.001.csv").exists()
+    assert {step for points in scalars(folder).values() for step, _ in points} == {0}
+
+
+@pytest.mark.parametrize("name", ["runs [1]", "back\\slash"])
+def test_a_folder_name_that_tensorflow_cannot_read_from(name, tmp_path):
+    """It writes checkpoints there, but takes the path for a pattern when it reads them: said before any work."""
+    line = refusal("--metatrain_iterations=2", f"--logdir={tmp_path / name}")
+    assert str(tmp_path / name) in line
+    assert "--logdir" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fully_connected_on_images(small, tmp_path):
+    run(*small, "--noconv", "--metatrain_iterations=1", f"--logdir={tmp_path}")
+    assert only_run(tmp_path).name.endswith("batchnorm.fc")
+    assert variables(only_run(tmp_path), "model0")["weights/w1/.ATTRIBUTES/VARIABLE_VALUE"].shape == (784, 256)
+
+
+def test_miniimagenet_without_max_pool(miniimagenet_like, tmp_path):
+    """The original's last layer assumes max-pooling; ours has the width that strides leave, 84 -> 6."""
+    flags = "--datasource=miniimagenet", f"--data_path={miniimagenet_like}", "--num_filters=4", "--update_batch_size=1"
+    run(*flags, "--meta_batch_size=1", "--metatrain_iterations=1", f"--logdir={tmp_path}")
+    stored = variables(only_run(tmp_path), "model0")
+    assert stored["weights/w5/.ATTRIBUTES/VARIABLE_VALUE"].shape == (6 * 6 * 4, 5)
+
+
+def test_validation_on_the_test_classes(miniimagenet_like, tmp_path):
+    """--test_set=True while training: the validation classes are not even looked at."""
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / split).symlink_to(miniimagenet_like / split)
+    flags = "--datasource=miniimagenet", f"--data_path={tmp_path / 'data'}", "--metatrain_iterations=0"
+    assert "Nothing left to do" in run(*flags, "--test_set=True", f"--logdir={tmp_path / 'logs'}")
+    line = refusal(*flags, f"--logdir={tmp_path / 'logs'}")
+    assert f"no images in {tmp_path / 'data' / 'val'}: expected class folders of .png or .jpg files there" in line
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+WRONG_FLAGS = {
+    "above 0": "update_lr=nan update_lr=-0.1 update_lr=0 update_lr=inf meta_lr=0 meta_lr=nan train_update_lr=0",
+    "1 or more": "meta_batch_size=0 update_batch_size=0 num_updates=0 num_filters=0 val_tasks=0 save_interval=0 "
+    "num_query=0 train_update_batch_size=0",
+    "2 or more": "num_classes=1 num_classes=-5",
+    "0 or more": "pretrain_iterations=-1 metatrain_iterations=-1",
+    "must be": "seed=-1 seed=9223372036854775808",
+    "-1 for the latest": "test_iter=-2",
+    "invalid literal": "metatrain_iterations=ten",
+    "could not convert": "meta_lr=fast",
+    "boolean": "log=maybe",
+    "<sinusoid|omniglot|miniimagenet>": "datasource=omniglott",
+    "<batch_norm|layer_norm|None>": "norm=batchnorm",
+    "<oracle>": "baseline=orcale",
+}
+REASONS = [(flag, reason) for reason, flags in WRONG_FLAGS.items() for flag in flags.split()]
+
+
+@pytest.mark.parametrize(("flag", "reason"), REASONS)
+def test_a_wrong_flag(flag, reason, tmp_path):
+    line = refusal(f"--logdir={tmp_path}", f"--{flag}")
+    name, value = flag.split("=")
+    for part in (name, value, reason):
+        assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_flag(tmp_path):
+    line = refusal(f"--logdir={tmp_path}", "--metatrain_iteration=5")
+    assert "Unknown command line flag 'metatrain_iteration'. Did you mean: metatrain_iterations" in line
+
+
+def test_a_flag_without_its_equals_sign(tmp_path):
+    """`--train False` means --train=True and an argument; absl would ignore the argument."""
+    line = refusal(f"--logdir={tmp_path}", "--train", "False")
+    assert "unexpected argument False: flags are written --name=value" in line
+
+
+def test_the_oracle_is_the_sinusoids(small, tmp_path):
+    line = refusal(*small, "--baseline=oracle", f"--logdir={tmp_path}")
+    assert re.search("--baseline=oracle is .*sinusoid.*, not for --datasource=omniglot: leave it out", line)
+
+
+def test_no_data_folder(small, tmp_path):
+    line = refusal(*small, f"--data_path={tmp_path / 'none'}", f"--logdir={tmp_path}")
+    assert f"no data folder {tmp_path / 'none'}: prepare it with data/omniglot_resized/resize_images.py" in line
+    assert "--data_path" in line
+
+
+def test_an_empty_data_folder(small, tmp_path):
+    (tmp_path / "data").mkdir()
+    line = refusal(*small, f"--data_path={tmp_path / 'data'}", f"--logdir={tmp_path}")
+    assert f"no images in {tmp_path / 'data'}: expected class folders of .png or .jpg files there" in line
+
+
+def test_more_ways_than_classes(small, omniglot, tmp_path):
+    line = refusal(*small, "--num_classes=21", f"--logdir={tmp_path}")
+    assert f"--num_classes=21, but the train split of {omniglot} has 20 classes: lower it, or add classes" in line
+
+
+@pytest.fixture
+def own_images(miniimagenet_like, tmp_path) -> Path:
+    """A copy to spoil."""
+    shutil.copytree(miniimagenet_like, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def small_miniimagenet(folder: Path, logdir: Path) -> list[str]:
+    return [
+        *("--datasource=miniimagenet", f"--data_path={folder}", f"--logdir={logdir}", "--num_filters=4"),
+        *("--update_batch_size=1", "--metatrain_iterations=1", "--meta_batch_size=1"),
+    ]
+
+
+def test_a_class_with_too_few_images(own_images, tmp_path):
+    for path in sorted((own_images / "val" / "n00000002").iterdir())[5:]:
+        path.unlink()
+    line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
+    assert f"class n00000002 (val) in {own_images} has 5 images, but a task takes 16 of each class" in line
+    assert "--update_batch_size or --num_query" in line
+
+
+def test_an_image_that_cannot_be_read(own_images, tmp_path):
+    image = own_images / "train" / "n00000003" / "007.jpg"
+    os.truncate(image, 500)
+    line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
+    assert f"cannot read image {image} of class n00000003: " in line
+    assert line.endswith("; replace or delete it")
+
+
+def test_an_image_of_another_size(own_images, tmp_path):
+    image = own_images / "train" / "n00000003" / "007.jpg"
+    Image.new("RGB", (80, 64)).save(image)
+    line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
+    assert f"image {image} is 64x80 pixels, not 84x84: prepare the folder with " in line
+
+
+@pytest.fixture(scope="module")
+def two_steps(uncompiled, tmp_path_factory) -> Finished:
+    return finished(tmp_path_factory.mktemp("two_steps"), "--metatrain_iterations=2", "--norm=None")
+
+
+@pytest.fixture
+def held(two_steps, tmp_path) -> Finished:
+    """A run to refuse, or to spoil."""
+    folder = shutil.copytree(two_steps.folder, tmp_path / "logs" / two_steps.folder.name)
+    return Finished([f"--logdir={tmp_path / 'logs'}", *two_steps.flags[1:]], folder, two_steps.printed)
+
+
+def assert_refused(run: Finished, message: str, *flags: object) -> None:
+    """By this message; and of the run nothing is changed."""
+    before = contents(run.folder)
+    line = refusal(*run.flags, *flags)
+    assert message in line
+    assert str(run.folder) in line
+    assert contents(run.folder) == before
+
+
+def test_another_runs_folder(held, small):
+    assert_refused(held, "belongs to another run (--num_query=-1 there, 7 here)", "--num_query=7")
+    same_name = "--norm=None", "--num_filters=64", "--meta_batch_size=25", "--update_batch_size=5", "--update_lr=0.001"
+    assert_refused(held, "--datasource=sinusoid there, omniglot here", *small, *same_name)
+    assert_refused(held, "--datasource=sinusoid there, omniglot here", *small, *same_name, "--train=False")
+    assert_refused(held, "give the same flags, or another --logdir", "--num_query=7")
+
+
+def test_resume_false_on_a_run(held):
+    assert_refused(held, "holds a run up to model1, and --resume=False would overwrite it", "--resume=False")
+
+
+def test_a_missing_test_iter(held):
+    message = "has the iterations 1: give one of them or -1"
+    assert_refused(held, message, "--train=False", "--test_iter=0")
+
+
+def test_no_checkpoint_at_test(held, tmp_path):
+    """The original tests random weights silently."""
+    line = refusal("--norm=None", "--update_lr=0.5", "--train=False", *held.flags[:1])
+    assert f"no checkpoint (model<iteration>.index) in {held.folder.parent / 'cls_5.mbs_25.ubs_5.numstep1'}" in line
+    assert f"has runs in {held.folder.name}: give the flags of one of them" in line
+    line = refusal("--train=False", f"--logdir={tmp_path / 'none'}")
+    assert "train first, or give the --logdir of a trained run" in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_checkpoint_of_another_network(held, small):
+    """A folder without a record, as the released model's: variables and shapes are asserted."""
+    (held.folder / "flags.json").unlink()
+    same_name = "--norm=None", "--num_filters=64", "--meta_batch_size=25", "--update_batch_size=5", "--update_lr=0.001"
+    assert_refused(held, "is of another network: weights/b1/", *small, *same_name, "--train=False")
+    assert_refused(held, "can be tested but not trained further", "--metatrain_iterations=3")
+
+
+def test_a_damaged_checkpoint(held):
+    run(*held.flags, "--metatrain_iterations=3")
+    os.truncate(held.folder / "model2.data-00000-of-00001", 50)
+    assert_refused(held, f"cannot read checkpoint {held.folder / 'model2'} ", "--metatrain_iterations=3")
+    (held.folder / "model2.index").unlink()  # as the message says
+    assert f"{held.folder / 'model1'}\n" in run(*held.flags, "--metatrain_iterations=3")
+
+
+def test_folders_that_cannot_be_written(held, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    line = refusal("--norm=None", f"--logdir={file}")
+    assert re.search(rf"cannot write to {re.escape(str(file))}/cls_\S+ \(.+\): give another --logdir$", line)
+    message = refusal(*held.flags, "--train=False", f"--results_dir={file / 'below'}")
+    assert re.search(rf"cannot write to {re.escape(str(file))}/below \(.+\): give another --results_dir$", message)
+    assert file.read_text() == "mine"
+
+
+def test_a_process_ends_as_it_should(tmp_path):
+    """Exit codes and all of stderr, from any folder; --help names every flag with the paper's symbols."""
+    arguments = ["--update_lr=nan"], ["--train=False", "--logdir=none"], ["--help"]
+    wrong_flag, no_model, help_ = map(end, [spawn(PROGRAM, *each, cwd=tmp_path) for each in arguments])
+    assert wrong_flag.code in (1, 2)
+    assert re.fullmatch(r"main\.py: .*--update_lr=nan: must be a number above 0.*", wrong_flag.err)
+    assert no_model.code in (1, 2)
+    assert re.fullmatch(r"main\.py: no checkpoint .* in none/cls_\S+: train first, .*", no_model.err)
+    assert help_.err == ""
+    for name in [*main.IDENTITY, "logdir", "log", "resume", "train", "test_set", "test_iter", "data_path"]:
+        assert re.search(rf"--(\[no\])?{name}: ", help_.out)
+    for word in ("alpha", "beta", "transductive", "(shot)", "(way)"):
+        assert word in help_.out
+    assert list(tmp_path.iterdir()) == []
