@@ -19,9 +19,10 @@ def main() -> None:
     path = parser.parse_args().results
     if not path.is_file():
         parser.exit(1, f"{path}: no such file; test the run with --train=False --test_set=True first\n")
-    tested = [entry for entry in json.loads(path.read_text()) if entry["split"] == "test"]
+    protocol = {"split": "test", "support_examples_a_class_K": 10, "inner_step_size_alpha": 0.001}
+    tested = [entry for entry in json.loads(path.read_text()) if protocol.items() <= entry.items()]
     if not tested:
-        parser.exit(1, f"{path} has no result on the test set; test the run with --train=False --test_set=True first\n")
+        parser.exit(1, f"{path} has no 10-shot test; test the run with --train=False --test_set=True first\n")
     print("Mean squared error, 600 test tasks\n")
     print("updates   this run             the original")
     for column, original in zip(tested[-1]["results"], ORIGINAL, strict=False):

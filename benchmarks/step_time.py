@@ -1,0 +1,185 @@
+"""Times main.py's own training step: tasks drawn, inner loops, meta-gradient, Adam.
+
+    python benchmarks/step_time.py [--configs omniglot_5way ...] [--first_order] [--steps 30] [--json times.json]
+
+Beside each time stand the floating-point operations of the step's convolutions and matrix products, counted in the traced
+graph, and the floor: those at the peak that NumPy's float32 matrix product reaches in the same run. Images come from the
+prepared data folders, or are random where there are none. Every configuration runs in a process of its own.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+
+# The paper's commands (README.md).
+CONFIGS = {
+    "sinusoid_10shot": "--datasource=sinusoid --norm=None --update_batch_size=10",
+    "omniglot_5way": "--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4",
+    "omniglot_20way": "--datasource=omniglot --meta_batch_size=16 --update_batch_size=1 --num_classes=20 "
+    "--update_lr=0.1 --num_updates=5",
+    "omniglot_fc": "--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 --conv=False",
+    "miniimagenet_1shot": "--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 "
+    "--num_updates=5 --num_filters=32 --max_pool=True",
+    "miniimagenet_5shot": "--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=5 --update_lr=0.01 "
+    "--num_updates=5 --num_filters=32 --max_pool=True",
+}
+PRODUCTS = {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "MatMul", "BatchMatMulV2", "BatchMatMulV3"}
+
+
+def matmul_peak() -> float:
+    """FLOP/s of NumPy's 1024 x 1024 float32 product, the best of ten."""
+    a = np.random.default_rng(0).random((1024, 1024), np.float32)
+    times = []
+    for _ in range(11):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(times)
+
+
+def product_flops(graph, tasks: int) -> int:
+    """FLOP of the products that the outputs of a traced function need; a loop over tasks counts `tasks` times."""
+    needed, queue = set(), [tensor.op for tensor in graph.outputs] + list(graph.control_outputs)
+    while queue:
+        op = queue.pop()
+        if op not in needed:
+            needed.add(op)
+            queue += [tensor.op for tensor in op.inputs] + list(op.control_inputs)
+    total = 0
+    for op in needed:
+        if op.type in ("While", "StatelessWhile"):
+            body = op.graph._get_function(op.get_attr("body").name)
+            total += tasks * product_flops(body.graph, tasks)
+        elif "Call" in op.type:
+            total += product_flops(op.graph._get_function(op.get_attr("f").name).graph, tasks)
+        elif op.type in PRODUCTS:
+            total += 2 * _multiplications(op)
+    return total
+
+
+def _multiplications(op) -> int:
+    """Of one product: outputs times the length of the sum behind each."""
+    import tensorflow as tf
+
+    if op.type.startswith("Conv2D"):
+        images = op.outputs[0] if op.type == "Conv2D" else op.inputs[2]  # the side that the stride has made small
+        filters = op.inputs[1].shape
+        if op.type == "Conv2DBackpropFilter":
+            filters = op.outputs[0].shape
+        return math.prod(images.shape) * math.prod(filters[:3])
+    transposed = op.get_attr("transpose_a" if op.type == "MatMul" else "adj_x")
+    length = op.inputs[0].shape[-2 if transposed else -1]
+    return math.prod(tf.TensorShape(op.outputs[0].shape)) * length
+
+
+def random_images(images, split_classes: int = 100, per_class: int = 20):
+    """A stand-in for ImageTasks' data where none is prepared."""
+    from data_generator import Classes
+
+    count = split_classes * per_class
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *images.size, images.channels), np.uint8)
+    starts = np.arange(0, count, per_class)
+    return Classes([f"class{i}" for i in range(split_classes)], starts, np.full(split_classes, per_class), pixels)
+
+
+def measure(name: str, flags: str, steps: int) -> dict:
+    """One configuration, in this process."""
+    import tensorflow as tf
+
+    import data_generator
+    import main
+    from utils import InputError, Tasks
+
+    main.FLAGS(["main.py", *flags.split()])
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(main._cores())
+    dataset = data_generator.DATASETS[main.FLAGS.datasource]
+    identity = main.run_identity(dataset)
+    query = (dataset.images and dataset.images.train_query) or main.FLAGS.update_batch_size
+    source = "generated"
+    try:
+        data = main.open_data(dataset, ("train",), query)
+        source = "real" if dataset.images else "generated"
+    except InputError:
+        data_generator._load_splits = lambda images, folder, splits: {"train": random_images(images, 100, 20 + query)}
+        data = main.open_data(dataset, ("train",), query)
+    maml = main.build(identity, dataset)
+
+    class NoStop:
+        signal = None
+
+    with main._Steps(maml, data, identity, NoStop) as stepper:
+        size, batch = stepper.size, stepper.batch
+        stepper.advance(2 * size)  # traced and warm
+        times = []
+        for done in range(2 * size, (2 + steps) * size, size):
+            start = time.perf_counter()
+            stepper.advance(done + size)
+            maml.step.numpy()
+            times.append((time.perf_counter() - start) / size)
+        tasks = Tasks(*(part[0] for part in stepper.tasks(stepper.done)))
+    graph = maml.train_step.get_concrete_function(tasks).graph
+    flops, peak = product_flops(graph, batch), matmul_peak()
+    median = float(np.median(times))
+    return {
+        "configuration": name,
+        "images": source,
+        "ms_per_step": 1e3 * median,
+        "ms_5th_to_95th_percentile": [1e3 * float(np.percentile(times, q)) for q in (5, 95)],
+        "steps_timed": len(times) * size,
+        "gflop": flops / 1e9,
+        "peak_gflop_per_s": peak / 1e9,
+        "times_floor": median / (flops / peak),
+        "tasks_per_s": batch / median,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--first_order", action="store_true", help="time --stop_grad beside each")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps; of the sinusoid, blocks of 100 (30)")
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a child's name and flags
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*args.one, args.steps)))
+        return
+    rows = []
+    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}")
+    print("configuration            ms/step (5..95 %)            GFLOP  peak GFLOP/s  x floor  tasks/s  peak MB")
+    for name in args.configs:
+        for suffix, more in (("", ""), (" first order", " --stop_grad"))[: 1 + args.first_order]:
+            command = [sys.executable, __file__, "--steps", str(args.steps), "--one", name + suffix]
+            child = subprocess.run([*command, CONFIGS[name] + more], capture_output=True, text=True, cwd=ROOT)
+            if child.returncode:
+                sys.exit(child.stderr)
+            row = json.loads(child.stdout.splitlines()[-1])
+            rows.append(row)
+            low, high = row["ms_5th_to_95th_percentile"]
+            print(
+                f"{row['configuration']:31} {row['ms_per_step']:8.3f} ({low:.3f}..{high:.3f})"
+                f" {row['gflop']:8.2f} {row['peak_gflop_per_s']:8.0f} {row['times_floor']:8.2f}"
+                f" {row['tasks_per_s']:9.0f} {row['peak_memory_mb']:8.0f}",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
