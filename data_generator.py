@@ -213,7 +213,8 @@ class Classes(NamedTuple):
 
     def named(self, names: list[str]) -> "Classes":
         """These classes alone, in order of their names."""
-        index = [i for i, name in enumerate(self.names) if name in set(names)]
+        chosen = set(names)
+        index = [i for i, name in enumerate(self.names) if name in chosen]
         return Classes([self.names[i] for i in index], self.starts[index], self.counts[index], self.pixels)
 
 
@@ -265,11 +266,16 @@ def _load_classes(images: Images, folder: Path, split: str) -> Classes:
 
 
 def _class_folders(root: Path) -> Iterator[tuple[str, list[Path]]]:
-    """(name, sorted image files) of every folder below root that holds images; hidden folders are passed over."""
-    for here, folders, files in os.walk(root, followlinks=True):
+    """(name, sorted image files) of every folder below root that holds images; hidden ones are passed over."""
+
+    def refuse(error):
+        if not isinstance(error, FileNotFoundError):  # no folder at all is told by the caller
+            raise InputError(f"cannot read folder {error.filename} ({error.strerror}): make it readable, or remove it")
+
+    for here, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         chosen = sorted(name for name in files if name.lower().endswith((".png", ".jpg", ".jpeg")) and name[0] != ".")
-        if chosen:
+        if chosen and Path(here) != root:
             yield Path(here).relative_to(root).as_posix(), [Path(here) / name for name in chosen]
 
 
@@ -330,7 +336,7 @@ def _unreadable(path, error):
 
 def _image(path, images):
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
             decoded = np.asarray(image.convert("L" if images.channels == 1 else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error

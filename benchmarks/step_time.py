@@ -2,9 +2,9 @@
 
     python benchmarks/step_time.py [--configs omniglot_5way ...] [--first_order] [--steps 30] [--json times.json]
 
-Beside each time stand the floating-point operations of the step's convolutions and matrix products, counted in the traced
-graph, and the floor: those at the peak that NumPy's float32 matrix product reaches in the same run. Images come from the
-prepared data folders, or are random where there are none. Every configuration runs in a process of its own.
+Beside each time stand the floating-point operations of the step's convolutions and matrix products, counted in the
+traced graph, and the floor: those at the peak that NumPy's float32 matrix product reaches in the same run. Images come
+from the prepared data folders, or are random where there are none. Every configuration runs in a process of its own.
 """
 
 import argparse

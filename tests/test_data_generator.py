@@ -367,6 +367,12 @@ def test_other_endings_are_images_too(tiny, name):
     assert list(ImageTasks(TINY, tiny, ("test",), 2, 1, 1).classes["test"].counts) == [5, 4, 4]
 
 
+def test_a_stray_image_beside_the_class_folders_is_no_class(tiny):
+    expected = tiny_tasks(tiny)
+    shutil.copy(tiny / "test" / "b" / "2.png", tiny / "test" / "stray.png")
+    assert_same(tiny_tasks(tiny), expected)
+
+
 def test_linked_class_folders_are_followed(tiny):
     tasks = tiny_tasks(tiny)
     os.rename(tiny / "test" / "b", tiny.with_name("elsewhere"))

@@ -592,14 +592,12 @@ def test_the_bare_command_trains(tmp_path):
     assert models(only_run(tmp_path)) == ["model1"]
 
 
-@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm"])
-def test_a_norm_that_is_asked_for_on_the_sinusoid(norm, few_test_tasks, tmp_path):
-    flags = f"--norm={norm}", "--metatrain_iterations=2", f"--logdir={tmp_path}"
+def test_a_norm_that_is_asked_for_on_the_sinusoid(few_test_tasks, tmp_path):
+    flags = "--norm=batch_norm", "--metatrain_iterations=2", f"--logdir={tmp_path}"
     assert "norm=None" not in run(*flags)
-    folder = only_run(tmp_path)
-    assert folder.name.endswith(norm.replace("_", ""))
+    assert only_run(tmp_path).name == "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm"
     run(*flags, "--train=False", "--test_set=True")
-    assert np.isfinite(read_pickle(folder / "test_ubs5_stepsize0.001.pkl")).all()
+    assert np.isfinite(read_pickle(only_run(tmp_path) / "test_ubs5_stepsize0.001.pkl")).all()
 
 
 @pytest.fixture(scope="module")
