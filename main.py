@@ -277,9 +277,10 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
             if saves or validates:
                 steps.advance(iteration + 1)
             if stop.signal:
-                prefix = run.save(maml)
-                print(f"Stopped by {stop.signal.name} after iteration {steps.done - 1}, saved in {prefix}. ", end="")
-                print("The same command goes on from there.")
+                told = "before the first step, nothing to save"
+                if steps.done > start:
+                    told = f"after iteration {steps.done - 1}, saved in {run.save(maml)}"
+                print(f"Stopped by {stop.signal.name} {told}. The same command goes on from there.")
                 sys.exit(128 + stop.signal)
 
             if iteration and iteration % print_interval == 0:

@@ -27,9 +27,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 import main
 import networks
 import runs
-from data_generator import DATASETS, SPLITS, ImageTasks
+from data_generator import DATASETS, SPLITS, ImageTasks, SinusoidTasks
 from maml import MAML, Curve
-from utils import accuracy, xent
+from utils import accuracy, mse, xent
 
 PROGRAM = Path(main.__file__)
 NUMBER = r"-?\d\S*"
@@ -618,6 +618,15 @@ def test_a_flag_reaches_the_training(flag, three_steps, tmp_path):
     folder = finished(tmp_path, f"--{flag}", f"--metatrain_iterations={iterations}").folder
     weight = "weights/w1/.ATTRIBUTES/VARIABLE_VALUE"
     assert not np.array_equal(variables(folder, "model2")[weight], three_steps[weight])
+
+
+def test_a_step_takes_the_next_tasks_of_the_stream(three_steps):
+    """Iteration t is of tasks t * T .. t * T + T - 1: put together by hand."""
+    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+    for t in range(3):
+        maml.train_step(SinusoidTasks(5, 5).draw(0, "train", 25 * t, 25))
+    for name, weight in maml.weights.items():
+        np.testing.assert_allclose(three_steps[f"weights/{name}/.ATTRIBUTES/VARIABLE_VALUE"], weight, atol=1e-6)
 
 
 def test_training_is_the_same_every_time(three_steps, tmp_path):
