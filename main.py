@@ -29,7 +29,7 @@ import networks
 import runs
 from data_generator import DATASETS, ROOT, Dataset, ImageTasks, SinusoidTasks
 from maml import MAML
-from utils import InputError, Tasks, accuracy, confidence_interval, mse, xent
+from utils import InputError, Tasks, accuracy, mse, statistics, xent
 
 FLAGS = flags.FLAGS
 
@@ -358,7 +358,8 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     curve = evaluate(maml, data, split, TEST_TASKS, updates)
     values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
     print("Mean validation accuracy/loss, stddev, and confidence intervals")
-    print((np.mean(values, 0), np.std(values, 0), confidence_interval(values)))
+    means, stds, ci95 = statistics(values)
+    print((means, stds, ci95))
 
     paper = dataset.paper_updates.get(FLAGS.num_classes, ())
     metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
@@ -383,8 +384,9 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         name += f"_query{FLAGS.num_query}"
     runs.write_results(results, name, values, entry, paper)
     for update in paper:
-        mean, interval = np.mean(values[:, update]), confidence_interval(values[:, update])
-        shown = f"{100 * mean:.2f} +- {100 * interval:.2f} %" if dataset.images else f"{mean:.4f} +- {interval:.4f}"
+        shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
+        if dataset.images:
+            shown = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
         print(f"The paper's column, update{update}: {metric} {shown} over {TEST_TASKS} {split} tasks.")
     print(f"Written: {results / name}.csv, .pkl and results.json.")
 

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.util import event_pb2
 
-from utils import InputError, confidence_interval, write_whole
+from utils import InputError, statistics, write_whole
 
 if TYPE_CHECKING:
     from maml import MAML
@@ -222,11 +222,11 @@ def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, p
         entry: what was tested, in plain words; an earlier entry alike in all of it is replaced.
         paper_updates: the columns that the paper reports.
     """
-    columns = {"means": np.mean(values, 0), "stds": np.std(values, 0), "ci95": confidence_interval(values)}
+    means, stds, ci95 = statistics(values)
     text = io.StringIO()
     rows = csv.writer(text)
     rows.writerow([f"update{j}" for j in range(values.shape[1])])
-    rows.writerows(columns.values())
+    rows.writerows([means, stds, ci95])
     write_whole(folder / f"{name}.csv", lambda file: file.write(text.getvalue().encode()))
     # For programs that read the original's results; nothing here reads it.
     write_whole(folder / f"{name}.pkl", lambda file: pickle.dump({"mses": values}, file))
@@ -238,9 +238,9 @@ def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, p
         {
             "updates": j,
             "set": "query" if j else "support, before any update",
-            "mean": number(columns["means"][j]),
-            "ci95": number(columns["ci95"][j]),
-            "std": number(columns["stds"][j]),
+            "mean": number(means[j]),
+            "ci95": number(ci95[j]),
+            "std": number(stds[j]),
             "median": number(np.median(values[:, j])),
             "the_papers_number": j in paper_updates,
         }

@@ -58,12 +58,15 @@ def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, -1), tf.argmax(labels, -1)), logits.dtype))
 
 
-def confidence_interval(values: np.ndarray) -> np.ndarray:
-    """Half width of the 95 % interval of the mean over the first axis: 1.96 * population std / sqrt(n).
+def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, population standard deviation, and half width of the mean's 95 % interval, over the first axis (tasks).
 
-    Source: the original's main.py (test), which the published intervals come from.
+    The half width is 1.96 * std / sqrt(tasks), as in the original's main.py (test), the source of published intervals.
+    Where a task diverged they are infinite or nan.
     """
-    return 1.96 * np.std(values, axis=0) / np.sqrt(len(values))
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+    return mean, std, 1.96 * std / np.sqrt(len(values))
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:

@@ -10,7 +10,7 @@ import networks
 from maml import MAML, Adam
 from tests import reference
 from tests.test_oracle import meta_gradient
-from utils import Network, Tasks, accuracy, confidence_interval, mse, xent
+from utils import Network, Tasks, accuracy, mse, statistics, xent
 
 LINE = Network(  # y = w x, one weight
     init=lambda seed: {"w": tf.constant(1.5)},
@@ -245,6 +245,6 @@ def test_cross_entropy_is_summed_over_examples_and_divided_by_the_shot():
     np.testing.assert_allclose(accuracy(logits, labels), 1 / 3, rtol=1e-6)
 
 
-def test_confidence_interval_is_the_original_s():
+def test_statistics_are_the_original_s():
     values = np.array([[0.0], [1.0], [1.0], [0.0]])
-    np.testing.assert_allclose(confidence_interval(values), [1.96 * 0.5 / 2])
+    np.testing.assert_allclose(statistics(values), [[0.5], [0.5], [1.96 * 0.5 / 2]])
