@@ -296,7 +296,6 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
                 print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
             if saves:
                 prefix = run.save(maml)
-                writer.flush()
     print(f"Done: {total} iterations, the last saved in {prefix}.")
 
 

@@ -160,11 +160,17 @@ def few_test_tasks(monkeypatch):
     monkeypatch.setattr(main, "EVALUATION_CHUNK", 4)
 
 
-@pytest.fixture(scope="module")
-def uncompiled():
-    """From here to the end, runs of a few steps: to compile them would take longer than to take them."""
+@contextlib.contextmanager
+def not_compiled():
+    """For runs of a few steps: to compile them would take longer than to take them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MAML, "many_steps", tf.function(MAML.many_steps.python_function, autograph=False))
+        yield
+
+
+@pytest.fixture
+def uncompiled():
+    with not_compiled():
         yield
 
 
@@ -440,7 +446,7 @@ def test_the_released_model(shared, miniimagenet_like, few_test_tasks, tmp_path)
 
 # -- killed, stopped, resumed -----------------------------------------------------------------------------------------
 
-BOTH_PHASES = "--pretrain_iterations=330", "--metatrain_iterations=270", "--norm=None", "--save_interval=250"
+BOTH_PHASES = "--pretrain_iterations=330", "--metatrain_iterations=270", "--norm=None", "--save_interval=299"
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +455,7 @@ def uninterrupted(tmp_path_factory) -> Finished:
 
 
 def test_kill_and_resume(uninterrupted, tmp_path):
-    """kill -9 at the summary of iteration 500, when model250 is the latest: the second run ends as if it were one."""
+    """kill -9 at the summary of iteration 500, when model299 is the latest: the second run ends as if it were one."""
     killed = (
         "import os, signal, sys, main\n"
         "log_curve = main.log_curve\n"
@@ -462,13 +468,13 @@ def test_kill_and_resume(uninterrupted, tmp_path):
     flags = f"--logdir={tmp_path}", *BOTH_PHASES
     assert end(spawn("-c", killed, *flags, cwd=PROGRAM.parent)).code == -signal.SIGKILL
     folder = only_run(tmp_path)
-    assert models(folder) == ["model250"]
-    assert max(step for points in scalars(folder).values() for step, _ in points) > 250  # to be dropped
+    assert models(folder) == ["model299"]
+    assert max(step for points in scalars(folder).values() for step, _ in points) == 400  # 300 and 400 are to go
 
     printed = run(*flags)
-    assert f"Restoring model weights from {folder / 'model250'}\n" in printed
-    assert "iterations 251 to 599." in printed
-    assert models(folder) == ["model250", "model500", "model599"]
+    assert f"Restoring model weights from {folder / 'model299'}\n" in printed
+    assert "iterations 300 to 599." in printed
+    assert models(folder) == ["model299", "model598", "model599"]
     assert_same_ending(folder, uninterrupted.folder)
     assert scalars(folder) == scalars(uninterrupted.folder)
 
@@ -576,7 +582,7 @@ def test_more_iterations_go_on(uninterrupted, tmp_path):
     run(*flags, "--metatrain_iterations=50")
     folder = only_run(tmp_path)
     assert f"Restoring model weights from {folder / 'model379'}\n" in run(*flags)
-    assert models(folder) == ["model250", "model379", "model500", "model599"]
+    assert models(folder) == ["model299", "model379", "model598", "model599"]
     assert_same_ending(folder, uninterrupted.folder)
     assert scalars(folder) == scalars(uninterrupted.folder)
 
@@ -605,41 +611,55 @@ def test_a_norm_that_is_asked_for_on_the_sinusoid(few_test_tasks, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def three_steps(uncompiled, tmp_path_factory) -> dict[str, np.ndarray]:
-    logdir = tmp_path_factory.mktemp("three_steps")
-    return variables(finished(logdir, "--metatrain_iterations=3").folder, "model2")
+def three_steps(tmp_path_factory) -> dict[str, np.ndarray]:
+    with not_compiled():
+        run = finished(tmp_path_factory.mktemp("three_steps"), "--metatrain_iterations=3")
+    return variables(run.folder, "model2")
 
 
 @pytest.mark.parametrize(
     "flag",
     [
         *("pretrain_iterations=1", "meta_batch_size=24", "meta_lr=0.002", "update_batch_size=4", "update_lr=0.002"),
-        *("num_updates=2", "norm=layer_norm", "stop_grad", "seed=1", "num_query=4"),
+        *("num_updates=2", "norm=layer_norm", "stop_grad", "num_query=4"),
     ],
 )
-def test_a_flag_reaches_the_training(flag, three_steps, tmp_path):
+def test_a_flag_reaches_the_training(flag, three_steps, uncompiled, tmp_path):
     iterations = 2 if flag.startswith("pretrain") else 3
     folder = finished(tmp_path, f"--{flag}", f"--metatrain_iterations={iterations}").folder
     weight = "weights/w1/.ATTRIBUTES/VARIABLE_VALUE"
     assert not np.array_equal(variables(folder, "model2")[weight], three_steps[weight])
 
 
-def test_a_step_takes_the_next_tasks_of_the_stream(three_steps):
+def test_a_step_takes_the_next_tasks_of_the_stream(uncompiled, tmp_path):
     """Iteration t is of tasks t * T .. t * T + T - 1: put together by hand."""
-    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+    found = variables(finished(tmp_path, "--metatrain_iterations=3", "--seed=3").folder, "model2")
+    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1, seed=3)
     for t in range(3):
-        maml.train_step(SinusoidTasks(5, 5).draw(0, "train", 25 * t, 25))
+        maml.train_step(SinusoidTasks(5, 5).draw(3, "train", 25 * t, 25))
     for name, weight in maml.weights.items():
-        np.testing.assert_allclose(three_steps[f"weights/{name}/.ATTRIBUTES/VARIABLE_VALUE"], weight, atol=1e-6)
+        np.testing.assert_allclose(found[f"weights/{name}/.ATTRIBUTES/VARIABLE_VALUE"], weight, atol=1e-6)
 
 
-def test_training_is_the_same_every_time(three_steps, tmp_path):
+def test_a_summary_is_of_the_tasks_at_hand(uninterrupted):
+    """At iteration 300 of its tasks, by the weights that the 300 steps before left."""
+    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+    runs.Run(uninterrupted.folder).restore(maml, str(uninterrupted.folder / "model299"))
+    losses = np.mean(maml.evaluate(SinusoidTasks(5, 5).draw(0, "train", 25 * 300, 25), 5).losses, 0)
+    found = {tag: dict(points)[300] for tag, points in scalars(uninterrupted.folder).items()}
+    np.testing.assert_allclose(found.pop("metatrain_Pre-update_loss"), losses[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        [found[f"metatrain_Post-update_loss__step_{j}"] for j in range(1, 6)], losses[1:], rtol=1e-5
+    )
+
+
+def test_training_is_the_same_every_time(three_steps, uncompiled, tmp_path):
     again = variables(finished(tmp_path, "--metatrain_iterations=3").folder, "model2")
     for name, value in three_steps.items():
         np.testing.assert_array_equal(value, again[name], err_msg=name)
 
 
-def test_without_log_there_are_no_events(tmp_path):
+def test_without_log_there_are_no_events(uncompiled, tmp_path):
     run("--log=False", "--metatrain_iterations=2", f"--logdir={tmp_path / 'not' / 'there' / 'yet'}")
     folder = only_run(tmp_path / "not" / "there" / "yet")
     assert models(folder) == ["model1"]
@@ -647,7 +667,7 @@ def test_without_log_there_are_no_events(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["my models/model7.index \u00e9 \u8a66", "*? {a,b}"])
-def test_any_folder_name_will_do(name, few_test_tasks, tmp_path):
+def test_any_folder_name_will_do(name, few_test_tasks, uncompiled, tmp_path):
     """To train, resume and test in. The original looks for "model" in the whole path."""
     logdir = tmp_path / name
     folder = finished(logdir, "--metatrain_iterations=2").folder
@@ -794,12 +814,13 @@ def test_an_image_of_another_size(own_images, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two_steps(uncompiled, tmp_path_factory) -> Finished:
-    return finished(tmp_path_factory.mktemp("two_steps"), "--metatrain_iterations=2", "--norm=None")
+def two_steps(tmp_path_factory) -> Finished:
+    with not_compiled():
+        return finished(tmp_path_factory.mktemp("two_steps"), "--metatrain_iterations=2", "--norm=None")
 
 
 @pytest.fixture
-def held(two_steps, tmp_path) -> Finished:
+def held(two_steps, uncompiled, tmp_path) -> Finished:
     """A run to refuse, or to spoil."""
     folder = shutil.copytree(two_steps.folder, tmp_path / "logs" / two_steps.folder.name)
     return Finished([f"--logdir={tmp_path / 'logs'}", *two_steps.flags[1:]], folder, two_steps.printed)
