@@ -295,6 +295,7 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
                 log_curve(writer, iteration, "metaval", curve)
                 print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
             if saves:
+                writer.flush()  # a run that goes on from this checkpoint will not write them again
                 prefix = run.save(maml)
     print(f"Done: {total} iterations, the last saved in {prefix}.")
 
