@@ -105,6 +105,10 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images).")
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
+flags.DEFINE_integer("threads", 0, "Tasks that are computed side by side, a core each; 0: as many as there are cores.")
+flags.DEFINE_integer(
+    "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
+)
 flags.DEFINE_string("data_path", None, "Image folder, if not the data set's own below data/.")
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
@@ -132,9 +136,9 @@ def _number(name, test, range_):
     flags.register_validator(name, lambda value: math.isfinite(value) and test(value), message=message)
 
 
-for _name in "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval".split():
+for _name in "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval op_threads".split():
     _number(_name, lambda value: value >= 1, "1 or more")
-for _name in ("pretrain_iterations", "metatrain_iterations"):
+for _name in ("pretrain_iterations", "metatrain_iterations", "threads"):
     _number(_name, lambda value: value >= 0, "0 or more")
 for _name in ("train_update_batch_size", "num_query"):
     _number(_name, lambda value: value == -1 or value >= 1, "1 or more, or -1")
@@ -151,9 +155,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
-    # One task a core: each task's operations run on one thread, the tasks side by side.
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(_cores())
+    set_threads()
     dataset = DATASETS[FLAGS.datasource]
     identity = run_identity(dataset)
     run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
@@ -161,6 +163,12 @@ def main(argv: list[str]) -> None:
         train(run, identity, dataset)
     else:
         test(run, identity, dataset)
+
+
+def set_threads() -> None:
+    """Sets TensorFlow's threads, which it takes once, before it starts: a task a core."""
+    tf.config.threading.set_intra_op_parallelism_threads(FLAGS["op_threads"].value)
+    tf.config.threading.set_inter_op_parallelism_threads(_parallel_tasks())
 
 
 def run_identity(dataset: Dataset) -> dict:
@@ -220,7 +228,7 @@ def build(flags: Mapping, dataset: Dataset) -> MAML:
         first_order=flags["stop_grad"],
         clip=dataset.clip,
         seed=flags["seed"],
-        parallel_tasks=_cores(),
+        parallel_tasks=_parallel_tasks(),
     )
 
 
@@ -433,7 +441,9 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def _cores():
+def _parallel_tasks():
+    if FLAGS["threads"].value:
+        return FLAGS["threads"].value
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

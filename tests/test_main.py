@@ -719,9 +719,9 @@ def test_validation_on_the_test_classes(miniimagenet_like, tmp_path):
 WRONG_FLAGS = {
     "above 0": "update_lr=nan update_lr=-0.1 update_lr=0 update_lr=inf meta_lr=0 meta_lr=nan train_update_lr=0",
     "1 or more": "meta_batch_size=0 update_batch_size=0 num_updates=0 num_filters=0 val_tasks=0 save_interval=0 "
-    "num_query=0 train_update_batch_size=0",
+    "op_threads=0 num_query=0 train_update_batch_size=0",
     "2 or more": "num_classes=1 num_classes=-5",
-    "0 or more": "pretrain_iterations=-1 metatrain_iterations=-1",
+    "0 or more": "pretrain_iterations=-1 metatrain_iterations=-1 threads=-1",
     "must be": "seed=-1 seed=9223372036854775808",
     "-1 for the latest": "test_iter=-2",
     "invalid literal": "metatrain_iterations=ten",
