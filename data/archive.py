@@ -75,9 +75,9 @@ PHOTOGRAPHS = Limits(32 * 2**20, 32 * 2**30)
 PICKLES = Limits(256 * 2**20, 2**30)  # CIFAR-100's training part has 155 million bytes
 CLASS_TARS = Limits(2 * 2**30, 256 * 2**30)  # ILSVRC2012_img_train.tar: 1,000 tars, 138 billion bytes
 
-
 # Both stand on https://www.cs.toronto.edu/~kriz/cifar.html; torchvision 0.29 has the same checksum.
 CIFAR_100 = Published("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85")
+CIFAR_LAYOUT = re.compile(r"(?:.*/)?(?P<label>[^/.][^/]*)/(?P<name>[^/.][^/]*\.png)")
 
 
 def fail(message: str) -> NoReturn:
@@ -289,18 +289,17 @@ def cifar100(sources: Iterable[Path]) -> dict[str, Images]:
     """
     found: dict[str, Images] = defaultdict(dict)
     for source in sources:
-        here = {tuple(name.split("/")): file for name, file in files(source, PICKLES).items()}
-        official = {parts[-1]: file for parts, file in here.items() if parts[-1] in ("meta", "train", "test")}
-        if len(official) == 3:
-            for part in ("train", "test"):
-                for label, name, pixels in _cifar100_part(official[part], official["meta"]):
-                    found[label][name] = pixels
-            continue
-        for parts, file in here.items():
-            if len(parts) > 1 and parts[-1].endswith(".png") and not parts[-1].startswith("."):
-                found[parts[-2]][parts[-1]] = file
-        if not found:
+        here = files(source, PICKLES)
+        official = {path.rpartition("/")[2]: file for path, file in here.items()}
+        if {"meta", "train", "test"} <= official.keys():
+            images = [one for part in ("train", "test") for one in _cifar100_part(official[part], official["meta"])]
+        else:
+            matches = [(CIFAR_LAYOUT.fullmatch(path), file) for path, file in here.items()]
+            images = [(match["label"], match["name"], file) for match, file in matches if match]
+        if not images:
             fail(f"{source} has no CIFAR-100: expected the files meta, train and test, or <class>/*.png")
+        for label, name, image in images:
+            found[label][name] = image
     return found
 
 
@@ -366,7 +365,7 @@ def _decode(file: File | Pixels, read: bytes | Pixels) -> Image.Image:
         return image
 
 
-def read_image(file: File | Pixels) -> Image.Image:
+def read_image(file: File) -> Image.Image:
     """The decoded PNG or JPEG image, in its own mode; fails with the file's name where it cannot be read."""
     return _decode(file, _read(file))
 

@@ -645,6 +645,15 @@ def test_tiered_imagenet_from_imagenet(tmp_path, call, kind):
     assert len(contents(tmp_path / "out")) == 12
 
 
+def test_a_class_of_imagenet_without_images_is_told(tmp_path, call):
+    (tmp_path / "raw" / TIERED["train"]).mkdir(parents=True)
+    with pytest.raises(SystemExit, match=f"{TIERED['train']} has no .JPEG images"):
+        call(tiered_imagenet, "--archive", tmp_path / "raw", "--out", tmp_path / "out", "--allow_missing")
+    with pytest.raises(SystemExit, match="raw has no classes of ImageNet"):
+        (tmp_path / "raw" / TIERED["train"]).rename(tmp_path / "raw" / "birds")
+        call(tiered_imagenet, "--archive", tmp_path / "raw", "--out", tmp_path / "out", "--allow_missing")
+
+
 # ---------------------------------------------------------------------------------------------- downloads
 
 

@@ -33,11 +33,12 @@ def find(sources: Iterable[Path]) -> dict[str, archive.Images]:
     """The photographs that lie in images/<NNN.Class>/*.jpg, by class, in the order of the archives."""
     found: dict[str, archive.Images] = defaultdict(dict)
     for source in sources:
-        for path, file in archive.files(source).items():
-            if match := LAYOUT.fullmatch(path):
-                found[match["label"]][match["name"]] = file
-        if not found:
+        matches = [(LAYOUT.fullmatch(path), file) for path, file in archive.files(source).items()]
+        if not any(match for match, _ in matches):
             archive.fail(f"{source} has no birds: images/001.Black_footed_Albatross/*.jpg and so on were expected")
+        for match, file in matches:
+            if match:
+                found[match["label"]][match["name"]] = file
     return found
 
 

@@ -1,7 +1,7 @@
 """tieredImageNet (Ren et al., ICLR 2018): ImageNet's photographs, 84x84 RGB as PNG in {train,val,test}/<wnid>/.
 
 From ImageNet's training part (ILSVRC 2012), which is not ours to give: from its archive as it is, 138 GB,
-or from a folder of class folders <wnid>/ or class archives <wnid>.tar; some hours, 12 GB written:
+or from a folder of class folders <wnid>/ or class archives <wnid>.tar; an hour or two, 12 GB written:
 
     python data/tiered_imagenet/prepare.py --archive ILSVRC2012_img_train.tar
 
@@ -34,7 +34,8 @@ def read(listed: dict[str, str], places: dict[str, archive.File]) -> Iterator[ar
     """The listed classes that are there, one after the other: the names of all images would fill the memory."""
     for folder, wnid in listed.items():
         if wnid in places:
-            yield archive.Class(folder, archive.photographs(places[wnid]), missing=0)
+            images = archive.photographs(places[wnid])
+            yield archive.Class(folder, images or archive.fail(f"{places[wnid]} has no .JPEG images"), missing=0)
 
 
 def main() -> None:
