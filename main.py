@@ -13,8 +13,10 @@ import contextlib
 import functools
 import math
 import os
+import re
 import signal
 import sys
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,14 +29,20 @@ from absl import app, flags, logging
 
 import networks
 import runs
-from data_generator import DATASETS, ROOT, Dataset, ImageTasks, SinusoidTasks
+from data_generator import DATASETS, ROOT, Dataset, Images, ImageTasks, SinusoidTasks
 from maml import MAML
 from utils import InputError, Tasks, accuracy, mse, statistics, xent
 
 FLAGS = flags.FLAGS
 
 # The original's flags, with its names and defaults.
-flags.DEFINE_enum("datasource", "sinusoid", list(DATASETS), "Data set that tasks are drawn from.")
+flags.DEFINE_enum(
+    "datasource",
+    "sinusoid",
+    list(DATASETS),
+    "Data set that tasks are drawn from; folder: your own images, in --data_path. From cifarfs on, the defaults are "
+    "those of MiniImagenet's commands (meta_batch_size=4 update_lr=0.01 num_updates=5 num_filters=32 max_pool=True).",
+)
 flags.DEFINE_integer("num_classes", 5, "N, classes in a task (way). Paper: 5 and 20. The sinusoid has none.")
 flags.DEFINE_enum(
     "baseline",
@@ -96,12 +104,12 @@ flags.DEFINE_float(
 flags.DEFINE_integer(
     "seed",
     0,
-    "Seed of the initial weights and the training tasks. Validation and test tasks are always the same.",
+    "Seed of the initial weights, the training tasks and the shuffle of --split.",
 )
 flags.DEFINE_integer(
     "num_query",
     -1,
-    "Query examples a class. -1, as the original: K; in MiniImagenet training and its validation 15.",
+    "Query examples a class. -1, as the original: K; in training and validation on photographs 15.",
 )
 flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images).")
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
@@ -109,13 +117,40 @@ flags.DEFINE_integer("threads", 0, "Tasks that are computed side by side, a core
 flags.DEFINE_integer(
     "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
 )
-flags.DEFINE_string("data_path", None, "Image folder, if not the data set's own below data/.")
+flags.DEFINE_string("data_path", None, "Folder of the images, if not the data set's own below data/.")
+flags.DEFINE_string(
+    "split",
+    None,
+    "Classes in train, val and test, e.g. 64,16,20, where the images are in DIR/<class>/ and not in "
+    "DIR/{train,val,test}/<class>/; shuffled by --seed. With --test_datasource: of that data set.",
+)
+flags.DEFINE_integer(
+    "image_size",
+    None,
+    "Height and width in pixels; images of another size are resized, whatever their shape. "
+    "Default: the data set's own, 84 for folder.",
+)
+flags.DEFINE_integer("image_channels", None, "1 grey, 3 colour. Default: the data set's own, 3 for folder.")
+flags.DEFINE_bool("skip_broken", False, "Leave out images that cannot be read, and name them, rather than refuse.")
+flags.DEFINE_enum(
+    "test_datasource",
+    None,
+    [name for name, dataset in DATASETS.items() if dataset.images],
+    "At test: the data set that tasks are drawn from, if not --datasource. Its images are read as the run's: in their "
+    "size and channels, for an Omniglot run also inverted (dark ink on white paper is 1).",
+)
+flags.DEFINE_string("test_data_path", None, "Folder of the --test_datasource, if not its own below data/.")
+flags.DEFINE_integer("test_tasks", 600, "Tasks of a test. Paper: 600.")
+flags.DEFINE_integer(
+    "eval_seed", 0, "Seed of the validation and test tasks: the same for all runs, whatever --seed is."
+)
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
 # What a run's numbers depend on: recorded in its folder, so that another run cannot continue it by mistake.
 IDENTITY = (
     "datasource num_classes baseline pretrain_iterations metatrain_iterations meta_batch_size meta_lr "
-    "update_batch_size update_lr num_updates norm num_filters conv max_pool stop_grad num_query seed"
+    "update_batch_size update_lr num_updates norm num_filters conv max_pool stop_grad num_query seed "
+    "data_path split image_size image_channels"
 ).split()
 
 # The original's (its main.py), in iterations, updates and tasks.
@@ -123,9 +158,7 @@ SUMMARY_INTERVAL = 100
 PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000
 VALIDATION_INTERVAL = 500
 TEST_UPDATES = 10  # at least, even where training has fewer
-TEST_TASKS = 600
 
-EVALUATION_SEED = 0  # of validation and test tasks, whatever --seed is, so that runs are tested on the same tasks
 EVALUATION_CHUNK = 20  # tasks in memory at once
 BLOCK = 100  # steps of a tiny network in one program
 NO_EVENTS = tf.summary.create_noop_writer()  # --nolog
@@ -133,16 +166,27 @@ NO_EVENTS = tf.summary.create_noop_writer()  # --nolog
 
 def _number(name, test, range_):
     message = f"must be {range_}"
-    flags.register_validator(name, lambda value: math.isfinite(value) and test(value), message=message)
+    flags.register_validator(
+        name, lambda value: value is None or (math.isfinite(value) and test(value)), message=message
+    )
 
 
-for _name in "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval op_threads".split():
+for _name in (
+    "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval op_threads test_tasks image_size"
+).split():
     _number(_name, lambda value: value >= 1, "1 or more")
 for _name in ("pretrain_iterations", "metatrain_iterations", "threads"):
     _number(_name, lambda value: value >= 0, "0 or more")
 for _name in ("train_update_batch_size", "num_query"):
     _number(_name, lambda value: value == -1 or value >= 1, "1 or more, or -1")
-_number("seed", lambda value: 0 <= value < 2**63, "0 or more, and below 2 to the 63rd")
+for _name in ("seed", "eval_seed"):
+    _number(_name, lambda value: 0 <= value < 2**63, "0 or more, and below 2 to the 63rd")
+_number("image_channels", lambda value: value in (1, 3), "1 or 3")
+flags.register_validator(
+    "split",
+    lambda value: value is None or re.fullmatch(r"\d+,\d+,\d+", value),
+    message="must be three numbers of classes, e.g. 64,16,20",
+)
 _number("num_classes", lambda value: value >= 2, "2 or more")
 _number("test_iter", lambda value: value >= -1, "an iteration, or -1 for the latest")
 _number("meta_lr", lambda value: value > 0, "a number above 0")
@@ -156,7 +200,11 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
     set_threads()
-    dataset = DATASETS[FLAGS.datasource]
+    take_defaults(DATASETS[FLAGS.datasource])
+    dataset = data_set("datasource", "data_path")
+    if dataset.images:
+        images = resized(dataset.images, (FLAGS.image_size, FLAGS.image_size), FLAGS.image_channels)
+        dataset = dataset._replace(images=images)
     identity = run_identity(dataset)
     run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
     if FLAGS.train:
@@ -171,14 +219,48 @@ def set_threads() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(_parallel_tasks())
 
 
+def take_defaults(dataset: Dataset) -> None:
+    """Makes the row's values the defaults of the flags, and tells which are taken."""
+    for name, value in dataset.defaults.items():
+        FLAGS.set_default(name, value)
+    if dataset.images:
+        FLAGS.set_default("image_size", dataset.images.size[0])
+        FLAGS.set_default("image_channels", dataset.images.channels)
+    taken = [f"--{name}={value}" for name, value in dataset.defaults.items() if FLAGS[name].using_default_value]
+    if taken:
+        print(f"Defaults of --datasource={FLAGS.datasource}: {' '.join(taken)}")
+
+
+def data_set(flag: str, path_flag: str) -> Dataset:
+    """The row that `flag` names, with the folder that `path_flag` names, if it does."""
+    dataset, path = DATASETS[FLAGS[flag].value], FLAGS[path_flag].value
+    if dataset.images is None or (dataset.images.folder and not path):
+        return dataset
+    if not path:
+        raise InputError(f"--{flag}={FLAGS[flag].value} has no folder of its own: name yours with --{path_flag}")
+    return dataset._replace(images=dataset.images._replace(folder=os.path.abspath(path)))
+
+
+def resized(images: Images, size: tuple[int, int], channels: int) -> Images:
+    """The same images, read at this size and in these channels."""
+    return images._replace(size=size, channels=channels, any_size=images.any_size or size != images.size)
+
+
+def users_folder(name: str, dataset: Dataset) -> str | None:
+    """The folder by which a user's own images are told from another's; None: the data set's name is enough."""
+    row = DATASETS[name].images
+    return dataset.images.folder if row and row.folder is None else None
+
+
 def run_identity(dataset: Dataset) -> dict:
     """The values of the IDENTITY flags that this run trains, or was trained, with."""
     identity = {name: FLAGS[name].value for name in IDENTITY}
     if identity["norm"] == "None":
         identity["norm"] = None
-    if FLAGS["norm"].using_default_value and dataset.norm != identity["norm"]:
-        print(f"The {FLAGS.datasource} is trained with --norm={dataset.norm} unless --norm is given.")
-        identity["norm"] = dataset.norm
+    identity["data_path"] = users_folder(FLAGS.datasource, dataset)
+    for name in ("image_size", "image_channels"):
+        if FLAGS[name].value == FLAGS[name].default:
+            identity[name] = None  # given or not, it is the data set's own
     if FLAGS.baseline == "oracle":
         if dataset.images is not None:
             raise InputError(
@@ -193,6 +275,8 @@ def run_identity(dataset: Dataset) -> dict:
         if FLAGS.train_update_lr != -1:
             identity["update_lr"] = FLAGS.train_update_lr
         del identity["num_query"]  # at test it is the test's own
+        if FLAGS.test_datasource:
+            del identity["split"]
     return identity
 
 
@@ -237,8 +321,17 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], default_query: int) -> 
     query = default_query if FLAGS.num_query == -1 else FLAGS.num_query
     if dataset.images is None:
         return SinusoidTasks(FLAGS.update_batch_size, query, oracle=FLAGS.baseline == "oracle")
-    folder = Path(FLAGS.data_path) if FLAGS.data_path else ROOT / dataset.images.folder
-    return ImageTasks(dataset.images, folder, splits, FLAGS.num_classes, FLAGS.update_batch_size, query)
+    images = dataset.images._replace(split_seed=FLAGS.seed, skip_broken=FLAGS.skip_broken)
+    if FLAGS.split:
+        images = images._replace(split_sizes=tuple(map(int, FLAGS.split.split(","))))
+    folder = ROOT / images.folder
+    data = ImageTasks(images, folder, splits, FLAGS.num_classes, FLAGS.update_batch_size, query)
+    found = "; ".join(
+        f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
+        for split, classes in data.classes.items()
+    )
+    print("Images of {}, read as {}x{}x{}: {}.".format(folder, *images.size, images.channels, found))
+    return data
 
 
 def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
@@ -247,9 +340,9 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     pretrain = identity["pretrain_iterations"]
     total = pretrain + identity["metatrain_iterations"]
     val_split = "test" if FLAGS.test_set else "val"
+    maml = build(identity, dataset)
     run.claim(identity, FLAGS.resume)
     data = open_data(dataset, ("train", val_split), (images and images.train_query) or FLAGS.update_batch_size)
-    maml = build(identity, dataset)
     if run.iterations():
         prefix = run.checkpoint()
         run.restore(maml, prefix)
@@ -351,28 +444,34 @@ class _Steps:
 
 
 def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
-    """Tests a checkpoint on 600 tasks, always the same ones, and writes the original's files and results.json."""
+    """Tests a checkpoint on --test_tasks, always the same ones; writes the original's files and results.json."""
     split = "test" if FLAGS.test_set else "val"
     prefix = run.checkpoint(FLAGS.test_iter)
     run.check_flags(identity, training=False)
     results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
     runs.check_writable(results, "--results_dir")
-    data = open_data(dataset, (split,), FLAGS.update_batch_size)
+    tested = tested_data_set(dataset)
+    data = open_data(tested, (split,), FLAGS.update_batch_size)
     maml = build(identity | {"update_batch_size": FLAGS.update_batch_size, "update_lr": FLAGS.update_lr}, dataset)
     run.restore(maml, prefix)
     print("Restoring model weights from", prefix)
 
     updates = max(identity["num_updates"], TEST_UPDATES)
-    curve = evaluate(maml, data, split, TEST_TASKS, updates)
+    curve = evaluate(maml, data, split, FLAGS.test_tasks, updates)
     values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
     print("Mean validation accuracy/loss, stddev, and confidence intervals")
     means, stds, ci95 = statistics(values)
     print((means, stds, ci95))
 
+    tested_name = FLAGS.test_datasource or FLAGS.datasource
+    folder = users_folder(tested_name, tested)
     paper = dataset.paper_updates.get(FLAGS.num_classes, ())
     metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
     entry = {
-        "data_set": FLAGS.datasource,
+        "data_set": tested_name,
+        "data_folder": folder,
+        "classes_train_val_test": FLAGS.split,
+        "trained_on": FLAGS.datasource,
         "split": split,
         "metric": metric,
         "classes_N": FLAGS.num_classes if dataset.images else None,
@@ -382,28 +481,57 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         "inner_updates_in_training_J": identity["num_updates"],
         "checkpoint": Path(prefix).name,
         "training_seed": identity["seed"],
-        "tasks": TEST_TASKS,
-        "task_seed": EVALUATION_SEED,
+        "tasks": FLAGS.test_tasks,
+        "task_seed": FLAGS.eval_seed,
         "norm": identity["norm"],
         "transductive": identity["norm"] == "batch_norm",  # a task's query examples are normalised together
     }
-    name = f"{split}_ubs{FLAGS.update_batch_size}_stepsize{FLAGS.update_lr}"
-    if FLAGS.num_query != -1:
-        name += f"_query{FLAGS.num_query}"
+    name = results_name(split, folder)
     runs.write_results(results, name, values, entry, paper)
     for update in paper:
         shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:
             shown = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
-        print(f"The paper's column, update{update}: {metric} {shown} over {TEST_TASKS} {split} tasks.")
+        print(f"The paper's column, update{update}: {metric} {shown} over {FLAGS.test_tasks} {split} tasks.")
     print(f"Written: {results / name}.csv, .pkl and results.json.")
+
+
+def results_name(split: str, folder: str | None) -> str:
+    """The original's name for a test's files, with suffixes for what that leaves out, if not at default."""
+    name = f"{split}_ubs{FLAGS.update_batch_size}_stepsize{FLAGS.update_lr}"
+    if FLAGS.test_datasource:
+        name += f"_{FLAGS.test_datasource}"
+        if folder:  # with a checksum of the whole path, since many a folder has the name "images"
+            name += f"-{Path(folder).name}-{zlib.crc32(os.fsencode(folder)):08x}"
+        if FLAGS.split:
+            name += f"_split{FLAGS.split}"
+    for flag, suffix in (("num_query", "query"), ("test_tasks", "tasks"), ("eval_seed", "evalseed")):
+        if FLAGS[flag].value != FLAGS[flag].default:
+            name += f"_{suffix}{FLAGS[flag].value}"
+    return name
+
+
+def tested_data_set(dataset: Dataset) -> Dataset:
+    """The row that a test's tasks come from: the run's, or that of --test_datasource, read as the run's images are."""
+    if not FLAGS.test_datasource:
+        if FLAGS.test_data_path:
+            raise InputError("--test_data_path is the folder of --test_datasource: give that too, or --data_path")
+        return dataset
+    if dataset.images is None:
+        raise InputError(
+            f"--test_datasource={FLAGS.test_datasource} has images, which a run of the {FLAGS.datasource} cannot take: "
+            "leave it out"
+        )
+    other = data_set("test_datasource", "test_data_path")
+    images = resized(other.images, dataset.images.size, dataset.images.channels)
+    return other._replace(images=images._replace(invert=dataset.images.invert))
 
 
 def evaluate(maml: MAML, data: SinusoidTasks | ImageTasks, split: str, count: int, updates: int):
     """maml.evaluate on tasks 0 .. count - 1 of a split: a Curve of arrays [count, 1 + updates]."""
     chunks = []
     for first in range(0, count, EVALUATION_CHUNK):
-        tasks = data.draw(EVALUATION_SEED, split, first, EVALUATION_CHUNK)
+        tasks = data.draw(FLAGS.eval_seed, split, first, EVALUATION_CHUNK)
         chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
     # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)

@@ -10,7 +10,7 @@ from itertools import pairwise
 import tensorflow as tf
 
 import special_grads
-from utils import Network, Weights
+from utils import InputError, Network, Weights
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
 
@@ -30,11 +30,17 @@ def conv4(
     Inputs [n, height, width, channels]. Halving: stride 2 with SAME padding, or with max_pool stride 1 and 2x2 VALID
     pooling. The last layer sees the mean over height and width (mean_head: Omniglot, its weights ~ N(0, 1)), or all
     height * width * filters numbers in that order (MiniImagenet, Xavier uniform, as all convolutions).
-    Args: size (height, width) in pixels, each 16 or more with max_pool; norm 'batch_norm', 'layer_norm' or None.
+    Args: size (height, width) in pixels; norm 'batch_norm', 'layer_norm' or None.
+    Raises InputError where pooling leaves nothing: with max_pool, below 16 pixels.
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
     # Differs: the original assumes 5 x 5 here, whatever the image and the pooling.
     height, width = (_halved(pixels, max_pool) for pixels in size)
+    if not (height and width):
+        raise InputError(
+            f"images of {size[0]}x{size[1]} pixels are too small for --max_pool, which halves them four times: "
+            "give --image_size=16 or more, or --max_pool=False"
+        )
     shapes = {}
     for layer in range(1, 5):
         shapes[f"conv{layer}"] = (3, 3, channels if layer == 1 else filters, filters)
