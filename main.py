@@ -1,4 +1,4 @@
-"""Trains and tests MAML (Finn, Abbeel, Levine, ICML 2017): sinusoid regression, few-shot Omniglot and MiniImagenet.
+"""Trains and tests MAML (Finn, Abbeel, Levine, ICML 2017): sinusoid regression and few-shot image classification.
 
 Usage (README.md has every command of the paper):
 
