@@ -254,7 +254,7 @@ def _load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[
         )
     if images.split_sizes is None and images.split_list is None:
         return {split: _load_classes(images, folder, split) for split in splits}
-    if images.split_sizes and (images.split_list or any((folder / split).is_dir() for split in SPLITS)):
+    if images.split_sizes and (images.split_list or any(os.path.isdir(folder / split) for split in SPLITS)):
         raise InputError(
             f"--split={_listed(images.split_sizes)} is for class folders that are not split yet, but {folder} has "
             f"{'a published split' if images.split_list else 'the folders train, val or test'}: leave --split out"

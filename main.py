@@ -29,7 +29,7 @@ from absl import app, flags, logging
 
 import networks
 import runs
-from data_generator import DATASETS, ROOT, Dataset, Images, ImageTasks, SinusoidTasks
+from data_generator import DATASETS, ROOT, Dataset, ImageTasks, SinusoidTasks
 from maml import MAML
 from utils import InputError, Tasks, accuracy, mse, statistics, xent
 
@@ -203,7 +203,9 @@ def main(argv: list[str]) -> None:
     take_defaults(DATASETS[FLAGS.datasource])
     dataset = data_set("datasource", "data_path")
     if dataset.images:
-        images = resized(dataset.images, (FLAGS.image_size, FLAGS.image_size), FLAGS.image_channels)
+        images = dataset.images._replace(size=(FLAGS.image_size, FLAGS.image_size), channels=FLAGS.image_channels)
+        if not FLAGS["image_size"].using_default_value:
+            images = images._replace(any_size=True)
         dataset = dataset._replace(images=images)
     identity = run_identity(dataset)
     run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
@@ -239,11 +241,6 @@ def data_set(flag: str, path_flag: str) -> Dataset:
     if not path:
         raise InputError(f"--{flag}={FLAGS[flag].value} has no folder of its own: name yours with --{path_flag}")
     return dataset._replace(images=dataset.images._replace(folder=os.path.abspath(path)))
-
-
-def resized(images: Images, size: tuple[int, int], channels: int) -> Images:
-    """The same images, read at this size and in these channels."""
-    return images._replace(size=size, channels=channels, any_size=images.any_size or size != images.size)
 
 
 def users_folder(name: str, dataset: Dataset) -> str | None:
@@ -522,9 +519,10 @@ def tested_data_set(dataset: Dataset) -> Dataset:
             f"--test_datasource={FLAGS.test_datasource} has images, which a run of the {FLAGS.datasource} cannot take: "
             "leave it out"
         )
-    other = data_set("test_datasource", "test_data_path")
-    images = resized(other.images, dataset.images.size, dataset.images.channels)
-    return other._replace(images=images._replace(invert=dataset.images.invert))
+    other, own = data_set("test_datasource", "test_data_path"), dataset.images
+    any_size = other.images.any_size or other.images.size != own.size
+    images = other.images._replace(size=own.size, channels=own.channels, invert=own.invert, any_size=any_size)
+    return other._replace(images=images)
 
 
 def evaluate(maml: MAML, data: SinusoidTasks | ImageTasks, split: str, count: int, updates: int):

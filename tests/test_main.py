@@ -910,7 +910,9 @@ def test_an_image_of_another_size(own_images, tmp_path):
     Image.new("RGB", (80, 64)).save(image)
     line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
     assert f"image {image} is 64x80 pixels, not 84x84: prepare the folder as " in line
-    assert "--image_size" in line
+    assert "or have all images resized with --image_size" in line
+    flags = *small_miniimagenet(own_images, tmp_path / "logs"), "--metatrain_iterations=0"
+    assert "Nothing left to do" in run(*flags, "--image_size=84")
 
 
 def test_another_folder_is_another_run(own_run, miniimagenet_like, tmp_path):
