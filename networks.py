@@ -4,6 +4,7 @@ Weights carry the original's names: convolutions conv1..conv4 (fully connected l
 the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one a hidden layer.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -99,17 +100,18 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None) ->
                 weights[name] = tf.random.stateless_truncated_normal(shape, (seed, index), 0.0, 0.01, alg="philox")
         return weights | _norm_init(norms)
 
-    def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+    def apply(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         x = tf.reshape(x, [-1, inputs])
         for layer in layers[:-1]:
-            x = tf.nn.relu(_normalized(tf.linalg.matmul(x, weights[f"w{layer}"]), weights, layer, norm))
-        return tf.linalg.matmul(x, weights[f"w{layers[-1]}"]) + weights[f"b{layers[-1]}"]
+            x = tf.nn.relu(_normalized(product(x, weights[f"w{layer}"]), weights, layer, norm))
+        return product(x, weights[f"w{layers[-1]}"]) + weights[f"b{layers[-1]}"]
 
     # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
     tf1_names = _tf1_names(shapes, list(shapes), norms, norm_scopes=[0, *range(2, len(hidden) + 1)])
     # On two cores, ms a step: the sinusoid's 1,761 weights 0.5 batched, 2.2 task by task; Omniglot's 246,597 17 and 13.
     batched = sum(before * after for before, after in pairwise(widths)) < 10_000
-    return Network(init, apply, tuple(shapes), tf1_names, batched)
+    inner_apply = functools.partial(apply, product=special_grads.matmul) if batched else None
+    return Network(init, apply, tuple(shapes), tf1_names, batched, inner_apply)
 
 
 def _halved(pixels: int, max_pool: bool) -> int:
