@@ -60,6 +60,17 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     return path
 
 
+def parts(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The flags of training, and those of each test, which a `--` begins."""
+    found = [[]]
+    for argument in arguments:
+        if argument == "--":
+            found.append([])
+        else:
+            found[-1].append(argument)
+    return found[0], found[1:]
+
+
 def _main_program(flags):
     ended = subprocess.run([sys.executable, "main.py", *flags])
     if ended.returncode:
@@ -107,10 +118,6 @@ def commit() -> str | None:
 
 
 if __name__ == "__main__":
-    script, *arguments = sys.argv[1:]
-    parts = [[]]
-    for argument in arguments:
-        parts.append([]) if argument == "--" else parts[-1].append(argument)
     os.chdir(ROOT)
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is main.py's, which saves and ends, and this with it
-    print("Recorded in", record(Path(script), parts[0], parts[1:]))
+    print("Recorded in", record(Path(sys.argv[1]), *parts(sys.argv[2:])))
