@@ -77,7 +77,7 @@ def spawn(*command: object, **options) -> subprocess.Popen:
 
 def end(process: subprocess.Popen) -> Ended:
     """Waits for it. TensorFlow's own lines about how it starts are left out."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     err = [line for line in err.splitlines() if not re.match(r"[IWE]\d{4} |WARNING: All log messages before", line)]
     return Ended(process.returncode, out, "\n".join(err))
 
@@ -532,6 +532,49 @@ def test_kill_and_resume(uninterrupted, tmp_path):
     assert scalars(folder) == scalars(uninterrupted.folder)
 
 
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time, main, runs
+main.SUMMARY_INTERVAL = main.PRINT_INTERVAL = 20
+main.VALIDATION_INTERVAL = 10
+main.DATASETS["omniglot"] = main.DATASETS["omniglot"]._replace(curve_steps=1)
+kills, logdir, *flags = sys.argv[1:]
+
+def start(name):
+    process = os.fork()  # TensorFlow is imported once, and each process starts it for itself
+    if process == 0:
+        main._run(main._parse(["main.py", f"--logdir={logdir}/{name}", *flags]))
+        os._exit(0)
+    return process
+
+def newest():
+    return max([i for run in main.Path(logdir, "killed").glob("cls_*") for i in runs.Run(run).iterations()], default=-1)
+
+whole = start("whole")
+for _ in range(int(kills)):
+    process, until = start("killed"), newest() + random.uniform(1, 300 / int(kills))
+    while newest() < until and os.waitpid(process, os.WNOHANG) == (0, 0):
+        pass
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL, "it had ended before"
+    print("killed after", newest())
+for process in (start("killed"), whole):
+    assert os.waitpid(process, 0)[1] == 0
+"""
+
+
+def test_kill_at_random_moments(small, tmp_path):
+    """KILLS of them in one run, which saves and validates all the time. No checkpoint is ever damaged."""
+    kills = os.environ.get("KILLS", "3")
+    flags = *small, "--val_tasks=10", "--metatrain_iterations=400", "--save_interval=5"
+    ended = end(spawn("-c", KILLED_AT_RANDOM, kills, tmp_path, *flags, cwd=PROGRAM.parent))
+    assert (ended.code, ended.err) == (0, "")
+    killed, whole = (only_run(tmp_path / name) for name in ("killed", "whole"))
+    assert_same_ending(killed, whole)
+    assert models(killed) == models(whole)
+    assert scalars(killed) == scalars(whole)
+
+
 def signal_at(monkeypatch, iteration: int, *numbers: int, when: str = "scalars") -> None:
     """These signals arrive while the summary of an iteration is written; or when="flags": before any."""
 
@@ -787,6 +830,14 @@ def test_validation_on_the_test_classes(miniimagenet_like, tmp_path):
     assert "Nothing left to do" in run(*flags, "--test_set=True", f"--logdir={tmp_path / 'logs'}")
     line = refusal(*flags, f"--logdir={tmp_path / 'logs'}")
     assert f"no images in {tmp_path / 'data' / 'val'}: expected class folders of .png or .jpg files there" in line
+
+
+def test_the_test_classes_choose_no_best(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "VALIDATION_INTERVAL", 1)
+    printed = run(*small, "--test_set=True", "--metatrain_iterations=3", f"--logdir={tmp_path}")
+    assert printed.count("Validation results: ") == 2
+    assert "Best" not in printed
+    assert models(only_run(tmp_path)) == ["model2"]
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
