@@ -9,13 +9,13 @@ Usage (README.md has every command of the paper):
 Evaluation is transductive under batch norm, as in the paper: the query images of a task are normalised together.
 """
 
-import contextlib
 import functools
 import math
 import os
 import re
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +26,30 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is impor
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
+from tqdm import tqdm
 
 import networks
 import runs
 from data_generator import DATASETS, ROOT, Dataset, ImageTasks, SinusoidTasks
-from maml import MAML
+from events import Events, curve_scalars, task_picture
+from maml import MAML, Curve
 from utils import InputError, Tasks, accuracy, mse, statistics, xent
 
 FLAGS = flags.FLAGS
+
+
+class _Checkpoint(flags.ArgumentParser):
+    """An iteration, -1 or best."""
+
+    syntactic_help = "an integer or best"
+
+    def parse(self, argument):
+        if argument == "best":
+            return argument
+        if int(argument) < -1:
+            raise ValueError("must be an iteration, -1 for the latest, or best")
+        return int(argument)
+
 
 # The original's flags, with its names and defaults.
 flags.DEFINE_enum(
@@ -87,7 +103,13 @@ flags.DEFINE_bool("log", True, "Write TensorBoard events.")
 flags.DEFINE_string("logdir", "/tmp/data", "Folder in which the run has its own folder, named by its flags.")
 flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint, exactly as if never stopped.")
 flags.DEFINE_bool("train", True, "Train; --train=False: test.")
-flags.DEFINE_integer("test_iter", -1, "Iteration of the checkpoint to test; -1: the latest.")
+flags.DEFINE(
+    _Checkpoint(),
+    "test_iter",
+    -1,
+    "Iteration of the checkpoint to test; -1: the latest; best: the one of the best accuracy on validation tasks, "
+    "after J updates. Paper, MiniImagenet: best.",
+)
 flags.DEFINE_bool(
     "test_set",
     False,
@@ -111,7 +133,7 @@ flags.DEFINE_integer(
     -1,
     "Query examples a class. -1, as the original: K; in training and validation on photographs 15.",
 )
-flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images).")
+flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images), which choose the best.")
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
 flags.DEFINE_integer("threads", 0, "Tasks that are computed side by side, a core each; 0: as many as there are cores.")
 flags.DEFINE_integer(
@@ -159,9 +181,8 @@ PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000
 VALIDATION_INTERVAL = 500
 TEST_UPDATES = 10  # at least, even where training has fewer
 
-EVALUATION_CHUNK = 20  # tasks in memory at once
+EVALUATION_CHUNK = 10  # tasks in memory at once; a stop signal waits for so many
 BLOCK = 100  # steps of a tiny network in one program
-NO_EVENTS = tf.summary.create_noop_writer()  # --nolog
 
 
 def _number(name, test, range_):
@@ -188,9 +209,8 @@ flags.register_validator(
     message="must be three numbers of classes, e.g. 64,16,20",
 )
 _number("num_classes", lambda value: value >= 2, "2 or more")
-_number("test_iter", lambda value: value >= -1, "an iteration, or -1 for the latest")
-_number("meta_lr", lambda value: value > 0, "a number above 0")
-_number("update_lr", lambda value: value > 0, "a number above 0")
+for _name in ("meta_lr", "update_lr"):
+    _number(_name, lambda value: 1e-37 < value < 1e37, "a number above 0, and within float32")
 _number("train_update_lr", lambda value: value == -1 or value > 0, "a number above 0, or -1")
 
 
@@ -200,17 +220,12 @@ def main(argv: list[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
     set_threads()
-    take_defaults(DATASETS[FLAGS.datasource])
-    dataset = data_set("datasource", "data_path")
-    if dataset.images:
-        images = dataset.images._replace(size=(FLAGS.image_size, FLAGS.image_size), channels=FLAGS.image_channels)
-        if not FLAGS["image_size"].using_default_value:
-            images = images._replace(any_size=True)
-        dataset = dataset._replace(images=images)
+    dataset = run_data_set()
     identity = run_identity(dataset)
     run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
     if FLAGS.train:
-        train(run, identity, dataset)
+        with run.locked():
+            train(run, identity, dataset)
     else:
         test(run, identity, dataset)
 
@@ -219,6 +234,18 @@ def set_threads() -> None:
     """Sets TensorFlow's threads, which it takes once, before it starts: a task a core."""
     tf.config.threading.set_intra_op_parallelism_threads(FLAGS["op_threads"].value)
     tf.config.threading.set_inter_op_parallelism_threads(_parallel_tasks())
+
+
+def run_data_set() -> Dataset:
+    """The row of --datasource as the flags have it; what they leave open, they take from it."""
+    take_defaults(DATASETS[FLAGS.datasource])
+    dataset = data_set("datasource", "data_path")
+    if dataset.images is None:
+        return dataset
+    images = dataset.images._replace(size=(FLAGS.image_size, FLAGS.image_size), channels=FLAGS.image_channels)
+    if not FLAGS["image_size"].using_default_value:
+        images = images._replace(any_size=True)
+    return dataset._replace(images=images)
 
 
 def take_defaults(dataset: Dataset) -> None:
@@ -338,64 +365,75 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     total = pretrain + identity["metatrain_iterations"]
     val_split = "test" if FLAGS.test_set else "val"
     maml = build(identity, dataset)
-    run.claim(identity, FLAGS.resume)
+    run.check(identity, FLAGS.resume)
     data = open_data(dataset, ("train", val_split), (images and images.train_query) or FLAGS.update_batch_size)
     if run.iterations():
-        prefix = run.checkpoint()
-        run.restore(maml, prefix)
+        prefix = run.restore_newest(maml)
+        if maml.step == 0:
+            raise InputError(
+                f"{prefix} holds weights alone, to be tested and not trained further: give another --logdir"
+            )
         print("Restoring model weights from", prefix)
-    start = int(maml.step)
-    if start >= total:
+    start = saved = int(maml.step)
+    validations = {*range(VALIDATION_INTERVAL, total, VALIDATION_INTERVAL)} if images else set()
+    saves = {*range(FLAGS.save_interval, total, FLAGS.save_interval), total - 1}
+    # The iterations at which more is done than a step, and the one before if a stop left out its validation.
+    visits = {*range(start, total)} & {*range(0, total, SUMMARY_INTERVAL), *validations, *saves}
+    visits |= {start - 1} & validations - {run.validation.last}
+    if not visits:
         more = "--metatrain_iterations" if identity["metatrain_iterations"] else "--pretrain_iterations"
         print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
         return
 
+    run.record(identity)
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {updates}.")
     print("Done initializing, starting training.", flush=True)
-    print_interval = PRINT_INTERVAL if images else SINUSOID_PRINT_INTERVAL
-    sampled = []  # (before, after) of each summary since the last print
-    # The iterations at which more is done than a step.
-    visits = {*range(0, total, SUMMARY_INTERVAL), *range(0, total, FLAGS.save_interval), total - 1} - {*range(start)}
     with (
         _StopSignal() as stop,
-        _Steps(maml, data, identity, stop) as steps,
-        contextlib.closing(run.events(start) if FLAGS.log else NO_EVENTS) as writer,
+        Events(run.folder, start, FLAGS.log) as events,
+        tqdm(total=total, initial=start, unit=" iterations", disable=None) as progress,
+        _Steps(maml, data, identity, stop, progress) as steps,
     ):
+        events.flags(start, identity)
+        report = _Report(data, identity, events, progress)
         for iteration in sorted(visits):
             steps.advance(iteration)
-            if iteration % SUMMARY_INTERVAL == 0 and not stop.signal:
-                tasks = Tasks(*(part[0] for part in steps.tasks(iteration)))
-                curve = maml.evaluate(tasks, max(updates, dataset.curve_steps))
-                log_curve(writer, iteration, "metatrain", curve)
-                sampled.append(_before_after(curve, updates))
-            saves = iteration == total - 1 or (iteration and iteration % FLAGS.save_interval == 0)
-            validates = images and iteration and iteration % VALIDATION_INTERVAL == 0
-            if saves or validates:
-                steps.advance(iteration + 1)
+            curve = None
+            if iteration % SUMMARY_INTERVAL == 0 and steps.done == iteration and not stop.signal:
+                curve = maml.evaluate(steps.meta_batch(iteration), max(updates, dataset.curve_steps))
+                loss = float(np.mean(curve.losses[:, updates if iteration >= pretrain else 0]))  # that is minimised
+                if not math.isfinite(loss):
+                    raise run.diverged(f"the loss at iteration {iteration} is {loss}")
+            steps.advance(iteration + 1)
+            if curve and steps.done > iteration:
+                report.training(iteration, curve, steps)
+            if iteration in validations and steps.done > iteration:
+                # Differs: the original validates on one meta-batch.
+                curve = evaluate(maml, data, val_split, FLAGS.val_tasks, updates, stop)
+                if curve:
+                    report.validation(iteration, curve)
+                    # The test classes choose no best.
+                    accuracy = _before_after(curve, updates)[1] if val_split == "val" else -math.inf
+                    run.validation = run.validation.then(iteration, accuracy, FLAGS.val_tasks)
+            best = run.validation.best == iteration
+            if best:
+                events.picture(iteration, "validation_task", _picture(maml, data, updates))
+            if iteration in saves or best or (stop.signal and steps.done > saved):
+                events.flush()  # a run that goes on from this checkpoint will not write them again
+                prefix, saved = run.save(maml), steps.done
             if stop.signal:
                 told = "before the first step, nothing to save"
-                if steps.done > start:
-                    told = f"after iteration {steps.done - 1}, saved in {run.save(maml)}"
-                print(f"Stopped by {stop.signal.name} {told}. The same command goes on from there.")
+                if saved > start:
+                    told = f"after iteration {saved - 1}, saved in {prefix}"
+                _tell(f"Stopped by {stop.signal.name} {told}. The same command goes on from there.")
                 sys.exit(128 + stop.signal)
-
-            if iteration and iteration % print_interval == 0:
-                shown = f"Pretrain Iteration {iteration}"
-                if iteration >= pretrain:
-                    shown = f"Iteration {iteration - pretrain}"
-                print("{}: {:.6g}, {:.6g}".format(shown, *np.mean(sampled, axis=0)), flush=True)
-                sampled = []
-            if validates:
-                # Differs: the original validates on one meta-batch.
-                curve = evaluate(maml, data, val_split, FLAGS.val_tasks, updates)
-                log_curve(writer, iteration, "metaval", curve)
-                print("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, updates)), flush=True)
-            if saves:
-                writer.flush()  # a run that goes on from this checkpoint will not write them again
-                prefix = run.save(maml)
+        if FLAGS.log and images is None and (fit := _fit(maml, data.shot)) is not None:
+            events.picture(total - 1, "test_task", fit)
     print(f"Done: {total} iterations, the last saved in {prefix}.")
+    if (found := run.validation).best >= 0:
+        print(f"Best on validation: model{found.best}, accuracy {found.accuracy:.6g} on {found.tasks} tasks.")
 
 
 class _Steps:
@@ -404,11 +442,15 @@ class _Steps:
     One step at a time, or BLOCK of a tiny network, which then runs as one program.
     """
 
-    def __init__(self, maml: MAML, data: SinusoidTasks | ImageTasks, identity: Mapping, stop: "_StopSignal"):
-        self.maml, self.data, self.stop, self.done = maml, data, stop, int(maml.step)
+    def __init__(
+        self, maml: MAML, data: SinusoidTasks | ImageTasks, identity: Mapping, stop: "_StopSignal", progress: tqdm
+    ):
+        self.maml, self.data, self.stop, self.progress, self.done = maml, data, stop, progress, int(maml.step)
         self.seed, self.batch, self.pretrain = map(identity.get, ("seed", "meta_batch_size", "pretrain_iterations"))
         self.size = BLOCK if maml.network.batched else 1
         self.drawn = {}  # first iteration -> the future tasks from there on
+        self.gradient_norm = None  # of the last step, before the clip
+        self.timed, self.seconds = 0, 0.0  # steps, and what they took, since the last call of milliseconds()
 
     def __enter__(self):
         self.background = ThreadPoolExecutor(1)
@@ -417,7 +459,17 @@ class _Steps:
     def __exit__(self, *exception):
         self.background.shutdown(cancel_futures=True)
 
-    def tasks(self, first: int) -> Tasks:
+    def meta_batch(self, iteration: int) -> Tasks:
+        """The meta-batch of an iteration."""
+        return Tasks(*(part[0] for part in self._tasks(iteration)))
+
+    def milliseconds(self) -> float:
+        """Mean time of a step, since the last call."""
+        mean = 1000 * self.seconds / self.timed
+        self.timed, self.seconds = 0, 0.0
+        return mean
+
+    def _tasks(self, first):
         """The meta-batches of `size` iterations from `first` on: Tasks with one more leading axis."""
         if first not in self.drawn:
             self.drawn = {first: self.background.submit(self._draw, first)}
@@ -430,14 +482,66 @@ class _Steps:
     def advance(self, end: int) -> None:
         """Takes the steps up to iteration end - 1, unless a stop signal comes."""
         while self.done < end and not self.stop.signal:
-            pretrain, tasks = self.done < self.pretrain, self.tasks(self.done)
+            began = time.perf_counter()
+            pretrain, tasks = self.done < self.pretrain, self._tasks(self.done)
             following = min(self.done + self.size, end, self.pretrain if pretrain else end)
             self.drawn = {following: self.background.submit(self._draw, following)}
             if self.maml.network.batched:
-                self.maml.many_steps(tasks, tf.constant(following - self.done), pretrain)
+                self.gradient_norm = self.maml.many_steps(tasks, tf.constant(following - self.done), pretrain)
             else:
-                (self.maml.pretrain_step if pretrain else self.maml.train_step)(Tasks(*(part[0] for part in tasks)))
+                step = self.maml.pretrain_step if pretrain else self.maml.train_step
+                _, self.gradient_norm = step(Tasks(*(part[0] for part in tasks)))
+            self.timed += following - self.done
+            self.seconds += time.perf_counter() - began
+            self.progress.update(following - self.done)
             self.done = following
+
+
+class _Report:
+    """What a training run tells: the original's lines, the progress line, and TensorBoard."""
+
+    def __init__(self, data: SinusoidTasks | ImageTasks, identity: Mapping, events: Events, progress: tqdm):
+        self.data, self.identity, self.events, self.progress = data, identity, events, progress
+        self.images = isinstance(data, ImageTasks)
+        self.sampled = []  # (before, after) of each summary since the last print
+
+    def training(self, iteration: int, curve: Curve, steps: _Steps) -> None:
+        """The summary of an iteration: the curve is from before its step, and this is called after it."""
+        updates, pretrain = self.identity["num_updates"], self.identity["pretrain_iterations"]
+        values = {
+            **self._scalars("metatrain", curve),
+            "metatrain_gradient_norm": float(steps.gradient_norm),
+            "metatrain_step_milliseconds": steps.milliseconds(),
+        }
+        self.events.scalars(iteration, values)
+        self.progress.set_postfix_str("loss {:.4g} -> {:.4g}".format(*self._mean_losses(curve)), refresh=False)
+        self.sampled.append(_before_after(curve, updates))
+        if iteration and iteration % (PRINT_INTERVAL if self.images else SINUSOID_PRINT_INTERVAL) == 0:
+            shown = f"Pretrain Iteration {iteration}"
+            if iteration >= pretrain:
+                shown = f"Iteration {iteration - pretrain}"
+            _tell("{}: {:.6g}, {:.6g}".format(shown, *np.mean(self.sampled, axis=0)))
+            self.sampled = []
+
+    def validation(self, iteration: int, curve: Curve) -> None:
+        """The curve of the validation tasks."""
+        self.events.scalars(iteration, self._scalars("metaval", curve))
+        _tell("Validation results: {:.6g}, {:.6g}".format(*_before_after(curve, self.identity["num_updates"])))
+
+    def _scalars(self, prefix, curve):
+        values = curve_scalars(prefix, curve)
+        if self.images:  # the mean squared error is a mean as it is
+            tags = "Pre-update_mean_loss", f"Post-update_mean_loss__step_{self.identity['num_updates']}"
+            values |= {f"{prefix}_{tag}": mean for tag, mean in zip(tags, self._mean_losses(curve), strict=True)}
+        return values
+
+    def _mean_losses(self, curve):
+        """Losses per example, before any update and after J."""
+        before, after = (float(np.mean(curve.losses[:, j])) for j in (0, self.identity["num_updates"]))
+        if self.images:  # xent is a sum over N * K support or N * Q query examples, divided by K
+            before /= self.data.way
+            after *= self.data.shot / (self.data.way * self.data.query)
+        return before, after
 
 
 def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
@@ -450,7 +554,10 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     tested = tested_data_set(dataset)
     data = open_data(tested, (split,), FLAGS.update_batch_size)
     maml = build(identity | {"update_batch_size": FLAGS.update_batch_size, "update_lr": FLAGS.update_lr}, dataset)
-    run.restore(maml, prefix)
+    if FLAGS.test_iter == -1:
+        prefix = run.restore_newest(maml)
+    else:
+        run.restore(maml, prefix)
     print("Restoring model weights from", prefix)
 
     updates = max(identity["num_updates"], TEST_UPDATES)
@@ -462,6 +569,7 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
 
     tested_name = FLAGS.test_datasource or FLAGS.datasource
     folder = users_folder(tested_name, tested)
+    best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
     paper = dataset.paper_updates.get(FLAGS.num_classes, ())
     metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
     entry = {
@@ -477,6 +585,10 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         "inner_step_size_alpha": FLAGS.update_lr,
         "inner_updates_in_training_J": identity["num_updates"],
         "checkpoint": Path(prefix).name,
+        "iteration": iteration,
+        "best_on_validation": iteration == best.best,
+        "validation_accuracy": best.accuracy if iteration == best.best else None,
+        "validation_tasks": best.tasks if iteration == best.best else None,
         "training_seed": identity["seed"],
         "tasks": FLAGS.test_tasks,
         "task_seed": FLAGS.eval_seed,
@@ -525,29 +637,52 @@ def tested_data_set(dataset: Dataset) -> Dataset:
     return other._replace(images=images)
 
 
-def evaluate(maml: MAML, data: SinusoidTasks | ImageTasks, split: str, count: int, updates: int):
-    """maml.evaluate on tasks 0 .. count - 1 of a split: a Curve of arrays [count, 1 + updates]."""
+def evaluate(
+    maml: MAML,
+    data: SinusoidTasks | ImageTasks,
+    split: str,
+    count: int,
+    updates: int,
+    stop: "_StopSignal | None" = None,
+) -> Curve | None:
+    """maml.evaluate on tasks 0 .. count - 1 of a split: a Curve of arrays [count, 1 + updates]. None where stopped."""
     chunks = []
     for first in range(0, count, EVALUATION_CHUNK):
+        if stop and stop.signal:
+            return None
         tasks = data.draw(FLAGS.eval_seed, split, first, EVALUATION_CHUNK)
         chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
     # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
 
 
-def log_curve(writer: tf.summary.SummaryWriter, iteration: int, prefix: str, curve) -> None:
-    """Writes a curve's means under the original's tags."""
-    with writer.as_default(step=iteration):
-        for metric, values in (("loss", curve.losses), ("accuracy", curve.accuracies)):
-            for updates, mean in enumerate(np.mean(values, axis=0)):
-                tag = f"Post-update_{metric}__step_{updates}" if updates else f"Pre-update_{metric}"
-                tf.summary.scalar(f"{prefix}_{tag}", mean)
+def _picture(maml, data, updates):
+    """The first validation task, and what its query images are taken for after so many updates."""
+    task = Tasks(*(part[0] for part in data.draw(FLAGS.eval_seed, "val", 0, 1)))
+    adapted = maml.adapt(maml.weights, task, updates)[-1]
+    return task_picture(task, maml.network.apply(adapted, task.query_x).numpy())
+
+
+def _fit(maml, shot):
+    """The first test task of the sinusoid, before and after updates, as plot.py draws it; None without matplotlib."""
+    try:
+        import plot
+    except ImportError:
+        return None
+    task = SinusoidTasks(shot, shot, oracle=True).draw(FLAGS.eval_seed, "test", 0, 1)
+    return plot.pixels(plot.sinusoid_figure({"This run": maml}, [task]))
 
 
 def _before_after(curve, updates):
     """Mean over tasks before any update and after `updates`: accuracies where there are classes, else losses."""
     values = curve.accuracies if curve.accuracies.shape[1] else curve.losses
     return float(np.mean(values[:, 0])), float(np.mean(values[:, updates]))
+
+
+def _tell(line):
+    """Prints a line, above the progress line where there is one."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
 
 
 class _StopSignal:
@@ -574,10 +709,10 @@ def _parallel_tasks():
 
 
 def _run(argv):
-    """main, with bad input told in one line."""
+    """main, with bad input, or what the system refuses, told in one line."""
     try:
         main(argv)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"main.py: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -77,36 +77,41 @@ class MAML(tf.Module):
         return self.loss(self.network.apply(weights, task.support_x), task.support_y)
 
     @tf.function(autograph=False)
-    def train_step(self, tasks: Tasks) -> tf.Tensor:
-        """One step of Adam on the tasks' mean query_loss, clipped if asked for; returns that loss, a scalar."""
+    def train_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
+        """One step of Adam on the tasks' mean query_loss, clipped if asked for.
+
+        Returns that loss and the norm of its gradient before the clip, scalars.
+        """
         return self._step(tasks, pretrain=False)
 
     @tf.function(autograph=False)
-    def pretrain_step(self, tasks: Tasks) -> tf.Tensor:
-        """One step of Adam, with moments of its own, on the tasks' mean support_loss, never clipped; returns it."""
+    def pretrain_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
+        """One step of Adam, with moments of its own, on the tasks' mean support_loss, never clipped. As train_step."""
         return self._step(tasks, pretrain=True)
 
     @tf.function(autograph=False, jit_compile=True)
-    def many_steps(self, tasks: Tasks, count: tf.Tensor, pretrain: bool) -> None:
+    def many_steps(self, tasks: Tasks, count: tf.Tensor, pretrain: bool) -> tf.Tensor:
         """The first `count` of a stack of meta-batches, a train_step or pretrain_step on each, as one compiled program.
 
         For tiny networks, whose operations cost less than Python and dispatch. tasks: as Tasks, with a leading axis of
-        count or more steps. count: an integer tensor, so that one program serves them all.
+        count or more steps. count: an integer tensor, so that one program serves them all. Returns the norm of the last
+        step's gradient.
         """
 
-        def body(i):
-            self._step(tf.nest.map_structure(lambda x: x[i], tasks), pretrain)
-            return i + 1
+        def body(i, _):
+            return i + 1, self._step(tf.nest.map_structure(lambda x: x[i], tasks), pretrain)[1]
 
-        tf.while_loop(lambda i: i < count, body, [tf.zeros([], count.dtype)])
+        start = tf.zeros([], count.dtype), tf.zeros([], tasks.query_x.dtype)
+        return tf.while_loop(lambda i, _: i < count, body, start)[1]
 
     def _step(self, tasks, pretrain):
         gradient, loss = self.mean_gradient(self.support_loss if pretrain else self.query_loss, tasks)
+        norm = tf.linalg.global_norm(list(gradient.values()))
         if self.clip is not None and not pretrain:
             gradient = {name: tf.clip_by_value(g, -self.clip, self.clip) for name, g in gradient.items()}
         (self.pretrain_optimizer if pretrain else self.meta_optimizer).apply(gradient)
         self.step.assign_add(1)
-        return loss
+        return loss, norm
 
     @tf.function(autograph=False)
     def evaluate(self, tasks: Tasks, steps: int) -> Curve:

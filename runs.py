@@ -1,33 +1,42 @@
-"""The run folder: its name, the flags it was made with, its checkpoints, events and results.
+"""The run folder: its name, the flags it was made with, its lock, checkpoints and results.
 
 <logdir>/<run name>/flags.json                              the flags that this run's numbers depend on
-                    model<i>.index, model<i>.data-...       state after i + 1 outer updates; the ten latest
-                    events.out.tfevents...                  TensorBoard
+                    model<i>.index, model<i>.data-...       state after i + 1 outer updates; the ten latest and the best
+                    events.out.tfevents...                  TensorBoard (events.py)
                     test_ubs<K>_stepsize<alpha>.csv, .pkl   the original's test results
                     results.json                            the same, named in plain words
+                    .lock                                   held while a process trains
+
+Any of these may come from a stranger. Only JSON and checkpoints are read, and neither can run code.
 """
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
+import math
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.core.util import event_pb2
 
-from utils import InputError, statistics, write_whole
+from utils import InputError, statistics, write_whole, writing
 
 if TYPE_CHECKING:
     from maml import MAML
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations")
+VALIDATION = "validation/.ATTRIBUTES/VARIABLE_VALUE"  # what a checkpoint calls its Validation
+MOST_JSON = 10_000_000  # bytes; ours have some thousands
 
 
 def run_name(flags: Mapping) -> str:
@@ -62,8 +71,27 @@ def run_name(flags: Mapping) -> str:
     return name
 
 
+class Validation(NamedTuple):
+    """What validation has found so far. Part of what a checkpoint saves."""
+
+    last: int = -1  # the iteration of the latest; -1: none yet
+    best: int = -1  # the iteration of the best
+    accuracy: float = -math.inf  # of the best, 0 to 1
+    tasks: int = 0  # of the best
+
+    def then(self, iteration: int, accuracy: float, tasks: int) -> "Validation":
+        """With one more. Of equals the first stays the best; one on another number of tasks is compared with none."""
+        if accuracy > (self.accuracy if tasks == self.tasks else -math.inf):
+            return Validation(iteration, iteration, accuracy, tasks)
+        return self._replace(last=iteration)
+
+
+class DamagedError(InputError):
+    """A checkpoint that cannot be read."""
+
+
 class Run:
-    """One run folder on disk."""
+    """One run folder on disk, and what validation has found in the run."""
 
     def __init__(self, folder: Path):
         if set(str(folder)) & set("[\\"):
@@ -72,22 +100,41 @@ class Run:
                 "give another --logdir"
             )
         self.folder = folder
+        self.validation = Validation()
 
     # -- identity -----------------------------------------------------------------------------------------------------
 
-    def claim(self, flags: Mapping, resume: bool) -> None:
-        """Makes the folder this run's own. Raises InputError where it is another's, or not to be written or resumed."""
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder if need be, and lets no other process train in it. The lock of a killed process is free."""
+        check_writable(self.folder, "--logdir")
+        with open(self.folder / ".lock", "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{self.folder} is in use, another process trains in it: stop that one, or give another --logdir"
+                ) from None
+            except OSError as error:  # some network disks have no locks
+                print(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains in it.")
+            yield
+
+    def check(self, flags: Mapping, resume: bool) -> None:
+        """Raises InputError where the folder has a run that is another than that of `flags`, or not to be resumed."""
         held = self.iterations()
         if held and not resume:
             raise InputError(
                 f"{self.folder} holds a run up to model{held[-1]}, and --resume=False would overwrite it: "
                 "give another --logdir, or delete the folder"
             )
-        check_writable(self.folder, "--logdir")
         if held:
             self.check_flags(flags)
-        record = json.dumps(dict(flags), indent=1).encode()
-        write_whole(self.folder / "flags.json", lambda file: file.write(record))
+
+    def record(self, flags: Mapping) -> None:
+        """Makes the folder that of the run with these flags."""
+        text = json.dumps(dict(flags), indent=1).encode()
+        with writing(self.folder):
+            write_whole(self.folder / "flags.json", lambda file: file.write(text))
 
     def check_flags(self, flags: Mapping, training: bool = True) -> None:
         """Raises InputError listing the flags in which the folder's run differs from `flags`.
@@ -96,7 +143,7 @@ class Run:
         A folder without a record (the original's released model) may be tested, not trained into.
         """
         try:
-            recorded = dict(json.loads((self.folder / "flags.json").read_text()))
+            recorded = _json(self.folder / "flags.json", dict, "give another --logdir")
         except FileNotFoundError:
             if training:
                 raise InputError(
@@ -104,16 +151,12 @@ class Run:
                     "give another --logdir"
                 ) from None
             return
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{self.folder / 'flags.json'} is damaged ({error}): delete it, or give another --logdir"
-            ) from None
         differing = [name for name in flags if name not in ITERATIONS and recorded.get(name) != flags[name]]
-        pretraining = sorted({recorded.get("pretrain_iterations", 0), flags["pretrain_iterations"]})
-        if training and len(pretraining) > 1 and self.iterations()[-1] >= pretraining[0]:
+        there, here = recorded.get("pretrain_iterations", 0), flags["pretrain_iterations"]
+        if training and there != here and not (isinstance(there, int) and self.iterations()[-1] < min(there, here)):
             differing.append("pretrain_iterations")
         if differing:
-            listed = ", ".join(f"--{name}={recorded.get(name)} there, {flags[name]} here" for name in differing)
+            listed = ", ".join(f"--{name}={_shown(recorded.get(name))} there, {flags[name]} here" for name in differing)
             raise InputError(
                 f"{self.folder} belongs to another run ({listed}): give the same flags, or another --logdir"
             )
@@ -133,25 +176,52 @@ class Run:
         return Path(self.prefix(iteration) + ".data-00000-of-00001")
 
     def save(self, maml: "MAML") -> str:
-        """Writes model<step - 1>: weights, optimizers and step. Beside its place, the index moved in last.
+        """Writes model<step - 1>: weights, optimizers, step, validation. Beside its place, the index moved in last.
 
-        Returns its prefix. All but the ten latest checkpoints are removed.
+        Returns its prefix. All checkpoints but the ten latest and the best on validation are removed. Raises InputError
+        where something in it is not finite, or it cannot be written; what was saved before stays.
         """
         iteration = int(maml.step) - 1
-        beside, prefix = str(self.folder / ".saving"), self.prefix(iteration)
-        _checkpoint(maml).write(beside)
-        os.replace(beside + ".data-00000-of-00001", self._data(iteration))
-        os.replace(beside + ".index", prefix + ".index")
-        for old in self.iterations()[:-KEPT_CHECKPOINTS]:
-            os.unlink(self.prefix(old) + ".index")
-            os.unlink(self._data(old))
+        if not all(np.isfinite(variable).all() for variable in maml.variables):
+            raise self.diverged(f"after iteration {iteration} the weights, or Adam's moments, are not finite")
+        beside, prefix = self.folder / ".saving", self.prefix(iteration)
+        with writing(self.folder):
+            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed here
+            _checkpoint(maml, validation=tf.Variable(self.validation, dtype=tf.float64)).write(str(beside / "model"))
+            os.replace(beside / "model.data-00000-of-00001", self._data(iteration))
+            os.replace(beside / "model.index", prefix + ".index")
+            beside.rmdir()
+            for old in self.iterations()[:-KEPT_CHECKPOINTS]:
+                if old != self.validation.best:
+                    os.unlink(self.prefix(old) + ".index")
+                    os.unlink(self._data(old))
         return prefix
 
-    def checkpoint(self, iteration: int = -1) -> str:
-        """Prefix of model<iteration> (-1: the latest). Raises InputError where it is not there."""
+    def diverged(self, what: str) -> InputError:
+        """The error for a run whose loss or weights are no numbers any more."""
+        held = self.iterations()
+        kept = f"{self.prefix(held[-1])} is from before that" if held else "nothing was saved"
+        return InputError(f"training diverged, {what} ({kept}): try a smaller --meta_lr or --update_lr")
+
+    def best(self) -> Validation:
+        """What validation had found by the newest checkpoint that can be read."""
+        for iteration in reversed(self.iterations()):
+            with contextlib.suppress(DamagedError):
+                return self._reading(self.prefix(iteration), _validation)
+        return Validation()
+
+    def checkpoint(self, iteration: int | str = -1) -> str:
+        """Prefix of model<iteration> (-1: latest; "best": on validation). Raises InputError where it is not there."""
         held = self.iterations()
         if not held:
             raise InputError(f"no checkpoint (model<iteration>.index) in {self.folder}{self._siblings()}")
+        if iteration == "best":
+            iteration = self.best().best
+            if iteration == -1:
+                raise InputError(
+                    f"--test_iter=best, but {self.folder} has no validation yet (of images, on the validation classes, "
+                    "every 500 iterations; of the sinusoid never): give an iteration, or -1 for the latest"
+                )
         if iteration not in (-1, *held):
             listed = ", ".join(map(str, held))
             raise InputError(
@@ -162,29 +232,31 @@ class Run:
     def restore(self, maml: "MAML", prefix: str) -> None:
         """Reads a checkpoint into maml; of one that the original wrote, the weights, which is all it has.
 
-        Raises InputError where its variables are not those of this network, or cannot be read.
+        Raises InputError where its variables are not those of this network, DamagedError where it cannot be read.
         """
+        self.validation = self._reading(prefix, _read_into, maml)
+
+    def restore_newest(self, maml: "MAML") -> str:
+        """The same from the newest checkpoint that can be read, and aloud where it is not the newest. Its prefix."""
+        for iteration in reversed(self.iterations()):
+            prefix = self.prefix(iteration)
+            try:
+                self.restore(maml, prefix)
+                return prefix
+            except DamagedError as error:
+                print(f"WARNING: {error}. The one before it is taken.", file=sys.stderr)
+        raise InputError(f"none of the checkpoints in {self.folder} can be read: delete them to begin anew")
+
+    @staticmethod
+    def _reading(prefix, read, *arguments):
+        """read(prefix, reader, *arguments), where the reader checks all that it reads against checksums."""
         try:
-            reader = tf.train.load_checkpoint(prefix)
-            stored = reader.get_variable_to_shape_map()
-            if "_CHECKPOINTABLE_OBJECT_GRAPH" in stored:
-                suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
-                names = {name: f"weights/{name}{suffix}" for name in maml.weights}
-                stored = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{suffix}", key)}
-                _check_shapes(prefix, {names[name]: weight.shape for name, weight in maml.weights.items()}, stored)
-                _checkpoint(maml).read(prefix).assert_existing_objects_matched()
-            else:
-                names = maml.network.tf1_names
-                _check_shapes(prefix, {names[name]: weight.shape for name, weight in maml.weights.items()}, stored)
-                for name, weight in maml.weights.items():
-                    weight.assign(reader.get_tensor(names[name]))
+            return read(prefix, tf.train.load_checkpoint(prefix), *arguments)
         except InputError:
             raise
         except Exception as error:  # on a damaged file TensorFlow raises nearly every kind there is
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"cannot read checkpoint {prefix} ({reason}): delete it to go on from the one before"
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DamagedError(f"checkpoint {prefix} is damaged ({reason}): delete it, or test another") from error
 
     def _siblings(self):
         """The way out of a missing run folder: the folders that there are."""
@@ -198,29 +270,6 @@ class Run:
                     "so it is tested with the --num_classes of its training"
                 )
         return f"; {self.folder.parent} has runs in {', '.join(dict.fromkeys(siblings))}: give the flags of one of them"
-
-    # -- events -------------------------------------------------------------------------------------------------------
-
-    def events(self, step: int) -> tf.summary.SummaryWriter:
-        """A writer of TensorBoard events from `step` on. Later ones, of a killed run that is resumed, are dropped."""
-        for path in self.folder.glob("events.out.tfevents.*"):
-            kept, dropped = [], False
-            try:
-                for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                    event = event_pb2.Event.FromString(record)
-                    if event.step < step or event.file_version:
-                        kept.append(record)
-                    else:
-                        dropped = True
-            except tf.errors.DataLossError:
-                dropped = True  # the kill cut the last record
-            if dropped:
-                beside = str(path.with_name(".events"))
-                with tf.io.TFRecordWriter(beside) as writer:
-                    for record in kept:
-                        writer.write(record)
-                os.replace(beside, path)
-        return tf.summary.create_file_writer(str(self.folder))
 
 
 def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, paper_updates: tuple[int, ...]) -> None:
@@ -236,9 +285,6 @@ def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, p
     rows = csv.writer(text)
     rows.writerow([f"update{j}" for j in range(values.shape[1])])
     rows.writerows([means, stds, ci95])
-    write_whole(folder / f"{name}.csv", lambda file: file.write(text.getvalue().encode()))
-    # For programs that read the original's results; nothing here reads it.
-    write_whole(folder / f"{name}.pkl", lambda file: pickle.dump({"mses": values}, file))
 
     def number(value):
         return float(value) if np.isfinite(value) else None  # a task diverged: JSON has no NaN
@@ -250,21 +296,23 @@ def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, p
             "mean": number(means[j]),
             "ci95": number(ci95[j]),
             "std": number(stds[j]),
-            "median": number(np.median(values[:, j])),
+            "median": number(np.median(np.nan_to_num(values[:, j], nan=np.inf))),
             "the_papers_number": j in paper_updates,
         }
         for j in range(values.shape[1])
     ]
     path = folder / "results.json"
     try:
-        earlier = [dict(one) for one in json.loads(path.read_text())]
+        earlier = _json(path, list, "give another --results_dir")
     except FileNotFoundError:
         earlier = []
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it, or give another --results_dir") from None
     kept = [one for one in earlier if any(one.get(key) != value for key, value in entry.items())]
     results = json.dumps([*kept, {**entry, "results": updates}], indent=1).encode()
-    write_whole(path, lambda file: file.write(results))
+    with writing(folder):
+        write_whole(folder / f"{name}.csv", lambda file: file.write(text.getvalue().encode()))
+        # For programs that read the original's results; nothing here reads it.
+        write_whole(folder / f"{name}.pkl", lambda file: pickle.dump({"mses": values}, file))
+        write_whole(path, lambda file: file.write(results))
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -277,14 +325,39 @@ def check_writable(folder: Path, flag: str) -> None:
         raise InputError(f"cannot write to {folder} ({error.strerror}): give another {flag}") from None
 
 
-def _checkpoint(maml):
+def _checkpoint(maml, **more):
     # Differs: the original saves the weights alone, so that a resumed run begins with fresh moments.
     return tf.train.Checkpoint(
         weights=maml.weights,
         meta_optimizer=maml.meta_optimizer,
         pretrain_optimizer=maml.pretrain_optimizer,
         step=maml.step,
+        **more,
     )
+
+
+def _read_into(prefix, reader, maml):
+    """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation."""
+    stored = reader.get_variable_to_shape_map()
+    if "_CHECKPOINTABLE_OBJECT_GRAPH" in stored:
+        suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
+        names = {name: f"weights/{name}{suffix}" for name in maml.weights}
+        stored = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{suffix}", key)}
+        _check_shapes(prefix, {names[name]: weight.shape for name, weight in maml.weights.items()}, stored)
+        _checkpoint(maml).read(prefix).expect_partial().assert_existing_objects_matched()
+    else:
+        names = maml.network.tf1_names
+        _check_shapes(prefix, {names[name]: weight.shape for name, weight in maml.weights.items()}, stored)
+        for name, weight in maml.weights.items():
+            weight.assign(reader.get_tensor(names[name]))
+    return _validation(prefix, reader)
+
+
+def _validation(prefix, reader):
+    if not reader.has_tensor(VALIDATION):  # the original's, or an early one of ours
+        return Validation(last=int(re.search(r"\d+$", prefix)[0]))
+    last, best, accuracy, tasks = reader.get_tensor(VALIDATION).tolist()
+    return Validation(int(last), int(best), accuracy, int(tasks))
 
 
 def _check_shapes(prefix, expected, stored):
@@ -296,3 +369,23 @@ def _check_shapes(prefix, expected, stored):
                 f"checkpoint {prefix} is of another network: {name} has shape {there} there, {here} here; "
                 "give the flags that it was trained with"
             )
+
+
+def _json(path, kind, way_out):
+    """A list of dicts, or a dict, in a file that anybody may have written. Raises InputError, or FileNotFoundError."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"larger than {MOST_JSON:,} bytes")
+        found = json.loads(path.read_bytes())
+        if not (isinstance(found, kind) and all(isinstance(one, dict) for one in found if kind is list)):
+            raise ValueError(f"not a {kind.__name__}")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it, or {way_out}") from None
+    return found
+
+
+def _shown(value):
+    """A recorded value, short and on one line whatever it is."""
+    return repr(str(value))[1:-1][:60]

@@ -1,7 +1,8 @@
 """What two or more modules need: the records, losses, accuracy, the interval, whole files, the user's error."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -68,6 +69,23 @@ def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.errstate(invalid="ignore", over="ignore"):
         mean, std = np.mean(values, axis=0), np.std(values, axis=0)
     return mean, std, 1.96 * std / np.sqrt(len(values))
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What cannot be written below `folder`, as on a full disk, becomes an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(folder, error.strerror or error) from error
+    except tf.errors.OpError as error:
+        # "...<file>; No space left on device [Op:...]", and sometimes more lines
+        reason = error.message.splitlines()[0].rpartition("; ")[2].partition(" [Op:")[0]
+        raise _unwritable(folder, reason) from error
+
+
+def _unwritable(folder, reason):
+    return InputError(f"cannot write to {folder} ({reason}): make room there, then give the same command again")
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:

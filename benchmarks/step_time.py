@@ -106,14 +106,15 @@ def random_images(images, split_classes: int = 100, per_class: int = 20):
 
 def measure(name: str, flags: str, steps: int) -> dict:
     """One configuration, in this process."""
+    from tqdm import tqdm
 
     import data_generator
     import main
-    from utils import InputError, Tasks
+    from utils import InputError
 
     main.FLAGS(["main.py", *flags.split()])
     main.set_threads()
-    dataset = data_generator.DATASETS[main.FLAGS.datasource]
+    dataset = main.run_data_set()
     identity = main.run_identity(dataset)
     query = (dataset.images and dataset.images.train_query) or main.FLAGS.update_batch_size
     source = "generated"
@@ -128,7 +129,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
     class NoStop:
         signal = None
 
-    with main._Steps(maml, data, identity, NoStop) as stepper:
+    with main._Steps(maml, data, identity, NoStop, tqdm(disable=True)) as stepper:
         size, batch = stepper.size, stepper.batch
         stepper.advance(2 * size)  # traced and warm
         resident, times = resident_mb(), []
@@ -138,7 +139,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
             maml.step.numpy()
             times.append((time.perf_counter() - start) / size)
         memory = [resident, resident_mb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MB]
-        tasks = Tasks(*(part[0] for part in stepper.tasks(stepper.done)))
+        tasks = stepper.meta_batch(stepper.done)
     graph = maml.train_step.get_concrete_function(tasks).graph
     flops, peak = product_flops(graph, batch), matmul_peak()
     median = float(np.median(times))

@@ -28,7 +28,6 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 import main
 import runs
-from data_generator import DATASETS
 from utils import write_whole
 
 
@@ -36,7 +35,7 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     """Does all of the above; returns the path of what it wrote. Ends the program where main.py fails or is stopped."""
     _main_program(training)
     main.FLAGS(["main.py", *training])
-    run = runs.Run(Path(main.FLAGS.logdir) / runs.run_name(main.run_identity(DATASETS[main.FLAGS.datasource])))
+    run = runs.Run(Path(main.FLAGS.logdir) / runs.run_name(main.run_identity(main.run_data_set())))
     tested = Path(main.FLAGS.results_dir or run.folder) / "results.json"
     entries = []
     for flags in tests:

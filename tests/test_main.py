@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def spawn(*command: object, **options) -> subprocess.Popen:
 
 def end(process: subprocess.Popen) -> Ended:
     """Waits for it. TensorFlow's own lines about how it starts are left out."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     err = [line for line in err.splitlines() if not re.match(r"[IWE]\d{4} |WARNING: All log messages before", line)]
     return Ended(process.returncode, out, "\n".join(err))
 
@@ -107,20 +108,31 @@ def assert_same_ending(one: Path, other: Path) -> None:
     assert model == other_model
     left, right = (variables(folder, model) for folder in (one, other))
     assert left.keys() == right.keys()
-    assert {"weights", "meta_optimizer", "pretrain_optimizer", "step"} <= {name.split("/")[0] for name in left}
+    parts = {"weights", "meta_optimizer", "pretrain_optimizer", "step", "validation"}
+    assert parts <= {name.split("/")[0] for name in left}
     for name, value in left.items():
         np.testing.assert_array_equal(value, right[name], err_msg=name)
 
 
+STEP_TIME = "metatrain_step_milliseconds"
+
+
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """tag -> (step, value), in the order in which TensorBoard's reader meets them."""
+    """tag -> (step, value), in the order in which TensorBoard's reader meets them; without the time of a step."""
+    kept = {tag: points for tag, points in events(folder, "scalars").items() if tag != STEP_TIME}
+    return {tag: [(step, value.item()) for step, value in points] for tag, points in kept.items()}
+
+
+def events(folder: Path, plugin: str) -> dict[str, list[tuple[int, np.ndarray]]]:
+    """The events that a part of TensorBoard shows."""
     found = defaultdict(list)
     # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
     paths = sorted(folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
     for path in paths:
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                found[value.tag].append((event.step, tf.make_ndarray(value.tensor).item()))
+                if value.metadata.plugin_data.plugin_name == plugin:
+                    found[value.tag].append((event.step, tf.make_ndarray(value.tensor)))
     return dict(found)
 
 
@@ -347,7 +359,10 @@ def test_the_lines_of_an_image_run(omniglot_run):
         f"Iteration 100: {train(range(0, 101))}",
         *(f"Iteration {last}: {train(range(last, last + 1))}" for last in (200, 300, 400, 500)),
         f"Validation results: {val(range(500, 501))}",
+        f"Done: 510 iterations, the last saved in {omniglot_run.folder / 'model509'}.",
     ]
+    accuracy = scalars(omniglot_run.folder)[f"metaval_{after}"][0][1]
+    assert omniglot_run.printed[-1] == f"Best on validation: model500, accuracy {accuracy:.6g} on 20 tasks."
 
 
 def test_checkpoints_come_every_1000_iterations_and_at_the_end(sinusoid_run, omniglot_run):
@@ -357,18 +372,42 @@ def test_checkpoints_come_every_1000_iterations_and_at_the_end(sinusoid_run, omn
 
 def test_the_events_of_a_sinusoid_run(sinusoid_run):
     """A summary every 100 iterations, 0 and pretraining included; losses alone, and no validation."""
-    found = scalars(sinusoid_run.folder)
-    assert found.keys() == curve_tags("metatrain", ("loss",), 5)
+    found = events(sinusoid_run.folder, "scalars")
+    assert found.keys() == curve_tags("metatrain", ("loss",), 5) | {"metatrain_gradient_norm", STEP_TIME}
     for points in found.values():
         assert [step for step, _ in points] == list(range(0, 2001, 100))
+    assert all(milliseconds > 0 for _, milliseconds in found[STEP_TIME])
+    ((step, (text,)),) = events(sinusoid_run.folder, "text")["flags"]
+    assert step == 0
+    for line in ("| --pretrain_iterations | 1100 |", "| --norm | None |", "| --update_lr | 0.001 |"):
+        assert line in text.decode()
+    assert "_hparams_/session_start_info" in events(sinusoid_run.folder, "hparams")
 
 
 def test_the_events_of_an_image_run(omniglot_run):
     found = scalars(omniglot_run.folder)
-    train = curve_tags("metatrain", ("loss", "accuracy"), 10)
-    assert found.keys() == train | curve_tags("metaval", ("loss", "accuracy"), 1)
+    train = curve_tags("metatrain", ("loss", "accuracy"), 10) | curve_tags("metatrain", ("mean_loss",), 1)
+    train |= {"metatrain_gradient_norm"}
+    assert found.keys() == train | curve_tags("metaval", ("loss", "accuracy", "mean_loss"), 1)
     for tag, points in found.items():
         assert [step for step, _ in points] == (list(range(0, 501, 100)) if tag in train else [500])
+    # 5-way 1-shot: the sum over 5 support, or 5 query, examples.
+    for tag in ("metaval_Pre-update_{}", "metaval_Post-update_{}__step_1"):
+        assert found[tag.format("mean_loss")][0][1] == pytest.approx(found[tag.format("loss")][0][1] / 5)
+    ((step, picture),) = events(omniglot_run.folder, "images")["validation_task"]
+    assert step == 500
+    pixels = tf.io.decode_png(picture[2])
+    assert pixels.shape[0] == 5 * 88  # a row for each class
+
+
+def test_the_norm_of_the_meta_gradient(uninterrupted):
+    """Of the step that the summary's iteration takes, and of its tasks."""
+    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+    runs.Run(uninterrupted.folder).restore(maml, str(uninterrupted.folder / "model299"))
+    tasks = SinusoidTasks(5, 5).draw(0, "train", 25 * 300, 25)
+    gradient, _ = maml.mean_gradient(maml.support_loss, tasks)  # of 330 iterations of pretraining
+    norm = np.sqrt(sum(np.sum(np.square(part)) for part in gradient.values()))
+    assert dict(scalars(uninterrupted.folder)["metatrain_gradient_norm"])[300] == pytest.approx(norm, rel=1e-4)
 
 
 def evaluated(run: Finished, model: str, split: str, shot: int, inner_lr: float, count: int, steps: int) -> Curve:
@@ -491,6 +530,20 @@ def test_an_earlier_checkpoint(sinusoid_run, few_test_tasks, tmp_path):
     assert not np.array_equal(means[1000], means[-1])
 
 
+def test_the_best_checkpoint(omniglot_run, sinusoid_run, few_test_tasks, tmp_path):
+    """--test_iter=best; results.json says which checkpoint it was, and what validation found."""
+    for name in ("best", "-1"):
+        run(*omniglot_run.flags, "--train=False", f"--test_iter={name}", f"--results_dir={tmp_path}")
+    accuracy = scalars(omniglot_run.folder)["metaval_Post-update_accuracy__step_1"][0][1]
+    names = "checkpoint", "iteration", "best_on_validation", "validation_accuracy", "validation_tasks"
+    best, latest = ([entry[name] for name in names] for entry in json.loads((tmp_path / "results.json").read_text()))
+    assert best == ["model500", 500, True, pytest.approx(accuracy, abs=1e-6), 20]
+    assert latest == ["model509", 509, False, None, None]
+    line = refusal(*sinusoid_run.flags, "--train=False", "--test_iter=best")
+    assert f"--test_iter=best, but {sinusoid_run.folder} has no validation yet" in line
+    assert "of the sinusoid never" in line
+
+
 def test_the_released_model(shared, miniimagenet_like, few_test_tasks, tmp_path):
     """The original's TensorFlow 1 checkpoint, found by its file name where it lies."""
     flags = (
@@ -554,11 +607,11 @@ def test_kill_and_resume(uninterrupted, tmp_path):
     """kill -9 at the summary of iteration 500, when model299 is the latest: the second run ends as if it were one."""
     killed = (
         "import os, signal, sys, main\n"
-        "log_curve = main.log_curve\n"
-        "def kill(writer, iteration, *curve):\n"
+        "scalars = main.Events.scalars\n"
+        "def kill(events, iteration, values):\n"
         "    if iteration == 500: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    log_curve(writer, iteration, *curve)\n"
-        "main.log_curve = kill\n"
+        "    scalars(events, iteration, values)\n"
+        "main.Events.scalars = kill\n"
         "main._run(main._parse(sys.argv))\n"
     )
     flags = f"--logdir={tmp_path}", *BOTH_PHASES
@@ -575,16 +628,61 @@ def test_kill_and_resume(uninterrupted, tmp_path):
     assert scalars(folder) == scalars(uninterrupted.folder)
 
 
-def signal_at(monkeypatch, iteration: int, *numbers: int) -> None:
-    """These signals arrive while the summary of an iteration is written."""
+KILLED_AT_RANDOM = """
+import os, random, signal, sys, time, main, runs
+main.SUMMARY_INTERVAL = main.PRINT_INTERVAL = 20
+main.VALIDATION_INTERVAL = 10
+main.DATASETS["omniglot"] = main.DATASETS["omniglot"]._replace(curve_steps=1)
+kills, logdir, *flags = sys.argv[1:]
 
-    def log_curve(writer, at, *curve, log_curve=main.log_curve):
+def start(name):
+    process = os.fork()  # TensorFlow is imported once, and each process starts it for itself
+    if process == 0:
+        main._run(main._parse(["main.py", f"--logdir={logdir}/{name}", *flags]))
+        os._exit(0)
+    return process
+
+def newest():
+    return max([i for run in main.Path(logdir, "killed").glob("cls_*") for i in runs.Run(run).iterations()], default=-1)
+
+whole = start("whole")
+for _ in range(int(kills)):
+    process, until = start("killed"), newest() + random.uniform(1, 300 / int(kills))
+    while newest() < until and os.waitpid(process, os.WNOHANG) == (0, 0):
+        pass
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL, "it had ended before"
+    print("killed after", newest())
+for process in (start("killed"), whole):
+    assert os.waitpid(process, 0)[1] == 0
+"""
+
+
+def test_kill_at_random_moments(small, tmp_path):
+    """KILLS of them in one run, which saves and validates all the time. No checkpoint is ever damaged."""
+    kills = os.environ.get("KILLS", "3")
+    flags = *small, "--val_tasks=10", "--metatrain_iterations=400", "--save_interval=5"
+    ended = end(spawn("-c", KILLED_AT_RANDOM, kills, tmp_path, *flags, cwd=PROGRAM.parent))
+    assert (ended.code, ended.err) == (0, "")
+    killed, whole = (only_run(tmp_path / name) for name in ("killed", "whole"))
+    assert_same_ending(killed, whole)
+    assert models(killed) == models(whole)
+    assert scalars(killed) == scalars(whole)
+
+
+def signal_at(monkeypatch, iteration: int, *numbers: int, when: str = "scalars") -> None:
+    """These signals arrive while the summary of an iteration is written; or when="flags": before any."""
+
+    original = getattr(main.Events, when)
+
+    def write(events, at, values):
         if at == iteration:
             for number in numbers:
                 signal.raise_signal(number)
-        log_curve(writer, at, *curve)
+        original(events, at, values)
 
-    monkeypatch.setattr(main, "log_curve", log_curve)
+    monkeypatch.setattr(main.Events, when, write)
 
 
 def saved_by(number: signal.Signals, stopped: Ended) -> Path:
@@ -615,10 +713,11 @@ def test_stop_before_the_first_step(uninterrupted, monkeypatch, tmp_path):
     """Where most time passes before anything is done: while the first programs are compiled."""
     flags = f"--logdir={tmp_path}", *BOTH_PHASES
     with monkeypatch.context() as patch:
-        signal_at(patch, 0, signal.SIGINT)
+        signal_at(patch, 0, signal.SIGINT, when="flags")
         stopped = start(*flags)
     assert (stopped.code, stopped.err) == (128 + signal.SIGINT, "")
-    assert set(models(only_run(tmp_path))) <= {"model0"}
+    assert "Stopped by SIGINT before the first step, nothing to save." in stopped.out
+    assert models(only_run(tmp_path)) == []
     run(*flags)
     assert_same_ending(only_run(tmp_path), uninterrupted.folder)
     assert scalars(only_run(tmp_path)) == scalars(uninterrupted.folder)
@@ -631,6 +730,26 @@ def test_stop_and_resume_on_images(omniglot_run, monkeypatch, tmp_path):
         prefix = saved_by(signal.SIGTERM, start(*flags))
     assert f"Restoring model weights from {prefix}\n" in run(*flags)
     assert_same_ending(only_run(tmp_path), omniglot_run.folder)
+    assert scalars(only_run(tmp_path)) == scalars(omniglot_run.folder)
+
+
+def test_stop_in_a_validation(omniglot_run, monkeypatch, tmp_path):
+    """It is broken off, so that the signal does not wait for it, and made by the process that goes on."""
+    flags = *omniglot_run.flags, f"--logdir={tmp_path}"
+    drawn = []
+
+    def draw(data, seed, split, first, count, draw=ImageTasks.draw):
+        if split == "val":
+            drawn.append(first)
+            signal.raise_signal(signal.SIGTERM)
+        return draw(data, seed, split, first, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTasks, "draw", draw)
+        assert saved_by(signal.SIGTERM, start(*flags)).name == "model500"
+    assert drawn == [0]
+    assert "Validation results" in run(*flags)
+    assert_same_ending(only_run(tmp_path), omniglot_run.folder)  # what is the best is a part of it
     assert scalars(only_run(tmp_path)) == scalars(omniglot_run.folder)
 
 
@@ -809,11 +928,20 @@ def test_validation_on_the_test_classes(miniimagenet_like, tmp_path):
     assert f"no images in {tmp_path / 'data' / 'val'}: expected class folders of images there" in line
 
 
+def test_the_test_classes_choose_no_best(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "VALIDATION_INTERVAL", 1)
+    printed = run(*small, "--test_set=True", "--metatrain_iterations=3", f"--logdir={tmp_path}")
+    assert printed.count("Validation results: ") == 2
+    assert "Best" not in printed
+    assert models(only_run(tmp_path)) == ["model2"]
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
 WRONG_FLAGS = {
     "above 0": "update_lr=nan update_lr=-0.1 update_lr=0 update_lr=inf meta_lr=0 meta_lr=nan train_update_lr=0",
+    "within float32": "meta_lr=1e+40 update_lr=1e-50",
     "1 or more": "meta_batch_size=0 update_batch_size=0 num_updates=0 num_filters=0 val_tasks=0 save_interval=0 "
     "op_threads=0 num_query=0 train_update_batch_size=0 test_tasks=0 image_size=0",
     "2 or more": "num_classes=1 num_classes=-5",
@@ -821,8 +949,8 @@ WRONG_FLAGS = {
     "must be": "seed=-1 seed=9223372036854775808 eval_seed=-1",
     "1 or 3": "image_channels=2",
     "e.g. 64,16,20": "split=64,16 split=a,b,c split=64,16,-20",
-    "-1 for the latest": "test_iter=-2",
-    "invalid literal": "metatrain_iterations=ten",
+    "-1 for the latest, or best": "test_iter=-2",
+    "invalid literal": "metatrain_iterations=ten test_iter=worst test_iter=1.5",
     "could not convert": "meta_lr=fast",
     "boolean": "log=maybe",
     "<sinusoid|omniglot|miniimagenet|cifarfs|fc100|cub|tieredimagenet|folder>": "datasource=omniglott",
@@ -862,6 +990,7 @@ def test_no_data_folder(small, tmp_path):
     line = refusal(*small, f"--data_path={tmp_path / 'none'}", f"--logdir={tmp_path}")
     assert f"no data folder {tmp_path / 'none'}: prepare it as data/omniglot_resized/resize_images.py says" in line
     assert "--data_path" in line
+    assert not list(only_run(tmp_path).glob("[!.]*"))  # nothing is recorded before all is checked
 
 
 def test_an_empty_data_folder(small, tmp_path):
@@ -1006,12 +1135,130 @@ def test_the_checkpoint_of_another_network(held, small):
     assert_refused(held, "can be tested but not trained further", "--metatrain_iterations=3")
 
 
-def test_a_damaged_checkpoint(held):
+def test_a_damaged_checkpoint(held, few_test_tasks, three_steps):
+    """The one before is used, aloud, and the end is the same; one that is asked for by its iteration is refused."""
     run(*held.flags, "--metatrain_iterations=3")
     os.truncate(held.folder / "model2.data-00000-of-00001", 50)
-    assert_refused(held, f"cannot read checkpoint {held.folder / 'model2'} ", "--metatrain_iterations=3")
-    (held.folder / "model2.index").unlink()  # as the message says
-    assert f"{held.folder / 'model1'}\n" in run(*held.flags, "--metatrain_iterations=3")
+    assert_refused(held, f"checkpoint {held.folder / 'model2'} is damaged", "--train=False", "--test_iter=2")
+    for flags in (["--train=False"], ["--metatrain_iterations=3"]):
+        ended = start(*held.flags, *flags)
+        assert ended.code == 0
+        assert ended.err.startswith(f"WARNING: checkpoint {held.folder / 'model2'} is damaged (")
+        assert f"Restoring model weights from {held.folder / 'model1'}\n" in ended.out
+    for name, value in variables(held.folder, "model2").items():
+        np.testing.assert_array_equal(value, three_steps[name], err_msg=name)
+
+
+def test_a_loss_that_is_no_number(uncompiled, tmp_path):
+    line = refusal("--update_lr=1e30", "--metatrain_iterations=3", f"--logdir={tmp_path}")
+    message = r"training diverged, the loss at iteration 0 is (inf|nan) \(nothing was saved\): try a smaller --meta_lr"
+    assert re.search(message, line)
+    assert models(only_run(tmp_path)) == []
+
+
+def test_weights_that_are_no_numbers(held, monkeypatch):
+    """Between two summaries: they are looked at before they are saved."""
+
+    def restore_newest(run, maml, restore_newest=runs.Run.restore_newest):
+        prefix = restore_newest(run, maml)
+        maml.weights["w1"].assign(np.nan * maml.weights["w1"])
+        return prefix
+
+    monkeypatch.setattr(runs.Run, "restore_newest", restore_newest)
+    line = refusal(*held.flags, "--metatrain_iterations=9")
+    assert "training diverged, after iteration 8 the weights, or Adam's moments, are not finite" in line
+    assert f"({held.folder / 'model1'} is from before that): try a smaller --meta_lr or --update_lr" in line
+    assert models(held.folder) == ["model1"]
+
+
+def test_a_run_in_use(held, few_test_tasks):
+    with runs.Run(held.folder).locked():
+        assert_refused(held, "is in use, another process trains in it", "--metatrain_iterations=3")
+        run(*held.flags, "--train=False")
+    run(*held.flags, "--metatrain_iterations=3")
+
+
+class Stranger:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_strangers_files_run_no_code(held, few_test_tasks, tmp_path):
+    for name in ("val_ubs5_stepsize0.001.pkl", "model5.pkl", "model5.index", "model5.data-00000-of-00001"):
+        (held.folder / name).write_bytes(pickle.dumps(Stranger(tmp_path / "made")))
+    for flags in (["--train=False"], ["--metatrain_iterations=3"]):
+        ended = start(*held.flags, *flags)
+        assert ended.code == 0
+        assert f"checkpoint {held.folder / 'model5'} is damaged" in ended.err
+    for name, message in {"results.json": "give another --results_dir", "flags.json": "give another --logdir"}.items():
+        (held.folder / name).write_bytes(pickle.dumps(Stranger(tmp_path / "made")))
+        assert message in start(*held.flags, "--train=False").err
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of its own, of 200 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a disk that is full, or read-only, needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(small_disk, two_steps, few_test_tasks, uncompiled, tmp_path):
+    """While a run is recorded, saved or tested: one line, what is there stays, and with room again it goes on."""
+    flags = "--norm=None", "--metatrain_iterations=16", "--save_interval=2"
+    logdir = f"--logdir={small_disk / 'logs'}"
+    line = refusal(*flags, logdir)
+    folder = only_run(small_disk / "logs")
+    assert f"cannot write to {folder} (No space left on device): make room there, then give the same command" in line
+    assert models(folder) != []
+
+    subprocess.run(["dd", "if=/dev/zero", f"of={small_disk / 'more'}"], capture_output=True)  # to the last byte
+    before = contents(small_disk)
+    line = refusal(*two_steps.flags, "--train=False", f"--results_dir={small_disk}")
+    assert f"cannot write to {small_disk} (No space left on device)" in line
+    assert "(No space left on device)" in refusal(*flags, logdir)
+    assert contents(small_disk) == before
+
+    subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
+    assert "Restoring model weights from" in run(*flags, logdir)
+    assert_same_ending(folder, finished(tmp_path / "whole", *flags).folder)
+
+
+def test_a_read_only_disk(small_disk, held, few_test_tasks):
+    folder = shutil.copytree(held.folder, small_disk / held.folder.name)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    flags = *held.flags, f"--logdir={small_disk}"
+    line = refusal(*flags, "--metatrain_iterations=3")
+    assert f"cannot write to {folder} (Read-only file system): give another --logdir" in line
+    assert "give another --results_dir" in refusal(*flags, "--train=False")
+    run(*flags, "--train=False", f"--results_dir={held.folder}")
+    assert (held.folder / "val_ubs5_stepsize0.001.csv").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_progress_line_on_a_terminal(uncompiled, tmp_path):
+    """How far, how fast, how long still, the last losses. The other lines are as they are without it."""
+    flags = "--norm=None", "--metatrain_iterations=3", f"--logdir={tmp_path}"
+    out, err = io.StringIO(), Terminal()
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        main._run(main._parse(["main.py", *flags]))
+    last = err.getvalue().strip().split("\r")[-1]
+    assert re.search(r"100%.* 3/3 \[00:\d\d<00:00, .*iterations/s, loss [\d.]+ -> [\d.]+\]", last)
+    assert out.getvalue().splitlines()[-1].startswith("Done: 3 iterations")
+    assert "\r" not in out.getvalue()
 
 
 def test_folders_that_cannot_be_written(held, tmp_path):

@@ -1,16 +1,19 @@
 """The run folder: its name, whose it is, whole checkpoints only, the original's checkpoints, events and results."""
 
 import csv
+import errno
 import json
+import math
 import os
 import pickle
 import re
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import networks
 import runs
@@ -76,8 +79,15 @@ def assert_same(one: list[np.ndarray], other: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def claim(run: runs.Run, flags: dict, resume: bool = True) -> None:
+    """As main does before it trains."""
+    with run.locked():
+        run.check(flags, resume)
+        run.record(flags)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 @pytest.fixture
@@ -140,23 +150,23 @@ def test_run_name(flags, name):
 
 def test_claim_makes_the_folder_and_records_the_flags(tmp_path):
     run = runs.Run(tmp_path / "logs" / "sine" / "run")
-    run.claim(FLAGS, resume=True)
+    claim(run, FLAGS)
     assert json.loads((run.folder / "flags.json").read_text()) == FLAGS
 
 
 def test_claim_of_the_same_run_with_more_iterations(run):
-    run.claim(FLAGS, resume=True)
+    claim(run, FLAGS)
     run.save(line_model_at(70000))
-    run.claim(FLAGS | {"metatrain_iterations": 90000}, resume=True)
+    claim(run, FLAGS | {"metatrain_iterations": 90000})
     assert json.loads((run.folder / "flags.json").read_text())["metatrain_iterations"] == 90000
 
 
 def test_claim_lists_the_flags_of_another_run(run):
-    run.claim(FLAGS, resume=True)
+    claim(run, FLAGS)
     run.save(line_model_at(100))
     before = contents(run.folder)
     with pytest.raises(InputError) as error:
-        run.claim(FLAGS | {"num_query": 3, "datasource": "omniglot", "metatrain_iterations": 7}, resume=True)
+        claim(run, FLAGS | {"num_query": 3, "datasource": "omniglot", "metatrain_iterations": 7})
     assert str(run.folder) in str(error.value)
     assert "--num_query=-1 there, 3 here" in str(error.value)
     assert "--datasource=sinusoid there, omniglot here" in str(error.value)
@@ -166,24 +176,24 @@ def test_claim_lists_the_flags_of_another_run(run):
 
 @pytest.mark.parametrize("name", sorted(FLAGS.keys() - {"pretrain_iterations", "metatrain_iterations"}))
 def test_every_flag_tells_runs_apart(run, name):
-    run.claim(FLAGS, resume=True)
+    claim(run, FLAGS)
     run.save(line_model_at(100))
     with pytest.raises(InputError, match=f"--{name}={FLAGS[name]} there, another here"):
-        run.claim(FLAGS | {name: "another"}, resume=True)
+        claim(run, FLAGS | {name: "another"})
 
 
 def test_a_folder_without_checkpoints_is_nobodys(run):
-    run.claim(FLAGS, resume=True)  # a run that was killed before its first checkpoint
-    run.claim(OMNIGLOT, resume=False)
+    claim(run, FLAGS)  # a run that was killed before its first checkpoint
+    claim(run, OMNIGLOT, resume=False)
     assert json.loads((run.folder / "flags.json").read_text()) == OMNIGLOT
 
 
 def test_resume_false_overwrites_nothing(run):
-    run.claim(FLAGS, resume=True)
+    claim(run, FLAGS)
     run.save(line_model_at(100))
     before = contents(run.folder)
     with pytest.raises(InputError, match="holds a run up to model99, and --resume=False would overwrite it"):
-        run.claim(FLAGS, resume=False)
+        claim(run, FLAGS, resume=False)
     assert contents(run.folder) == before
 
 
@@ -204,13 +214,13 @@ def test_pretraining_may_not_end_elsewhere_once_past(run, recorded, done, now, a
     def flags(pair):
         return FLAGS | dict(zip(("pretrain_iterations", "metatrain_iterations"), pair, strict=True))
 
-    run.claim(flags(recorded), resume=True)
+    claim(run, flags(recorded))
     run.save(line_model_at(done))
     if allowed:
-        run.claim(flags(now), resume=True)
+        claim(run, flags(now))
     else:
         with pytest.raises(InputError, match=rf"\(--pretrain_iterations={recorded[0]} there, {now[0]} here\)"):
-            run.claim(flags(now), resume=True)
+            claim(run, flags(now))
     run.check_flags(flags(now), training=False)  # a test changes nothing
 
 
@@ -218,23 +228,41 @@ def test_a_folder_without_a_record_is_tested_not_trained(run):
     run.save(line_model_at(60000))
     before = contents(run.folder)
     with pytest.raises(InputError, match=r"can be tested but not trained further: give another --logdir"):
-        run.claim(FLAGS, resume=True)
+        claim(run, FLAGS)
     assert contents(run.folder) == before
     run.check_flags(FLAGS, training=False)
 
 
-@pytest.mark.parametrize("record", ["", '{"datasource": ', '["sinusoid"]', "7"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(b"", b'{"datasource": ', b'["sinusoid"]', b"7", b"[]", b"\xff\xfe\xfd", b"null"),
+        *(b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b" " * (runs.MOST_JSON + 1)),
+    ],
+    ids=lambda record: str(record[:20]),
+)
 def test_a_damaged_record(run, record):
     run.save(line_model_at(100))
-    (run.folder / "flags.json").write_text(record)
-    with pytest.raises(InputError, match=r"flags\.json is damaged .* give another --logdir"):
-        run.claim(FLAGS, resume=True)
+    (run.folder / "flags.json").write_bytes(record)
+    with pytest.raises(InputError, match=r"flags\.json is damaged .* give another --logdir") as error:
+        claim(run, FLAGS)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [None, [], {"a": [1]}, "x", 1e400, "two\nlines \x1b[31m", "long" * 1000])
+def test_a_record_of_strange_values(run, value):
+    run.save(line_model_at(100))
+    (run.folder / "flags.json").write_text(json.dumps(FLAGS | {"seed": value, "pretrain_iterations": value}))
+    with pytest.raises(InputError, match=r"belongs to another run \(--seed=.* there, 0 here") as error:
+        claim(run, FLAGS)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"cannot write to .*file/run \(.+\): give another --logdir"):
-        runs.Run(tmp_path / "file" / "run").claim(FLAGS, resume=True)
+        claim(runs.Run(tmp_path / "file" / "run"), FLAGS)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -360,12 +388,159 @@ def test_the_checkpoint_of_another_network(run, saved, here, message):
     assert_same(values(here), before)
 
 
-@pytest.mark.parametrize(("ending", "size"), [(".index", 0), (".index", 40), (".data-00000-of-00001", 20)])
-def test_a_damaged_checkpoint(run, ending, size):
-    prefix = run.save(line_model_at(100))
-    os.truncate(prefix + ending, size)
-    with pytest.raises(InputError, match=rf"cannot read checkpoint {re.escape(prefix)} \(.+\): delete it to go on"):
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(at: float) -> Callable[[bytes], bytes]:
+    """One bit is another."""
+
+    def flip(data):
+        place = int(at * len(data))
+        return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+    return flip
+
+
+DAMAGES = {
+    "index, empty": (".index", lambda data: b""),
+    "index, truncated": (".index", truncated),
+    "index, garbage": (".index", lambda data: os.urandom(len(data))),
+    "index, a bit": (".index", flipped(0.5)),
+    "data, empty": (".data-00000-of-00001", lambda data: b""),
+    "data, truncated": (".data-00000-of-00001", truncated),
+    "data, the first bit": (".data-00000-of-00001", flipped(0)),
+    "data, a bit": (".data-00000-of-00001", flipped(0.5)),
+    "data, the last bit": (".data-00000-of-00001", flipped(1 - 1e-9)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(run, damage, capsys):
+    """Every byte is checked when it is read. The one before is used, aloud; one that is asked for is not replaced."""
+    before = line_model()
+    expected = filled(before, seed=1, step=100)
+    run.validation = runs.Validation(50, 40, 0.5, 200)
+    earlier = run.save(before)
+    run.validation = runs.Validation(150, 150, 0.7, 200)
+    prefix = run.save(line_model_at(200))
+    ending, spoil = DAMAGES[damage]
+    path = Path(prefix + ending)
+    path.write_bytes(spoil(path.read_bytes()))
+
+    message = rf"checkpoint {re.escape(prefix)} is damaged \(.+\): delete it, or test another"
+    with pytest.raises(InputError, match=message):
         run.restore(line_model(), prefix)
+    restored = line_model()
+    assert run.restore_newest(restored) == earlier
+    assert_same(values(restored), expected)
+    assert run.validation.best == 40
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"WARNING: {message}\. The one before it is taken\.", line)
+
+
+def test_no_checkpoint_can_be_read(run):
+    for step in (1, 2):
+        os.truncate(run.save(line_model_at(step)) + ".index", 40)
+    with pytest.raises(InputError, match=r"none of the checkpoints in .*run can be read: delete them to begin anew"):
+        run.restore_newest(line_model())
+    assert run.best() == runs.Validation()
+
+
+def test_moments_of_another_shape(run):
+    """A stranger's file: weights as they should be, the optimizer's not."""
+    maml = line_model_at(100)
+    maml.meta_optimizer.m["w1"] = tf.Variable(np.zeros([7, 7], np.float32))
+    with pytest.raises(InputError, match="is damaged"):
+        run.restore(line_model(), run.save(maml))
+
+
+@pytest.mark.parametrize("spoilt", ["weights", "meta_optimizer", "pretrain_optimizer"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_not_finite_is_not_saved(run, spoilt, value):
+    maml = line_model_at(100)
+    prefix = run.save(maml)
+    maml.step.assign(200)
+    spoil = maml.weights if spoilt == "weights" else getattr(maml, spoilt).v
+    spoil["b2"].assign([value])
+    with pytest.raises(InputError, match=rf"diverged, after iteration 199 .* \({prefix} is from before that\): try a"):
+        run.save(maml)
+    assert run.iterations() == [99]
+
+
+def test_a_disk_that_takes_no_more(run):
+    """As where it is full: the system refuses to let files grow. What is there stays, and later the save succeeds."""
+    expected = filled(maml := line_model(hidden=(40, 40)), seed=1, step=100)
+    run.save(maml)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        maml.step.assign(200)
+        with pytest.raises(InputError, match=r"cannot write to .*run \(File too large\): make room there"):
+            run.save(maml)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    restored = line_model(hidden=(40, 40))
+    run.restore_newest(restored)
+    assert_same(values(restored), expected)
+    assert run.save(maml) == run.checkpoint()
+    assert sorted(path.name for path in run.folder.glob(".*")) == []
+
+
+def test_the_best_stays_beside_the_ten_latest(run):
+    for step in range(1, 16):
+        run.validation = run.validation.then(step - 1, 0.9 if step == 3 else 0.5, 200)
+        run.save(line_model_at(step))
+    assert run.iterations() == [2, *range(5, 15)]
+    assert run.checkpoint("best") == str(run.folder / "model2")
+    again = runs.Run(run.folder)
+    assert again.best() == run.validation == (14, 2, 0.9, 200)
+    again.restore_newest(line_model())
+    assert again.validation == run.validation
+
+
+def test_which_is_best():
+    """The first of equals; and accuracies on different numbers of tasks are not compared."""
+    found = runs.Validation().then(500, 0.3, 200).then(1000, 0.5, 200).then(1500, 0.5, 200).then(2000, 0.4, 200)
+    assert found == (2000, 1000, 0.5, 200)
+    assert found.then(2500, 0.45, 20) == (2500, 2500, 0.45, 20)
+    assert found.then(2500, -math.inf, 20) == (2500, 1000, 0.5, 200)
+
+
+def test_no_best_without_validation(run):
+    run.save(line_model_at(100))
+    with pytest.raises(InputError, match=r"--test_iter=best, but .*run has no validation yet .*: give an iteration"):
+        run.checkpoint("best")
+
+
+def test_a_checkpoint_from_before_there_was_validation(run):
+    """It held weights, both optimizers and the step."""
+    maml = line_model()
+    expected = filled(maml, seed=1, step=1001)
+    runs._checkpoint(maml).write(run.prefix(1000))
+    restored = line_model()
+    assert run.restore_newest(restored) == run.prefix(1000)
+    assert_same(values(restored), expected)
+    assert run.validation == runs.Validation(last=1000)  # that of iteration 1000 was done
+
+
+def test_a_folder_in_use(run):
+    with run.locked():
+        with pytest.raises(InputError, match=r"run is in use, another process trains in it: stop that one, or give"):
+            claim(runs.Run(run.folder), FLAGS)
+        run.save(line_model_at(1))
+        assert runs.Run(run.folder).restore_newest(line_model()) == run.prefix(0)  # to test is allowed
+    (run.folder / "model0.index").unlink()
+    claim(runs.Run(run.folder), FLAGS)  # and again when the other process has ended
+
+
+def test_a_disk_without_locks(run, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    claim(run, FLAGS)
+    assert "cannot be locked (Function not implemented): see that no other process trains" in capsys.readouterr().out
 
 
 # -- the original's checkpoints ---------------------------------------------------------------------------------------
@@ -452,74 +627,6 @@ def test_a_checkpoint_of_the_original_that_is_not_of_this_network(run, original,
     assert_same(values(maml), before)
 
 
-# -- events -----------------------------------------------------------------------------------------------------------
-
-
-def write_events(run: runs.Run, start: int, steps: list[int], value: float) -> None:
-    writer = run.events(start)
-    with writer.as_default():
-        for step in steps:
-            tf.summary.scalar("loss", value, step=step)
-    writer.close()
-
-
-def read_events(run: runs.Run) -> list[tuple[int, float]]:
-    """(step, value) in the order in which TensorBoard reads a folder: by file name."""
-    found = []
-    # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
-    paths = sorted(run.folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
-    for path in paths:
-        for event in EventFileLoader(str(path)).Load():
-            found += [(event.step, float(tf.make_ndarray(value.tensor).item())) for value in event.summary.value]
-    return found
-
-
-def test_events_of_a_resumed_run_replace_those_past_its_checkpoint(run):
-    write_events(run, 0, [0, 100, 200, 300], value=1)
-    write_events(run, 201, [300, 400], value=2)
-    write_events(run, 301, [400, 500], value=3)
-    assert read_events(run) == [(0, 1), (100, 1), (200, 1), (300, 2), (400, 3), (500, 3)]
-
-
-def test_events_of_another_beginning_all_go(run):
-    write_events(run, 0, [0, 100], value=1)
-    write_events(run, 0, [0], value=2)
-    assert read_events(run) == [(0, 2)]
-
-
-def test_events_that_stay_are_not_rewritten(run):
-    write_events(run, 0, [0, 100], value=1)
-    (path,) = run.folder.iterdir()
-    before = path.stat()
-    write_events(run, 101, [200], value=2)
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert len(list(run.folder.iterdir())) == 2
-
-
-@pytest.mark.parametrize("cut", [1, 5, 30, "all but 1", "all but 9", "all but 12"])
-def test_a_kill_cuts_the_last_event(run, cut):
-    """The last record is cut by some bytes, down to a part of its 12 bytes of length and checksum."""
-    write_events(run, 0, [0, 100], value=1)
-    (path,) = run.folder.iterdir()
-    whole = path.stat().st_size
-    with path.open("ab") as file:
-        file.write(last_record(path))
-    cut = cut if isinstance(cut, int) else path.stat().st_size - whole - int(cut.split()[-1])
-    os.truncate(path, path.stat().st_size - cut)
-    write_events(run, 101, [200], value=2)
-    assert read_events(run) == [(0, 1), (100, 1), (200, 2)]
-
-
-def last_record(path: Path) -> bytes:
-    """Length (8 bytes), its checksum (4), the event, its checksum (4)."""
-    data = path.read_bytes()
-    while True:
-        size = 16 + int.from_bytes(data[:8], "little")
-        if size == len(data):
-            return data
-        data = data[size:]
-
-
 # -- results ----------------------------------------------------------------------------------------------------------
 
 ENTRY = {"data_set": "omniglot", "split": "test", "support_examples_a_class_K": 1, "checkpoint": "model59999"}
@@ -579,7 +686,7 @@ def test_results_replace_their_own_entry_alone(tmp_path):
     }
 
 
-@pytest.mark.parametrize("damaged", ["", '[{"data_set"', '{"data_set": "omniglot"}'])
+@pytest.mark.parametrize("damaged", ["", '[{"data_set"', '{"data_set": "omniglot"}', "[[1]]", "[" * 100_000])
 def test_damaged_results_are_not_overwritten(tmp_path, damaged):
     (tmp_path / "results.json").write_text(damaged)
     with pytest.raises(InputError, match=r"results\.json is damaged .*: delete it, or give another --results_dir"):

@@ -1,0 +1,126 @@
+"""TensorBoard: what a run shows while it trains, and how the events of a resumed run go on.
+
+Tags: the original's (metatrain_ and metaval_, its maml.py), and ours: mean loss per example, norm of the meta-gradient,
+milliseconds per step, the run's flags, and pictures of a validation task.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorflow.core.util import event_pb2
+
+from maml import Curve
+from utils import Tasks, writing
+
+PICTURED = 5  # examples of each class in a picture's support and query part, at most
+RIGHT, WRONG, WHITE = (40, 170, 60), (220, 50, 40), (255, 255, 255)  # frames, red green blue
+MOST_SIDE = 84  # pixels to which small images are enlarged
+
+
+class Events:
+    """A run folder's events from iteration `start` on. Raises InputError where they cannot be written."""
+
+    def __init__(self, folder: Path, start: int, log: bool = True):
+        """Later events, of a killed run that is resumed, are dropped. log: False writes nothing."""
+        self.folder, self.writer = folder, tf.summary.create_noop_writer()
+        if log:
+            with writing(folder):
+                _drop_from(folder, start)
+                self.writer = tf.summary.create_file_writer(str(folder))
+
+    def __enter__(self) -> "Events":
+        return self
+
+    def __exit__(self, *exception):
+        with writing(self.folder):
+            self.writer.close()
+
+    def flush(self) -> None:
+        """On disk from now on."""
+        with writing(self.folder):
+            self.writer.flush()
+
+    def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Values by tag, in one event: a call of tf.summary.scalar for each would take ten times as long."""
+        summary = Summary()
+        for tag, value in values.items():
+            summary.MergeFrom(scalar_pb(tag, value))
+        with writing(self.folder), self.writer.as_default(iteration):
+            tf.summary.experimental.write_raw_pb(summary.SerializeToString())
+
+    def flags(self, iteration: int, flags: Mapping) -> None:
+        """The run's flags, as text and as the hyperparameters of TensorBoard's table of runs."""
+        rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
+        with writing(self.folder), self.writer.as_default(iteration):
+            tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
+            hparams.hparams({name: "None" if value is None else value for name, value in flags.items()})
+
+    def picture(self, iteration: int, tag: str, pixels: np.ndarray) -> None:
+        """An image, uint8 [height, width, 3]."""
+        with writing(self.folder), self.writer.as_default(iteration):
+            tf.summary.image(tag, pixels[None])
+
+
+def curve_scalars(prefix: str, curve: Curve) -> dict[str, float]:
+    """A curve's means under the original's tags."""
+    values = {}
+    for metric, columns in (("loss", curve.losses), ("accuracy", curve.accuracies)):
+        for updates, mean in enumerate(np.mean(columns, axis=0)):
+            tag = f"Post-update_{metric}__step_{updates}" if updates else f"Pre-update_{metric}"
+            values[f"{prefix}_{tag}"] = float(mean)
+    return values
+
+
+def task_picture(task: Tasks, scores: np.ndarray) -> np.ndarray:
+    """A row for each class: support images, a gap, and query images in a frame, green where they are recognised.
+
+    A wrong one, framed red, stands in the row of the class that it was taken for.
+    Args: one task of images, scores [N * Q, N]. Returns uint8 [height, width, 3].
+    """
+    support_row, query_row, taken_for = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))
+    shown = PICTURED * scores.shape[1]  # the first examples of every class come first
+    rows = []
+    for label in range(scores.shape[1]):
+        row = [_framed(image, WHITE) for image in task.support_x[support_row == label][:PICTURED]]
+        row.append(blank := np.full_like(row[0], 255))
+        query = zip(task.query_x[:shown], query_row, taken_for, strict=False)
+        row += [_framed(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label]
+        rows.append(row)
+    longest = max(map(len, rows))
+    return np.concatenate([np.concatenate(row + [blank] * (longest - len(row)), 1) for row in rows])
+
+
+def _framed(image, colour):
+    """Pixels 0 to 1, with 1 or 3 channels, as colours; small ones larger."""
+    times = max(1, MOST_SIDE // len(image))
+    pixels = np.uint8(255 * image.repeat(times, 0).repeat(times, 1) + 0.5)
+    framed = np.empty((pixels.shape[0] + 4, pixels.shape[1] + 4, 3), np.uint8)
+    framed[:] = colour
+    framed[2:-2, 2:-2] = pixels
+    return framed
+
+
+def _drop_from(folder, start):
+    for path in folder.glob("events.out.tfevents.*"):
+        kept, dropped = [], False
+        try:
+            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+                event = event_pb2.Event.FromString(record)
+                if event.step < start or event.file_version:
+                    kept.append(record)
+                else:
+                    dropped = True
+        except tf.errors.DataLossError:
+            dropped = True  # the kill cut the last record
+        if dropped:
+            beside = str(path.with_name(".events"))
+            with tf.io.TFRecordWriter(beside) as writer:
+                for record in kept:
+                    writer.write(record)
+            os.replace(beside, path)
