@@ -19,7 +19,6 @@ import publish
 import row
 import runs
 import table
-from data_generator import DATASETS
 from utils import InputError
 
 ROOT = Path(main.__file__).parent
