@@ -7,10 +7,13 @@ VENV ?= .venv
 sinusoid_flags = --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000 --norm=None --update_batch_size=10
 sinusoid_run = logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 
-.PHONY: help sinusoid test clean
+published = logs/published/cls_5.mbs_25.ubs_10.numstep1
+
+.PHONY: help sinusoid figures test clean
 
 help:
 	@echo 'make sinusoid  train and test the 10-shot sinusoid, and compare its errors with the original'
+	@echo 'make figures   draw the pictures of the README into figures/'
 	@echo 'make test      lint, and run all tests'
 	@echo 'make clean     remove the environment and the caches of the tools; runs and data stay'
 	@echo
@@ -20,6 +23,13 @@ sinusoid: $(VENV)/installed
 	$(VENV)/bin/python main.py $(sinusoid_flags)
 	$(VENV)/bin/python main.py $(sinusoid_flags) --train=False --test_set=True
 	$(VENV)/bin/python experiments/compare_sinusoid.py $(sinusoid_run)/results.json
+
+figures: $(VENV)/installed-dev
+	$(VENV)/bin/python plot.py sinusoid MAML=$(published).updatelr0.01nonorm \
+	  Pretrained=$(published).updatelr0.001nonorm.pretrain --update_lr=0.01 --task=10 --output=figures/sinusoid
+	$(VENV)/bin/python plot.py updates MAML=results/sinusoid_maml.json \
+	  Pretrained=results/sinusoid_pretrained.json --update_lr=0.001 --output=figures/sinusoid_updates
+	$(VENV)/bin/python plot.py training 'Sinusoid, 10-shot'=$(published).updatelr0.01nonorm --output=figures/training
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m ruff check .
@@ -38,7 +48,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 # Neither stamp holds while the test tools are being installed, for the same reason.
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-plot.txt
 	rm -f $(VENV)/installed
 	$(VENV)/bin/python -m pip install -r requirements-dev.txt
 	touch $(VENV)/installed $@

@@ -1,4 +1,4 @@
-"""Trains and tests MAML (Finn, Abbeel, Levine, ICML 2017): sinusoid regression, few-shot Omniglot and MiniImagenet.
+"""Trains and tests MAML (Finn, Abbeel, Levine, ICML 2017): sinusoid regression and few-shot image classification.
 
 Usage (README.md has every command of the paper):
 
@@ -12,9 +12,11 @@ Evaluation is transductive under batch norm, as in the paper: the query images o
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,7 +52,13 @@ class _Checkpoint(flags.ArgumentParser):
 
 
 # The original's flags, with its names and defaults.
-flags.DEFINE_enum("datasource", "sinusoid", list(DATASETS), "Data set that tasks are drawn from.")
+flags.DEFINE_enum(
+    "datasource",
+    "sinusoid",
+    list(DATASETS),
+    "Data set that tasks are drawn from; folder: your own images, in --data_path. From cifarfs on, the defaults are "
+    "those of MiniImagenet's commands (meta_batch_size=4 update_lr=0.01 num_updates=5 num_filters=32 max_pool=True).",
+)
 flags.DEFINE_integer("num_classes", 5, "N, classes in a task (way). Paper: 5 and 20. The sinusoid has none.")
 flags.DEFINE_enum(
     "baseline",
@@ -118,22 +126,53 @@ flags.DEFINE_float(
 flags.DEFINE_integer(
     "seed",
     0,
-    "Seed of the initial weights and the training tasks. Validation and test tasks are always the same.",
+    "Seed of the initial weights, the training tasks and the shuffle of --split.",
 )
 flags.DEFINE_integer(
     "num_query",
     -1,
-    "Query examples a class. -1, as the original: K; in MiniImagenet training and its validation 15.",
+    "Query examples a class. -1, as the original: K; in training and validation on photographs 15.",
 )
 flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images), which choose the best.")
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
-flags.DEFINE_string("data_path", None, "Image folder, if not the data set's own below data/.")
+flags.DEFINE_integer("threads", 0, "Tasks that are computed side by side, a core each; 0: as many as there are cores.")
+flags.DEFINE_integer(
+    "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
+)
+flags.DEFINE_string("data_path", None, "Folder of the images, if not the data set's own below data/.")
+flags.DEFINE_string(
+    "split",
+    None,
+    "Classes in train, val and test, e.g. 64,16,20, where the images are in DIR/<class>/ and not in "
+    "DIR/{train,val,test}/<class>/; shuffled by --seed. With --test_datasource: of that data set.",
+)
+flags.DEFINE_integer(
+    "image_size",
+    None,
+    "Height and width in pixels; images of another size are resized, whatever their shape. "
+    "Default: the data set's own, 84 for folder.",
+)
+flags.DEFINE_integer("image_channels", None, "1 grey, 3 colour. Default: the data set's own, 3 for folder.")
+flags.DEFINE_bool("skip_broken", False, "Leave out images that cannot be read, and name them, rather than refuse.")
+flags.DEFINE_enum(
+    "test_datasource",
+    None,
+    [name for name, dataset in DATASETS.items() if dataset.images],
+    "At test: the data set that tasks are drawn from, if not --datasource. Its images are read as the run's: in their "
+    "size and channels, for an Omniglot run also inverted (dark ink on white paper is 1).",
+)
+flags.DEFINE_string("test_data_path", None, "Folder of the --test_datasource, if not its own below data/.")
+flags.DEFINE_integer("test_tasks", 600, "Tasks of a test. Paper: 600.")
+flags.DEFINE_integer(
+    "eval_seed", 0, "Seed of the validation and test tasks: the same for all runs, whatever --seed is."
+)
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
 # What a run's numbers depend on: recorded in its folder, so that another run cannot continue it by mistake.
 IDENTITY = (
     "datasource num_classes baseline pretrain_iterations metatrain_iterations meta_batch_size meta_lr "
-    "update_batch_size update_lr num_updates norm num_filters conv max_pool stop_grad num_query seed"
+    "update_batch_size update_lr num_updates norm num_filters conv max_pool stop_grad num_query seed "
+    "data_path split image_size image_channels"
 ).split()
 
 # The original's (its main.py), in iterations, updates and tasks.
@@ -141,25 +180,34 @@ SUMMARY_INTERVAL = 100
 PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000
 VALIDATION_INTERVAL = 500
 TEST_UPDATES = 10  # at least, even where training has fewer
-TEST_TASKS = 600
 
-EVALUATION_SEED = 0  # of validation and test tasks, whatever --seed is, so that runs are tested on the same tasks
 EVALUATION_CHUNK = 10  # tasks in memory at once; a stop signal waits for so many
 BLOCK = 100  # steps of a tiny network in one program
 
 
 def _number(name, test, range_):
     message = f"must be {range_}"
-    flags.register_validator(name, lambda value: math.isfinite(value) and test(value), message=message)
+    flags.register_validator(
+        name, lambda value: value is None or (math.isfinite(value) and test(value)), message=message
+    )
 
 
-for _name in "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval".split():
+for _name in (
+    "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval op_threads test_tasks image_size"
+).split():
     _number(_name, lambda value: value >= 1, "1 or more")
-for _name in ("pretrain_iterations", "metatrain_iterations"):
+for _name in ("pretrain_iterations", "metatrain_iterations", "threads"):
     _number(_name, lambda value: value >= 0, "0 or more")
 for _name in ("train_update_batch_size", "num_query"):
     _number(_name, lambda value: value == -1 or value >= 1, "1 or more, or -1")
-_number("seed", lambda value: 0 <= value < 2**63, "0 or more, and below 2 to the 63rd")
+for _name in ("seed", "eval_seed"):
+    _number(_name, lambda value: 0 <= value < 2**63, "0 or more, and below 2 to the 63rd")
+_number("image_channels", lambda value: value in (1, 3), "1 or 3")
+flags.register_validator(
+    "split",
+    lambda value: value is None or re.fullmatch(r"\d+,\d+,\d+", value),
+    message="must be three numbers of classes, e.g. 64,16,20",
+)
 _number("num_classes", lambda value: value >= 2, "2 or more")
 for _name in ("meta_lr", "update_lr"):
     _number(_name, lambda value: 1e-37 < value < 1e37, "a number above 0, and within float32")
@@ -171,17 +219,56 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
-    # One task a core: each task's operations run on one thread, the tasks side by side.
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(_cores())
-    dataset = DATASETS[FLAGS.datasource]
+    set_threads()
+    take_defaults(DATASETS[FLAGS.datasource])
+    dataset = data_set("datasource", "data_path")
+    if dataset.images:
+        images = dataset.images._replace(size=(FLAGS.image_size, FLAGS.image_size), channels=FLAGS.image_channels)
+        if not FLAGS["image_size"].using_default_value:
+            images = images._replace(any_size=True)
+        dataset = dataset._replace(images=images)
     identity = run_identity(dataset)
     run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
     if FLAGS.train:
+        maml = build(identity, dataset)
         with run.locked():
-            train(run, identity, dataset)
+            train(run, maml, identity, dataset)
     else:
         test(run, identity, dataset)
+
+
+def set_threads() -> None:
+    """Sets TensorFlow's threads, which it takes once, before it starts: a task a core."""
+    tf.config.threading.set_intra_op_parallelism_threads(FLAGS["op_threads"].value)
+    tf.config.threading.set_inter_op_parallelism_threads(_parallel_tasks())
+
+
+def take_defaults(dataset: Dataset) -> None:
+    """Makes the row's values the defaults of the flags, and tells which are taken."""
+    for name, value in dataset.defaults.items():
+        FLAGS.set_default(name, value)
+    if dataset.images:
+        FLAGS.set_default("image_size", dataset.images.size[0])
+        FLAGS.set_default("image_channels", dataset.images.channels)
+    taken = [f"--{name}={value}" for name, value in dataset.defaults.items() if FLAGS[name].using_default_value]
+    if taken:
+        print(f"Defaults of --datasource={FLAGS.datasource}: {' '.join(taken)}")
+
+
+def data_set(flag: str, path_flag: str) -> Dataset:
+    """The row that `flag` names, with the folder that `path_flag` names, if it does."""
+    dataset, path = DATASETS[FLAGS[flag].value], FLAGS[path_flag].value
+    if dataset.images is None or (dataset.images.folder and not path):
+        return dataset
+    if not path:
+        raise InputError(f"--{flag}={FLAGS[flag].value} has no folder of its own: name yours with --{path_flag}")
+    return dataset._replace(images=dataset.images._replace(folder=os.path.abspath(path)))
+
+
+def users_folder(name: str, dataset: Dataset) -> str | None:
+    """The folder by which a user's own images are told from another's; None: the data set's name is enough."""
+    row = DATASETS[name].images
+    return dataset.images.folder if row and row.folder is None else None
 
 
 def run_identity(dataset: Dataset) -> dict:
@@ -189,9 +276,10 @@ def run_identity(dataset: Dataset) -> dict:
     identity = {name: FLAGS[name].value for name in IDENTITY}
     if identity["norm"] == "None":
         identity["norm"] = None
-    if FLAGS["norm"].using_default_value and dataset.norm != identity["norm"]:
-        print(f"The {FLAGS.datasource} is trained with --norm={dataset.norm} unless --norm is given.")
-        identity["norm"] = dataset.norm
+    identity["data_path"] = users_folder(FLAGS.datasource, dataset)
+    for name in ("image_size", "image_channels"):
+        if FLAGS[name].value == FLAGS[name].default:
+            identity[name] = None  # given or not, it is the data set's own
     if FLAGS.baseline == "oracle":
         if dataset.images is not None:
             raise InputError(
@@ -206,6 +294,8 @@ def run_identity(dataset: Dataset) -> dict:
         if FLAGS.train_update_lr != -1:
             identity["update_lr"] = FLAGS.train_update_lr
         del identity["num_query"]  # at test it is the test's own
+        if FLAGS.test_datasource:
+            del identity["split"]
     return identity
 
 
@@ -241,7 +331,7 @@ def build(flags: Mapping, dataset: Dataset) -> MAML:
         first_order=flags["stop_grad"],
         clip=dataset.clip,
         seed=flags["seed"],
-        parallel_tasks=_cores(),
+        parallel_tasks=_parallel_tasks(),
     )
 
 
@@ -250,11 +340,20 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], default_query: int) -> 
     query = default_query if FLAGS.num_query == -1 else FLAGS.num_query
     if dataset.images is None:
         return SinusoidTasks(FLAGS.update_batch_size, query, oracle=FLAGS.baseline == "oracle")
-    folder = Path(FLAGS.data_path) if FLAGS.data_path else ROOT / dataset.images.folder
-    return ImageTasks(dataset.images, folder, splits, FLAGS.num_classes, FLAGS.update_batch_size, query)
+    images = dataset.images._replace(split_seed=FLAGS.seed, skip_broken=FLAGS.skip_broken)
+    if FLAGS.split:
+        images = images._replace(split_sizes=tuple(map(int, FLAGS.split.split(","))))
+    folder = ROOT / images.folder
+    data = ImageTasks(images, folder, splits, FLAGS.num_classes, FLAGS.update_batch_size, query)
+    found = "; ".join(
+        f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
+        for split, classes in data.classes.items()
+    )
+    print("Images of {}, read as {}x{}x{}: {}.".format(folder, *images.size, images.channels, found))
+    return data
 
 
-def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
+def train(run: runs.Run, maml: MAML, identity: dict, dataset: Dataset) -> None:
     """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files."""
     images, updates = dataset.images, identity["num_updates"]
     pretrain = identity["pretrain_iterations"]
@@ -262,9 +361,9 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     val_split = "test" if FLAGS.test_set else "val"
     run.check(identity, FLAGS.resume)
     data = open_data(dataset, ("train", val_split), (images and images.train_query) or FLAGS.update_batch_size)
-    maml = build(identity, dataset)
     if run.iterations():
         print("Restoring model weights from", run.restore_newest(maml))
+    run.record(identity)
     start = saved = int(maml.step)
     validations = {*range(VALIDATION_INTERVAL, total, VALIDATION_INTERVAL)} if images else set()
     saves = {*range(FLAGS.save_interval, total, FLAGS.save_interval), total - 1}
@@ -276,7 +375,6 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
         return
 
-    run.record(identity)
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {updates}.")
@@ -434,13 +532,14 @@ class _Report:
 
 
 def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
-    """Tests a checkpoint on 600 tasks, always the same ones, and writes the original's files and results.json."""
+    """Tests a checkpoint on --test_tasks, always the same ones; writes the original's files and results.json."""
     split = "test" if FLAGS.test_set else "val"
     prefix = run.checkpoint(FLAGS.test_iter)
     run.check_flags(identity, training=False)
     results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
     runs.check_writable(results, "--results_dir")
-    data = open_data(dataset, (split,), FLAGS.update_batch_size)
+    tested = tested_data_set(dataset)
+    data = open_data(tested, (split,), FLAGS.update_batch_size)
     maml = build(identity | {"update_batch_size": FLAGS.update_batch_size, "update_lr": FLAGS.update_lr}, dataset)
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
@@ -449,17 +548,22 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     print("Restoring model weights from", prefix)
 
     updates = max(identity["num_updates"], TEST_UPDATES)
-    curve = evaluate(maml, data, split, TEST_TASKS, updates)
+    curve = evaluate(maml, data, split, FLAGS.test_tasks, updates)
     values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
     print("Mean validation accuracy/loss, stddev, and confidence intervals")
     means, stds, ci95 = statistics(values)
     print((means, stds, ci95))
 
     best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
+    tested_name = FLAGS.test_datasource or FLAGS.datasource
+    folder = users_folder(tested_name, tested)
     paper = dataset.paper_updates.get(FLAGS.num_classes, ())
     metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
     entry = {
-        "data_set": FLAGS.datasource,
+        "data_set": tested_name,
+        "data_folder": folder,
+        "classes_train_val_test": FLAGS.split,
+        "trained_on": FLAGS.datasource,
         "split": split,
         "metric": metric,
         "classes_N": FLAGS.num_classes if dataset.images else None,
@@ -473,21 +577,51 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         "validation_accuracy": best.accuracy if iteration == best.best else None,
         "validation_tasks": best.tasks if iteration == best.best else None,
         "training_seed": identity["seed"],
-        "tasks": TEST_TASKS,
-        "task_seed": EVALUATION_SEED,
+        "tasks": FLAGS.test_tasks,
+        "task_seed": FLAGS.eval_seed,
         "norm": identity["norm"],
         "transductive": identity["norm"] == "batch_norm",  # a task's query examples are normalised together
     }
-    name = f"{split}_ubs{FLAGS.update_batch_size}_stepsize{FLAGS.update_lr}"
-    if FLAGS.num_query != -1:
-        name += f"_query{FLAGS.num_query}"
+    name = results_name(split, folder)
     runs.write_results(results, name, values, entry, paper)
     for update in paper:
         shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:
             shown = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
-        print(f"The paper's column, update{update}: {metric} {shown} over {TEST_TASKS} {split} tasks.")
+        print(f"The paper's column, update{update}: {metric} {shown} over {FLAGS.test_tasks} {split} tasks.")
     print(f"Written: {results / name}.csv, .pkl and results.json.")
+
+
+def results_name(split: str, folder: str | None) -> str:
+    """The original's name for a test's files, with suffixes for what that leaves out, if not at default."""
+    name = f"{split}_ubs{FLAGS.update_batch_size}_stepsize{FLAGS.update_lr}"
+    if FLAGS.test_datasource:
+        name += f"_{FLAGS.test_datasource}"
+        if folder:  # with a checksum of the whole path, since many a folder has the name "images"
+            name += f"-{Path(folder).name}-{zlib.crc32(os.fsencode(folder)):08x}"
+        if FLAGS.split:
+            name += f"_split{FLAGS.split}"
+    for flag, suffix in (("num_query", "query"), ("test_tasks", "tasks"), ("eval_seed", "evalseed")):
+        if FLAGS[flag].value != FLAGS[flag].default:
+            name += f"_{suffix}{FLAGS[flag].value}"
+    return name
+
+
+def tested_data_set(dataset: Dataset) -> Dataset:
+    """The row that a test's tasks come from: the run's, or that of --test_datasource, read as the run's images are."""
+    if not FLAGS.test_datasource:
+        if FLAGS.test_data_path:
+            raise InputError("--test_data_path is the folder of --test_datasource: give that too, or --data_path")
+        return dataset
+    if dataset.images is None:
+        raise InputError(
+            f"--test_datasource={FLAGS.test_datasource} has images, which a run of the {FLAGS.datasource} cannot take: "
+            "leave it out"
+        )
+    other, own = data_set("test_datasource", "test_data_path"), dataset.images
+    any_size = other.images.any_size or other.images.size != own.size
+    images = other.images._replace(size=own.size, channels=own.channels, invert=own.invert, any_size=any_size)
+    return other._replace(images=images)
 
 
 def evaluate(
@@ -503,7 +637,7 @@ def evaluate(
     for first in range(0, count, EVALUATION_CHUNK):
         if stop and stop.signal:
             return None
-        tasks = data.draw(EVALUATION_SEED, split, first, EVALUATION_CHUNK)
+        tasks = data.draw(FLAGS.eval_seed, split, first, EVALUATION_CHUNK)
         chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
     # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
@@ -511,7 +645,7 @@ def evaluate(
 
 def _picture(maml, data, updates):
     """The first validation task, and what its query images are taken for after so many updates."""
-    task = Tasks(*(part[0] for part in data.draw(EVALUATION_SEED, "val", 0, 1)))
+    task = Tasks(*(part[0] for part in data.draw(FLAGS.eval_seed, "val", 0, 1)))
     adapted = maml.adapt(maml.weights, task, updates)[-1]
     return task_picture(task, maml.network.apply(adapted, task.query_x).numpy())
 
@@ -545,7 +679,9 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def _cores():
+def _parallel_tasks():
+    if FLAGS["threads"].value:
+        return FLAGS["threads"].value
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -55,12 +55,12 @@ class MAML(tf.Module):
 
         Returns 1 + steps dicts; the first is `weights` itself. Differentiable to `weights`.
         """
-        path = [weights]
+        path, apply = [weights], self.network.inner_apply or self.network.apply
         for _ in range(steps):
             adapted = {name: path[-1][name] for name in self.network.adapted}
             with tf.GradientTape() as tape:
                 tape.watch(adapted)
-                loss = self.loss(self.network.apply(path[-1] | adapted, task.support_x), task.support_y)
+                loss = self.loss(apply(path[-1] | adapted, task.support_x), task.support_y)
             gradient = tape.gradient(loss, adapted, unconnected_gradients="zero")
             if self.first_order:
                 gradient = tf.nest.map_structure(tf.stop_gradient, gradient)

@@ -4,13 +4,14 @@ Weights carry the original's names: convolutions conv1..conv4 (fully connected l
 the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one a hidden layer.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
 import tensorflow as tf
 
 import special_grads
-from utils import Network, Weights
+from utils import InputError, Network, Weights
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
 
@@ -30,11 +31,17 @@ def conv4(
     Inputs [n, height, width, channels]. Halving: stride 2 with SAME padding, or with max_pool stride 1 and 2x2 VALID
     pooling. The last layer sees the mean over height and width (mean_head: Omniglot, its weights ~ N(0, 1)), or all
     height * width * filters numbers in that order (MiniImagenet, Xavier uniform, as all convolutions).
-    Args: size (height, width) in pixels, each 16 or more with max_pool; norm 'batch_norm', 'layer_norm' or None.
+    Args: size (height, width) in pixels; norm 'batch_norm', 'layer_norm' or None.
+    Raises InputError where pooling leaves nothing: with max_pool, below 16 pixels.
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
     # Differs: the original assumes 5 x 5 here, whatever the image and the pooling.
     height, width = (_halved(pixels, max_pool) for pixels in size)
+    if not (height and width):
+        raise InputError(
+            f"images of {size[0]}x{size[1]} pixels are too small for --max_pool, which halves them four times: "
+            "give --image_size=16 or more, or --max_pool=False"
+        )
     shapes = {}
     for layer in range(1, 5):
         shapes[f"conv{layer}"] = (3, 3, channels if layer == 1 else filters, filters)
@@ -93,17 +100,18 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None) ->
                 weights[name] = tf.random.stateless_truncated_normal(shape, (seed, index), 0.0, 0.01, alg="philox")
         return weights | _norm_init(norms)
 
-    def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+    def apply(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         x = tf.reshape(x, [-1, inputs])
         for layer in layers[:-1]:
-            x = tf.nn.relu(_normalized(tf.linalg.matmul(x, weights[f"w{layer}"]), weights, layer, norm))
-        return tf.linalg.matmul(x, weights[f"w{layers[-1]}"]) + weights[f"b{layers[-1]}"]
+            x = tf.nn.relu(_normalized(product(x, weights[f"w{layer}"]), weights, layer, norm))
+        return product(x, weights[f"w{layers[-1]}"]) + weights[f"b{layers[-1]}"]
 
     # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
     tf1_names = _tf1_names(shapes, list(shapes), norms, norm_scopes=[0, *range(2, len(hidden) + 1)])
     # On two cores, ms a step: the sinusoid's 1,761 weights 0.5 batched, 2.2 task by task; Omniglot's 246,597 17 and 13.
     batched = sum(before * after for before, after in pairwise(widths)) < 10_000
-    return Network(init, apply, tuple(shapes), tf1_names, batched)
+    inner_apply = functools.partial(apply, product=special_grads.matmul) if batched else None
+    return Network(init, apply, tuple(shapes), tf1_names, batched, inner_apply)
 
 
 def _halved(pixels: int, max_pool: bool) -> int:

@@ -42,7 +42,7 @@ MOST_JSON = 10_000_000  # bytes; ours have some thousands
 def run_name(flags: Mapping) -> str:
     """The run folder's name: the original's (its main.py), with suffixes for what that leaves out, if not at default.
 
-    flags: the original's flags by name, as in training, and our seed.
+    flags: the original's flags by name, as in training, and our seed, image_size and image_channels.
     Example: cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm, or the same with .seed3
     """
     name = (
@@ -63,6 +63,9 @@ def run_name(flags: Mapping) -> str:
         name += f".pretrain{flags['pretrain_iterations']}" if flags["metatrain_iterations"] else ".pretrain"
     if flags["meta_lr"] != 0.001:
         name += f".metalr{flags['meta_lr']}"
+    for flag, suffix in (("image_size", "size"), ("image_channels", "channels")):
+        if flags[flag]:
+            name += f".{suffix}{flags[flag]}"
     if flags["seed"]:
         name += f".seed{flags['seed']}"
     return name
@@ -260,6 +263,12 @@ class Run:
         siblings = sorted(path.parent.name for path in self.folder.parent.glob("*/model*.index"))
         if not siblings:
             return ": train first, or give the --logdir of a trained run"
+        for name in siblings:
+            if re.sub(r"^cls_\d+", "", name) == re.sub(r"^cls_\d+", "", self.folder.name):
+                return (
+                    f", but in {self.folder.parent / name}: a model has an output for each class of a training task, "
+                    "so it is tested with the --num_classes of its training"
+                )
         return f"; {self.folder.parent} has runs in {', '.join(dict.fromkeys(siblings))}: give the flags of one of them"
 
 

@@ -22,6 +22,8 @@ With ds/dx = -s^2 h / n and, since h's own gradient is P, da/dx = P(u) / n and d
 One element-wise pass over what is at hand; automatic differentiation of the formulas above takes some fifteen.
 `tf.nn.moments` and Keras' batch norm may not stand in its place: they stop the gradient through mu inside the
 variance, and so their second derivatives are wrong (tests/test_special_grads.py shows it).
+
+The product of a tiny layer, below, has nothing to derive; its two functions are each other's gradients.
 """
 
 from typing import NamedTuple
@@ -119,3 +121,23 @@ def _project_once(g, x, statistics):
     h = (x - mean) * s
     mean_g, mean_gh = tf.reduce_mean(g, [0, 1, 2]), tf.reduce_mean(g * h, [0, 1, 2])
     return s * (g - mean_g - h * mean_gh), mean_g, mean_gh
+
+
+@tf.custom_gradient
+def matmul(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+    """x [n, inputs] times w [inputs, outputs] for tiny networks in compiled programs; exact to any order.
+
+    The gradient to w is left to XLA as a sum of outer products, which it fuses with what is done to them. As a product
+    of a transposed batch it takes twice as long there (benchmarks/NOTES.md).
+    """
+    return tf.linalg.matmul(x, w), lambda g: (matmul(g, tf.transpose(w)), _outer_products(x, g))
+
+
+@tf.custom_gradient
+def _outer_products(x, g):
+    """x transposed times g: the sum over n of the outer products of [n, inputs] and [n, outputs]."""
+    if 1 in (x.shape[-1], g.shape[-1]):  # of one number a side, XLA makes a loop of its own
+        product = tf.linalg.matmul(x, g, transpose_a=True)
+    else:
+        product = tf.reduce_sum(x[:, :, None] * g[:, None, :], 0)
+    return product, lambda u: (matmul(g, tf.transpose(u)), matmul(x, u))

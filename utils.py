@@ -37,6 +37,7 @@ class Network(NamedTuple):
     adapted: tuple[str, ...]  # names that the inner loop changes; the norms' beta and gamma are only meta-learned
     tf1_names: dict[str, str]  # our name -> the variable's name in checkpoints of the original
     batched: bool  # so small that all tasks are computed in one operation, rather than one task a core
+    inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
 
 
 def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:

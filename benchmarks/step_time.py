@@ -1,10 +1,12 @@
 """Times main.py's own training step: tasks drawn, inner loops, meta-gradient, Adam.
 
     python benchmarks/step_time.py [--configs omniglot_5way ...] [--first_order] [--steps 30] [--json times.json]
+    python benchmarks/step_time.py --configs omniglot_5way --flags="--meta_batch_size=64"
 
 Beside each time stand the floating-point operations of the step's convolutions and matrix products, counted in the
-traced graph, and the floor: those at the peak that NumPy's float32 matrix product reaches in the same run. Images come
-from the prepared data folders, or are random where there are none. Every configuration runs in a process of its own.
+traced graph, and the floor: those at the peak that NumPy's float32 matrix product reaches in the same run; and the
+memory of the process, after warm-up, at the end and at its peak (the first two on Linux). Images come from the prepared
+data folders, or are random where there are none. Every configuration runs in a process of its own.
 """
 
 import argparse
@@ -36,6 +38,7 @@ CONFIGS = {
     "miniimagenet_5shot": "--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=5 --update_lr=0.01 "
     "--num_updates=5 --num_filters=32 --max_pool=True",
 }
+MAXRSS_PER_MB = 2**20 if sys.platform == "darwin" else 2**10
 PRODUCTS = {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "MatMul", "BatchMatMulV2", "BatchMatMulV3"}
 
 
@@ -85,6 +88,12 @@ def _multiplications(op) -> int:
     return math.prod(tf.TensorShape(op.outputs[0].shape)) * length
 
 
+def resident_mb() -> float:
+    """Memory of this process at this moment, where the system says."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if status.exists() else math.nan
+
+
 def random_images(images, split_classes: int = 100, per_class: int = 20):
     """A stand-in for ImageTasks' data where none is prepared."""
     from data_generator import Classes
@@ -97,15 +106,14 @@ def random_images(images, split_classes: int = 100, per_class: int = 20):
 
 def measure(name: str, flags: str, steps: int) -> dict:
     """One configuration, in this process."""
-    import tensorflow as tf
+    from tqdm import tqdm
 
     import data_generator
     import main
-    from utils import InputError, Tasks
+    from utils import InputError
 
     main.FLAGS(["main.py", *flags.split()])
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(main._cores())
+    main.set_threads()
     dataset = data_generator.DATASETS[main.FLAGS.datasource]
     identity = main.run_identity(dataset)
     query = (dataset.images and dataset.images.train_query) or main.FLAGS.update_batch_size
@@ -121,16 +129,17 @@ def measure(name: str, flags: str, steps: int) -> dict:
     class NoStop:
         signal = None
 
-    with main._Steps(maml, data, identity, NoStop) as stepper:
+    with main._Steps(maml, data, identity, NoStop, tqdm(disable=True)) as stepper:
         size, batch = stepper.size, stepper.batch
         stepper.advance(2 * size)  # traced and warm
-        times = []
+        resident, times = resident_mb(), []
         for done in range(2 * size, (2 + steps) * size, size):
             start = time.perf_counter()
             stepper.advance(done + size)
             maml.step.numpy()
             times.append((time.perf_counter() - start) / size)
-        tasks = Tasks(*(part[0] for part in stepper.tasks(stepper.done)))
+        memory = [resident, resident_mb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MB]
+        tasks = stepper.meta_batch(stepper.done)
     graph = maml.train_step.get_concrete_function(tasks).graph
     flops, peak = product_flops(graph, batch), matmul_peak()
     median = float(np.median(times))
@@ -144,7 +153,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
         "peak_gflop_per_s": peak / 1e9,
         "times_floor": median / (flops / peak),
         "tasks_per_s": batch / median,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory_mb_warm_end_peak": memory,
     }
 
 
@@ -154,6 +163,7 @@ def main() -> None:
     parser.add_argument("--first_order", action="store_true", help="time --stop_grad beside each")
     parser.add_argument("--steps", type=int, default=30, help="timed steps; of the sinusoid, blocks of 100 (30)")
     parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--flags", default="", help="more flags of main.py, for all configurations")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a child's name and flags
     args = parser.parse_args()
     if args.one:
@@ -161,11 +171,16 @@ def main() -> None:
         return
     rows = []
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}")
-    print("configuration            ms/step (5..95 %)            GFLOP  peak GFLOP/s  x floor  tasks/s  peak MB")
+    print(
+        "configuration            ms/step (5..95 %)            GFLOP  peak GFLOP/s  x floor  tasks/s  "
+        "MB warm, end, peak"
+    )
     for name in args.configs:
         for suffix, more in (("", ""), (" first order", " --stop_grad"))[: 1 + args.first_order]:
             command = [sys.executable, __file__, "--steps", str(args.steps), "--one", name + suffix]
-            child = subprocess.run([*command, CONFIGS[name] + more], capture_output=True, text=True, cwd=ROOT)
+            child = subprocess.run(
+                [*command, f"{CONFIGS[name]}{more} {args.flags}"], capture_output=True, text=True, cwd=ROOT
+            )
             if child.returncode:
                 sys.exit(child.stderr)
             row = json.loads(child.stdout.splitlines()[-1])
@@ -174,7 +189,7 @@ def main() -> None:
             print(
                 f"{row['configuration']:31} {row['ms_per_step']:8.3f} ({low:.3f}..{high:.3f})"
                 f" {row['gflop']:8.2f} {row['peak_gflop_per_s']:8.0f} {row['times_floor']:8.2f}"
-                f" {row['tasks_per_s']:9.0f} {row['peak_memory_mb']:8.0f}",
+                f" {row['tasks_per_s']:9.0f}  " + " ".join(f"{mb:5.0f}" for mb in row["memory_mb_warm_end_peak"]),
                 flush=True,
             )
     if args.json:

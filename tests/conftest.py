@@ -7,14 +7,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 import main
 
-# As main sets them: TensorFlow takes them once, before it starts.
-tf.config.threading.set_intra_op_parallelism_threads(1)
-tf.config.threading.set_inter_op_parallelism_threads(main._cores())
+main.set_threads()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -1,9 +1,11 @@
 """The tasks: the sinusoid's, the images', how even and repeatable their draws are; the folders, cache and errors."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -281,29 +283,25 @@ def test_ink_is_one(omniglot_like):
     assert 0 < x.mean() < 0.2
 
 
-def test_order_of_the_listing_does_not_matter(omniglot_like, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "images", [OMNIGLOT, OMNIGLOT._replace(split_list=None, split_sizes=(20, 10, 10))], ids=["published", "split"]
+)
+def test_order_of_the_listing_does_not_matter(omniglot_like, tmp_path, monkeypatch, images):
     folder = tmp_path / "data"
     shutil.copytree(omniglot_like, folder, ignore=shutil.ignore_patterns(".cache"))
-    source = ImageTasks(OMNIGLOT, folder, ("train", "test"), 5, 1, 1)
+    source = ImageTasks(images, folder, ("train", "test"), 5, 1, 1)
     expected = [source.draw(0, split, 0, 50) for split in ("train", "test")]
     shutil.rmtree(folder / ".cache")
 
-    walk, listdir, shuffle = os.walk, os.listdir, Random(0).shuffle
+    random = Random(0)
 
-    def shuffled_walk(*args, **kwargs):
-        for here, folders, files in walk(*args, **kwargs):
-            shuffle(folders)
-            shuffle(files)
-            yield here, folders, files
+    def shuffled(listing, *args):
+        entries = list(listing(*args))
+        return random.sample(entries, len(entries))
 
-    def shuffled_listdir(*args):
-        names = listdir(*args)
-        shuffle(names)
-        return names
-
-    monkeypatch.setattr(os, "walk", shuffled_walk)
-    monkeypatch.setattr(os, "listdir", shuffled_listdir)
-    source = ImageTasks(OMNIGLOT, folder, ("train", "test"), 5, 1, 1)
+    for function in ("walk", "listdir", "scandir"):
+        monkeypatch.setattr(os, function, functools.partial(shuffled, getattr(os, function)))
+    source = ImageTasks(images, folder, ("train", "test"), 5, 1, 1)
     for split, tasks in zip(("train", "test"), expected, strict=True):
         assert_same(source.draw(0, split, 0, 50), tasks)
 
@@ -356,7 +354,6 @@ def test_what_is_no_image_is_passed_over(tiny):
     (tiny / "test" / "notes.txt").write_text("not an image")
     (tiny / "test" / "a" / "Thumbs.db").write_bytes(b"not an image")
     (tiny / "test" / "a" / "._0.png").write_bytes(b"what a Mac leaves beside 0.png")
-    (tiny / "test" / "empty").mkdir()
     save_image(tiny / "test" / ".b.being-written" / "0.png", seed=0)
     assert_same(tiny_tasks(tiny), tasks)
 
@@ -459,7 +456,7 @@ DAMAGES = {
     "index cut short": ("test.json", shortened),
     "index no text": ("test.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
     "index of another kind": ("test.json", lambda file: file.write_text("[1]")),
-    "index of another format": ("test.json", lambda file: file.write_text(file.read_text().replace(": 1,", ": 0,", 1))),
+    "index of another format": ("test.json", lambda file: file.write_text(file.read_text().replace(": 2,", ": 1,", 1))),
 }
 
 
@@ -487,7 +484,7 @@ def refuse(error: OSError):
 REFUSALS = {
     "folder": (Path, "mkdir", PermissionError(errno.EACCES, "Permission denied")),
     "file": (utils, "open", OSError(errno.EROFS, "Read-only file system")),
-    "full disk": (np, "save", OSError("216 requested and 0 written")),  # so NumPy tells it: without a number
+    "full disk": (data_generator, "_write_array", OSError(errno.ENOSPC, "No space left on device")),
     "moving in": (os, "replace", OSError(errno.EIO, "Input/output error")),
 }
 
@@ -559,7 +556,17 @@ def error_of(folder: Path, images=TINY, splits=("test",), way=2, shot=1, query=1
     return message
 
 
-@pytest.mark.parametrize("images", [OMNIGLOT, MINIIMAGENET], ids=["omniglot", "miniimagenet"])
+ROWS = {name: dataset.images for name, dataset in DATASETS.items() if dataset.images}
+
+
+def test_the_readme_shows_a_row_and_its_script_as_they_are():
+    diff = (ROOT / "README.md").read_text().split("### Extend\n")[1]
+    row, script = (re.findall(r"^    \+(?!\+)(.*)$", part, re.MULTILINE) for part in diff.split("--- /dev/null\n"))
+    assert row[0] in (ROOT / "data_generator.py").read_text().splitlines()
+    assert script == (ROOT / ROWS["fc100"].prepare).read_text().splitlines()
+
+
+@pytest.mark.parametrize("images", ROWS.values(), ids=ROWS.keys())
 def test_no_folder(tmp_path, images):
     for folder in (tmp_path / "nowhere", tmp_path / "file"):
         (tmp_path / "file").write_text("a file where a folder is to be")
@@ -567,7 +574,7 @@ def test_no_folder(tmp_path, images):
         assert f"no data folder {folder}" in message
         assert images.prepare in message
         assert "--data_path" in message
-        assert (ROOT / images.prepare).is_file()
+        assert (ROOT / images.prepare.split(" (")[0]).is_file()
 
 
 @pytest.mark.parametrize("images", [OMNIGLOT, MINIIMAGENET], ids=["omniglot", "miniimagenet"])
@@ -576,7 +583,7 @@ def test_empty_folder(tmp_path, images):
     (tmp_path / "notes.txt").write_text("no image")
     message = error_of(tmp_path, images)
     assert f"no images in {tmp_path if images.split_list else tmp_path / 'test'}:" in message
-    assert "class folders of .png or .jpg files" in message
+    assert "expected class folders of images there" in message
     assert images.prepare in message
 
 
@@ -602,38 +609,6 @@ def test_too_few_images_in_a_class(tiny):
     assert "--num_query" in message
     ImageTasks(TINY, tiny, ("train",), 2, 2, 2)  # 4 are enough, and the split with too few is not asked for
     assert "class a (train)" in error_of(tiny, splits=("train", "test"), shot=2, query=3)
-
-
-def png_of_enormous_size() -> bytes:
-    """A PNG that says it is 60,000 pixels wide and high: refused by Pillow before it fills the memory."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-
-
-UNREADABLE = {"empty": b"", "text": b"no image at all\n" * 20, "enormous": png_of_enormous_size()}
-
-
-@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_unreadable_image(tiny, content):
-    expected = tiny_tasks(tiny)
-    file = tiny / "test" / "b" / "2.png"
-    whole, status = file.read_bytes(), file.stat()
-    file.write_bytes(content)
-    message = error_of(tiny)
-    assert f"cannot read image {file} of class b:" in message
-    assert "replace or delete it" in message
-    file.write_bytes(whole)
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert_same(tiny_tasks(tiny), expected)
-
-
-def test_link_to_an_image_that_is_gone(tiny):
-    file = tiny / "test" / "b" / "2.png"
-    file.unlink()
-    file.symlink_to(tiny / "gone.png")
-    message = error_of(tiny)
-    assert f"cannot read image {file} of class b:" in message
-    assert "replace or delete it" in message
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -664,6 +639,272 @@ def test_image_of_another_size(tiny):
     message = error_of(tiny)
     assert f"image {file} is 2x3 pixels, not 3x2" in message
     assert TINY.prepare in message
+
+
+# A folder of the user's own images, in the splits train and test, resized to 3x2.
+
+OWN = DATASETS["folder"].images._replace(size=TINY.size)
+
+
+def squares(*colours: tuple[int, ...], mode: str | None = None) -> Image.Image:
+    """A row of 2x2 squares."""
+    row = np.array(colours, np.uint8).repeat(2, 0)
+    return Image.fromarray(np.stack([row, row])).convert(mode)
+
+
+WHITE, BLACK, RED, GREEN, HALF_RED = (255,) * 3, (0,) * 3, (255, 0, 0), (0, 255, 0), (255, 127, 127)
+
+
+def held(orientation: int) -> dict:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+def palette_with_transparency() -> Image.Image:
+    image = squares(RED, GREEN).quantize(2)
+    image.info["transparency"] = image.getpixel((2, 0))  # green
+    return image
+
+
+RGBA = squares((*RED, 255), (*GREEN, 0), (*RED, 128))
+SIXTEEN_BITS = Image.fromarray(np.array([[0, 300, 65535 // 2, 65535]], np.uint16))
+UPRIGHT = squares(RED, GREEN)
+KINDS = {
+    "grey": ("png", squares(WHITE, RED, mode="L"), {}, [WHITE, (76,) * 3]),
+    "1-bit": ("png", squares(WHITE, BLACK, mode="1"), {}, [WHITE, BLACK]),
+    "palette": ("gif", squares(RED, GREEN, mode="P"), {}, [RED, GREEN]),
+    "palette with transparency": ("png", palette_with_transparency(), {}, [RED, WHITE]),
+    "alpha": ("png", RGBA, {}, [RED, WHITE, HALF_RED]),
+    "alpha, lossless webp": ("webp", RGBA, {"lossless": True}, [RED, WHITE, HALF_RED]),
+    "grey with alpha": ("png", RGBA.convert("LA"), {}, [(76,) * 3, WHITE, (165,) * 3]),
+    "CMYK": (
+        "tif",
+        Image.merge("CMYK", squares(BLACK, RED).split() + squares(BLACK, BLACK, mode="L").split()),
+        {},
+        [WHITE, (0, 255, 255)],
+    ),
+    "turned": ("png", UPRIGHT.rotate(90, expand=True), held(6), [RED, GREEN]),
+    "mirrored": ("tif", squares(GREEN, RED), held(2), [RED, GREEN]),
+    "jpeg 2000": ("jp2", UPRIGHT, {}, [RED, GREEN]),
+    "bitmap": ("BMP", UPRIGHT, {}, [RED, GREEN]),
+    "wrong ending": ("jpg", UPRIGHT, {"format": "PNG"}, [RED, GREEN]),
+}
+
+
+@pytest.mark.parametrize(("ending", "image", "options", "colours"), KINDS.values(), ids=KINDS.keys())
+def test_kinds_of_images(tmp_path, ending, image, options, colours):
+    """What is transparent is white; a photograph is turned as its camera was held."""
+    file = tmp_path / f"image.{ending}"
+    image.save(file, **options)
+    shape = OWN._replace(size=(2, 2 * len(colours)))
+    np.testing.assert_array_equal(data_generator._image(file, shape), np.asarray(squares(*colours)))
+    grey = data_generator._image(file, shape._replace(channels=1))
+    np.testing.assert_array_equal(grey[:, :, 0], squares(*colours, mode="L"))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits(tmp_path, ending):
+    SIXTEEN_BITS.save(tmp_path / f"image.{ending}")
+    grey = data_generator._image(tmp_path / f"image.{ending}", OWN._replace(size=(1, 4), channels=1))
+    assert list(grey.ravel()) == [0, 1, 127, 255]
+
+
+def test_images_of_any_size_are_resized(tiny):
+    """Whatever their shape, all of each; and beside the cache of another size."""
+    for name, size in (("wide", (40, 10)), ("high", (10, 40)), ("small", (2, 2))):
+        (tiny / "test" / name).mkdir()
+        halves = Image.new("RGB", size, "red")
+        halves.paste("lime", (0, 0, size[0] // 2, size[1]))
+        halves.save(tiny / "test" / name / "0.png")
+        halves.save(tiny / "test" / name / "1.png")
+    classes = ImageTasks(OWN._replace(size=(2, 2)), tiny, ("test",), 2, 1, 1).classes["test"]
+    for name in ("wide", "high", "small"):
+        pixels = classes.pixels[classes.starts[classes.names.index(name)]]
+        np.testing.assert_allclose(pixels, [[GREEN, RED]] * 2, atol=30)
+    assert_same(tiny_tasks(tiny, OWN), tiny_tasks(tiny, OWN))
+    assert sorted(os.listdir(tiny / ".cache")) == [
+        *("test_2x2x3.json", "test_2x2x3.npy", "test_3x2x3.json", "test_3x2x3.npy")
+    ]
+
+
+def test_decoded_images_stay_on_the_disk(tiny, monkeypatch):
+    """From the first start on; they may be more than the memory holds."""
+    monkeypatch.setattr(data_generator, "DECODED_AT_ONCE", 5)  # so that 12 come in three parts
+    source = ImageTasks(TINY, tiny, ("test",), 2, 1, 1)
+    assert isinstance(source.classes["test"].pixels, np.memmap)
+    np.testing.assert_array_equal(source.classes["test"].pixels, np.load(tiny / ".cache" / "test.npy"))
+    assert_same(source.draw(0, "test", 0, 40), uncached_tasks(tiny))
+
+
+def png_of_enormous_size() -> bytes:
+    """A PNG that says it is 60,000 pixels wide and high: refused by Pillow before it fills the memory."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def truncated_jpeg(file: Path) -> None:
+    save_image(file, 0, size=(64, 64), format="JPEG")
+    os.truncate(file, file.stat().st_size // 2)
+
+
+BROKEN = {
+    "empty": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("no image at all\n" * 20),
+    "bomb": lambda file: file.write_bytes(png_of_enormous_size()),
+    "truncated": truncated_jpeg,
+    "floats": lambda file: Image.new("F", (2, 3)).save(file, format="TIFF"),
+    "link to nowhere": lambda file: file.unlink() or file.symlink_to("gone.png"),
+}
+
+
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN.keys())
+def test_broken_image_is_told_or_left_out(tiny, capsys, opened, spoil):
+    file = tiny / "test" / "b" / "2.png"
+    spoil(file)
+    message = error_of(tiny, OWN)
+    assert f"cannot read image {file} of class b: " in message
+    assert message.endswith("; replace or delete it, or leave out all such images with --skip_broken")
+
+    skipping = OWN._replace(skip_broken=True)
+    tasks = tiny_tasks(tiny, skipping)
+    count = len(opened)
+    assert_same(tiny_tasks(tiny, skipping), tasks)
+    assert len(opened) == count  # not even the broken one is tried again
+    told = f"Left out of {tiny / 'test'}, 1 of 12 images, which cannot be read: b/2.png\n"
+    assert capsys.readouterr().out == 2 * told
+    assert f"cannot read image {file}" in error_of(tiny, OWN)  # a cache that leaves it out does not hide it
+
+    file.unlink()
+    assert_same(tiny_tasks(tiny), tasks)
+    assert capsys.readouterr().out == ""
+
+
+def test_broken_images_without_a_cache(tiny, capsys):
+    (tiny / ".cache").write_text("a file of the user's")
+    BROKEN["text"](tiny / "test" / "a" / "0.png")
+    BROKEN["text"](tiny / "test" / "c" / "3.png")
+    tasks = tiny_tasks(tiny, OWN._replace(skip_broken=True))
+    assert "2 of 12 images, which cannot be read: a/0.png, c/3.png\n" in capsys.readouterr().out
+    (tiny / "test" / "a" / "0.png").unlink()
+    (tiny / "test" / "c" / "3.png").unlink()
+    assert_same(tiny_tasks(tiny), tasks)
+
+
+def unsplit(folder: Path) -> None:
+    for name in "abc":
+        os.rename(folder / "test" / name, folder / name)
+    shutil.rmtree(folder / "train")
+    (folder / "test").rmdir()
+
+
+def link(folder: Path, *links: tuple[str, str]) -> None:
+    for name, target in links:
+        (folder / name).symlink_to(target)
+
+
+def of_nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def only_text(folder: Path) -> None:
+    of_nothing(folder)
+    (folder / "test" / "a").mkdir(parents=True)
+    (folder / "test" / "a" / "0.txt").write_text("no image")
+
+
+HOSTILE = {
+    "gone": (shutil.rmtree, "no data folder {0}: prepare it as README.md .*--data_path"),
+    "a file": (lambda folder: shutil.rmtree(folder) or folder.write_text(""), "no data folder {0}: .*--data_path"),
+    "empty": (of_nothing, "no images in {0}/test: expected class folders of images there"),
+    "only text": (only_text, "no images in {0}/test: expected class folders of images there"),
+    "not split": (unsplit, "no images in {0}/test: .*; if they lie directly in {0}, give --split"),
+    "class without images": (lambda folder: (folder / "test" / "d").mkdir(), r"class d \(test\) in {0} has 0 images"),
+    "link to a folder above": (
+        lambda folder: link(folder, ("test/a/up", "..")),
+        "{0}/test/a/up is a link to {0}/test, a folder above it: remove it",
+    ),
+    "folders that link to each other": (
+        lambda folder: link(folder, ("test/a/b", "../b"), ("test/b/a", "../a")),
+        "{0}/test/././. is a link to {0}/test/., a folder above it: remove it",
+    ),
+    "link to itself": (
+        lambda folder: link(folder, ("test/d", "d")),
+        r"cannot read {0}/test/d \(Too many levels of symbolic links\): make it readable, or remove it",
+    ),
+    "image that links to itself": (
+        lambda folder: link(folder, ("test/a/4.png", "4.png")),
+        r"cannot read {0}/test/a/4.png \(Too many levels of symbolic links\): make it readable, or remove it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_folder(tiny, spoil, message):
+    spoil(tiny)
+    assert re.search(message.format(re.escape(str(tiny))), error_of(tiny, OWN))
+
+
+def test_folder_that_may_not_be_read(tiny, monkeypatch):
+    def scandir(folder, scandir=os.scandir):
+        if folder == str(tiny / "test" / "b"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # permissions alone do not keep root out
+    message = error_of(tiny, OWN)
+    assert message == f"cannot read {tiny / 'test' / 'b'} (Permission denied): make it readable, or remove it"
+
+
+def test_what_could_never_end_is_no_image(tiny):
+    """A pipe, which would be waited for, and PostScript, for which Pillow starts Ghostscript."""
+    expected = tiny_tasks(tiny)
+    os.mkfifo(tiny / "test" / "a" / "pipe.png")
+    (tiny / "test" / "a" / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0")
+    (tiny / "test" / "b" / "2.png").rename(tiny / "test" / "b" / "2.jpg")
+    assert_same(tiny_tasks(tiny), expected)
+    (tiny / "test" / "b" / "2.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 3\n")
+    assert "cannot identify image file" in error_of(tiny)
+
+
+# Class folders that --split splits.
+
+
+@pytest.fixture
+def letters(tmp_path) -> Path:
+    """Ten classes of two images in one folder."""
+    for name in "abcdefghij":
+        for image in range(2):
+            save_image(tmp_path / "letters" / name / f"{image}.png", seed=image)
+    return tmp_path / "letters"
+
+
+def test_split_is_a_shuffle_by_seed(letters):
+    """Pinned: another split by the same seed would train on what an earlier run was tested on."""
+
+    def names(seed, *sizes):
+        images = OWN._replace(split_sizes=sizes, split_seed=seed)
+        classes = data_generator._load_splits(images, letters, SPLITS)
+        return ["".join(classes[split].names) for split in SPLITS]
+
+    assert names(0, 6, 2, 2) == ["bdefhi", "ac", "gj"]
+    assert names(1, 6, 2, 2) == ["dfghij", "ae", "bc"]
+    assert names(0, 0, 0, 10) == ["", "", "abcdefghij"]
+
+
+def test_wrong_splits(letters, tiny):
+    wrong = OWN._replace(split_sizes=(6, 2, 1))
+    assert error_of(letters, wrong) == (
+        f"--split=6,2,1 is 9 classes, but {letters} has 10: give three numbers of that sum"
+    )
+    assert f"--num_classes=2, but the test split of {letters} has 1 classes" in error_of(
+        letters, OWN._replace(split_sizes=(6, 3, 1))
+    )
+    assert f"{tiny} has the folders train, val or test: leave --split out" in error_of(tiny, wrong)
+    assert f"{letters} has a published split: leave --split out" in error_of(
+        letters, OMNIGLOT._replace(split_sizes=(6, 2, 2))
+    )
 
 
 # Omniglot's splits.

@@ -1,14 +1,26 @@
-"""data/archive.py, the scripts that prepare Omniglot and MiniImagenet, and the split lists."""
+"""data/archive.py, the scripts that prepare the data sets, and the split lists."""
 
+import bz2
+import gzip
+import hashlib
+import http.server
+import importlib.util
 import io
 import json
+import os
+import pickle
 import random
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
+import tarfile
+import threading
+import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +31,25 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 RESIZE = "omniglot_resized/resize_images.py"
 PROC = "miniImagenet/proc_images.py"
 PARTS = ("train", "val", "test")
-OMNIGLOT = json.loads((DATA / "splits" / "omniglot.json").read_text())
-MINIIMAGENET = json.loads((DATA / "splits" / "miniimagenet.json").read_text())
+SPLITS = {path.stem: json.loads(path.read_text()) for path in (DATA / "splits").glob("*.json")}
+OMNIGLOT, MINIIMAGENET = SPLITS["omniglot"], SPLITS["miniimagenet"]
 
 sys.path[:0] = [str(DATA), str((DATA / RESIZE).parent), str((DATA / PROC).parent)]
 
 import archive  # noqa: E402
 import proc_images  # noqa: E402
 import resize_images  # noqa: E402
+
+
+def load(name: str):
+    """data/<name>/prepare.py: four scripts have that name, so none can be imported by it."""
+    spec = importlib.util.spec_from_file_location(name, DATA / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cifar_fs, fc100, cub, tiered_imagenet = map(load, ("cifar_fs", "fc100", "cub", "tiered_imagenet"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -55,9 +78,14 @@ def draw(root: Path, *alphabets: str, characters: int = 2, drawings: int = 2) ->
     return root
 
 
-def photograph(folder: Path, *names: str, mode: str = "RGB") -> Path:
+def prepare_photographs(images: Path, csv: Path | None, out: Path, suffix: str) -> None:
+    classes = proc_images.find_classes(proc_images.find(images), csv)
+    proc_images.prepare(classes, out, suffix, allow_missing=False)
+
+
+def photograph(folder: Path, *names: str, mode: str = "RGB", seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(len(names))
+    noise = np.random.default_rng([len(names), seed])
     for name in names:
         pixels = noise.integers(0, 256, (9, 12, 3), np.uint8)
         Image.fromarray(pixels).resize((120, 90)).convert(mode).save(folder / name, "JPEG")
@@ -78,6 +106,18 @@ def pack(folder: Path, target: Path, method: int = zipfile.ZIP_DEFLATED) -> Path
     return target
 
 
+def pack_tar(folder: Path, target: Path, order=None) -> Path:
+    with tarfile.open(target, "w" if target.suffix == ".tar" else "w:gz") as packed:
+        for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=order):
+            packed.add(path, path.relative_to(folder))
+    return target
+
+
+def resized(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB").resize((84, 84), Image.LANCZOS))
+
+
 def run(script: str | Path, *flags: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, script, *flags], cwd=cwd, capture_output=True, text=True)
 
@@ -88,6 +128,19 @@ def failure(*command, **place) -> str:
     assert done.returncode == 1
     assert re.fullmatch(r"error: .+\n", done.stderr), done.stderr
     return done.stderr
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, *flags) runs a script's main as from the command line and returns what it prints."""
+
+    def run_main(script, *flags: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+        capsys.readouterr()
+        archive.run(script.main)
+        return capsys.readouterr().out
+
+    return run_main
 
 
 @pytest.fixture
@@ -255,7 +308,7 @@ def test_miniimagenet_from_an_archive_by_the_class_lists(data, tmp_path):
     images = pack(tmp_path / "packed", tmp_path / "images.zip")
 
     flags = ("--images", images, "--out", tmp_path / "out")
-    assert "59,994 images are not in" in failure(data / PROC, *flags)
+    assert "100 classes are not whole: add what is missing" in failure(data / PROC, *flags)
     assert not (tmp_path / "out").exists()
     done = run(data / PROC, *flags, "--allow_missing")
     assert f"val/{labels['val']}: 598 images missing\n" in done.stdout
@@ -272,8 +325,8 @@ def test_missing_photographs_are_reported_before_anything_is_written(tmp_path):
 
     done = run(DATA / PROC, *flags)
     assert done.returncode == 1
-    assert done.stdout == "train/a: 2 images missing\ntrain/b: 1 images missing\n"
-    assert done.stderr == f"error: 3 images are not in {images}: add them, or go on with --allow_missing\n"
+    assert done.stdout == "train/a: 2 images missing\ntrain/b: no images\n"
+    assert done.stderr == "error: 2 classes are not whole: add what is missing, or go on with --allow_missing\n"
     assert not (tmp_path / "out").exists()
 
     assert run(DATA / PROC, *flags, "--allow_missing").returncode == 0
@@ -288,7 +341,7 @@ def test_lossless_keeps_every_bit_and_takes_the_jpegs_place(tmp_path):
     images = photograph(tmp_path / "images", "a0.jpg", "a1.jpg")
     write_csv(tmp_path, val={"a": ["a0.jpg", "a1.jpg"]})
     for suffix in (".jpg", ".png"):
-        proc_images.prepare(images, tmp_path, tmp_path / "out", suffix, allow_missing=False)
+        prepare_photographs(images, tmp_path, tmp_path / "out", suffix)
         assert set(contents(tmp_path / "out")) == {f"val/a/a0{suffix}", f"val/a/a1{suffix}"}
     with Image.open(images / "a0.jpg") as raw, Image.open(tmp_path / "out" / "val" / "a" / "a0.png") as saved:
         assert np.array_equal(saved, raw.resize((84, 84), Image.LANCZOS))
@@ -300,7 +353,7 @@ def test_a_class_folder_with_other_images_is_not_replaced(tmp_path):
     photograph(tmp_path / "out" / "train" / "a", "mine.jpg")
     before = contents(tmp_path / "out")
     with pytest.raises(SystemExit, match=r"train/a has 1 other files, mine.jpg the first: move"):
-        proc_images.prepare(images, tmp_path, tmp_path / "out", ".jpg", allow_missing=False)
+        prepare_photographs(images, tmp_path, tmp_path / "out", ".jpg")
     assert contents(tmp_path / "out") == before
 
 
@@ -337,6 +390,369 @@ def test_photographs_that_cannot_be_used_are_named(data, tmp_path):
     (images / "a0.jpg").write_bytes(b"a page that says: not found")
     assert f"{images}/a0.jpg is damaged or not a PNG or JPEG" in failure(data / PROC, "--images", images)
     assert contents(data / "miniImagenet" / "test") == {}
+
+
+IMAGENET = {part: MINIIMAGENET[part][0] for part in PARTS}  # one class of each part
+
+
+def imagenet(root: Path, wnids: list[str], kind: str) -> Path:
+    """A small ILSVRC 2012 training part: a folder of class folders or of class tars, or the tar of tars."""
+    for i, wnid in enumerate(wnids):
+        photograph(root / wnid, *(f"{wnid}_{number}.JPEG" for number in (100, 7, 9999, 10)), seed=i)
+    if kind == "folders":
+        return root
+    for wnid in wnids:
+        pack_tar(root / wnid, root / f"{wnid}.tar")
+        shutil.rmtree(root / wnid)
+    return root if kind == "tars" else pack_tar(root, root.parent / "ILSVRC2012_img_train.tar")
+
+
+@pytest.mark.parametrize("kind", ["folders", "tars", "tar of tars"])
+def test_miniimagenet_from_imagenet_takes_the_images_by_rank_in_their_class(tmp_path, call, kind):
+    raw = imagenet(tmp_path / "raw", list(IMAGENET.values()), "folders")
+    source = imagenet(tmp_path / "packed", list(IMAGENET.values()), kind)
+    write_csv(tmp_path, **{part: {wnid: [f"{wnid}0000000{i}.jpg" for i in (2, 4)]} for part, wnid in IMAGENET.items()})
+    said = call(proc_images, "--imagenet", source, "--csv", tmp_path, "--out", tmp_path / "out", "--lossless")
+    assert "the csv files do not say how they number them\n" in said
+    assert len(contents(tmp_path / "out")) == 6
+    for part, wnid in IMAGENET.items():
+        for rank, number in ((2, 10), (4, 9999)):
+            with Image.open(tmp_path / "out" / part / wnid / f"{wnid}0000000{rank}.png") as saved:
+                assert np.array_equal(saved, resized(raw / wnid / f"{wnid}_{number}.JPEG"))
+
+
+def test_miniimagenet_from_imagenet_without_csv_takes_the_first_600(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(proc_images, "CLASS_SIZE", 3)
+    source = imagenet(tmp_path / "raw", [*IMAGENET.values(), "n00000001"], "folders")
+    said = call(proc_images, "--imagenet", source, "--out", tmp_path / "out", "--allow_missing")
+    assert "3 images after the first 3 of their class are left out: the csv files choose others\n" in said
+    names = {f"{part}/{wnid}/{wnid}0000000{i}.jpg" for part, wnid in IMAGENET.items() for i in (1, 2, 3)}
+    assert set(contents(tmp_path / "out")) == names
+
+    (source / IMAGENET["val"] / "cat.jpg").touch()
+    with pytest.raises(SystemExit, match=f"cat.jpg has no name of ImageNet, {IMAGENET['val']}_<number>.JPEG"):
+        call(proc_images, "--imagenet", source, "--out", tmp_path / "out", "--allow_missing")
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes text and bytes as Python 2 did, which had one type for both."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_string(self, value):
+        packed = value if isinstance(value, bytes) else value.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(packed)) + packed)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def pickled(value: object, how: str) -> bytes:
+    if how == "NumPy 2":
+        return pickle.dumps(value, protocol=5)
+    written = io.BytesIO()
+    (Python2Pickler if how == "Python 2" else pickle._Pickler)(written, protocol=2).dump(value)
+    return written.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")  # as NumPy 1 named it
+
+
+PICKLERS = ["Python 2", "NumPy 1", "NumPy 2"]
+
+
+def mini_caches(folder: Path, how: str = "NumPy 2", **changes) -> dict[str, np.ndarray]:
+    """mini-imagenet-cache-*.pkl of 4 images in each of all 100 classes, in turn; returns their pixels."""
+    folder.mkdir()
+    noise, pixels = np.random.default_rng(0), {}
+    for part in PARTS:
+        labels = MINIIMAGENET[part]
+        pixels[part] = noise.integers(0, 256, (4 * len(labels), 84, 84, 3), np.uint8)
+        indices = {label: list(range(i, len(pixels[part]), len(labels))) for i, label in enumerate(labels)}
+        cache = {"image_data": pixels[part], "class_dict": indices} | changes
+        (folder / f"mini-imagenet-cache-{part}.pkl").write_bytes(pickled(cache, how))
+    return pixels
+
+
+@pytest.mark.parametrize("how", PICKLERS)
+def test_miniimagenet_from_pickles_keeps_every_bit(tmp_path, call, how):
+    pixels = mini_caches(tmp_path / "caches", how)
+    said = call(proc_images, "--pickles", tmp_path / "caches", "--out", tmp_path / "out", "--allow_missing")
+    assert f"val/{MINIIMAGENET['val'][0]}: 596 images missing\n" in said
+    assert "test images: 80 found, 12,000 expected" in said
+    for part in PARTS:
+        for i, expected in enumerate(pixels[part]):
+            label = MINIIMAGENET[part][i % len(MINIIMAGENET[part])]
+            with Image.open(tmp_path / "out" / part / label / f"{i:05}.png") as saved:
+                assert np.array_equal(saved, expected)
+
+
+# ----------------------------------------------------------------------------------------- CIFAR-FS, FC100
+
+
+FINE = sorted(name for part in PARTS for name in SPLITS["cifar_fs"][part])
+
+
+def cifar(root: Path, how: str = "NumPy 2", **changes) -> dict[str, np.ndarray]:
+    """The official cifar-100-python/ below root: in its train 2 images a class, in its test one; returns them."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    (folder / "file.txt~").touch()  # the published archive has it
+    coarse = [f"superclass_{i}" for i in range(20)]
+    (folder / "meta").write_bytes(pickled({"fine_label_names": FINE, "coarse_label_names": coarse}, how))
+    noise, found = np.random.default_rng(0), {}
+    for part, count in (("train", 200), ("test", 100)):
+        labels = [i % 100 for i in range(count)]
+        data = noise.integers(0, 256, (count, 3072), np.uint8)
+        names = [f"{FINE[label]}_{part}_s_{i:06}.png" for i, label in enumerate(labels)]
+        batch = {"filenames": names, "batch_label": part, "fine_labels": labels, "coarse_labels": labels, "data": data}
+        (folder / part).write_bytes(pickled(batch | changes, how))
+        for label, name, row in zip(labels, names, data, strict=True):
+            # The publication: 1,024 red values row by row, then the green ones, then the blue.
+            found[f"{FINE[label]}/{name}"] = np.stack(np.split(row, 3), axis=-1).reshape(32, 32, 3)
+    return found
+
+
+@pytest.mark.parametrize("how", PICKLERS)
+def test_cifar_sets_from_the_official_archive_keep_every_bit(tmp_path, call, how):
+    pixels = cifar(tmp_path / "raw", how)
+    packed = pack_tar(tmp_path / "raw", tmp_path / "cifar-100-python.tar.gz")
+    for script, sizes in ((cifar_fs, (64, 16, 20)), (fc100, (60, 20, 20))):
+        out = tmp_path / script.__name__
+        with pytest.raises(SystemExit, match="100 classes are not whole"):
+            call(script, "--archive", packed, "--out", out)
+        assert not out.exists()
+        said = call(script, "--archive", packed, "--out", out, "--allow_missing")
+        assert "train/orchid: 597 images missing\n" in said
+        for part, size in zip(PARTS, sizes, strict=True):
+            assert f"{part} classes: {size} found, {size} expected\n" in said
+            assert f"{part} images: {3 * size} found, {600 * size:,} expected  <- not" in said
+            assert visible(out / part) == set(SPLITS[script.__name__][part])
+        for path in out.glob("*/*/*.png"):
+            with Image.open(path) as image:
+                assert np.array_equal(image, pixels.pop("/".join(path.parts[-2:])))
+        assert not pixels
+        pixels = {f"{path.parent.name}/{path.name}": np.array(Image.open(path)) for path in out.glob("*/*/*.png")}
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder", "two zips"])
+def test_cifar_from_bertinettos_layout_is_the_same(tmp_path, call, kind):
+    pixels = cifar(tmp_path / "official")
+    call(cifar_fs, "--archive", tmp_path / "official", "--out", tmp_path / "out", "--allow_missing")
+    for name, image in pixels.items():
+        (tmp_path / "raw" / "cifar100" / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "raw" / "cifar100" / "data" / name)
+    sources = [tmp_path / "raw"]
+    if kind == "two zips":
+        (tmp_path / "more").mkdir()
+        (tmp_path / "raw" / "cifar100" / "data" / "otter").rename(tmp_path / "more" / "otter")
+        sources.append(tmp_path / "more")
+    if kind != "folder":
+        sources = [pack(source, source.with_suffix(".zip")) for source in sources]
+    said = call(cifar_fs, "--archive", *sources, "--out", tmp_path / "out_2", "--allow_missing")
+    assert "100 classes, 0 of them finished before\n" in said
+    assert contents(tmp_path / "out_2") == contents(tmp_path / "out")
+
+    shutil.rmtree(tmp_path / "out_2" / "test" / "bed")
+    said = call(cifar_fs, "--archive", *sources, "--out", tmp_path / "out_2", "--allow_missing")
+    assert "100 classes, 99 of them finished before\n" in said
+    assert contents(tmp_path / "out_2") == contents(tmp_path / "out")
+
+
+def test_real_cifar(shared, tmp_path, call):
+    folder = shared / "data" / "cifar_fs"
+    parts = [folder / f"cifar100_meta_{part}.zip" for part in ("train_100_per_class", "val", "test")]
+    images = archive.cifar100(parts)
+    whole = {*SPLITS["cifar_fs"]["val"], *SPLITS["cifar_fs"]["test"]}
+    assert {label: len(found) for label, found in images.items()} == {n: 600 if n in whole else 100 for n in FINE}
+
+    said = call(cifar_fs, "--archive", parts[1], "--out", tmp_path, "--allow_missing")
+    assert "val images: 9,600 found, 9,600 expected\n" in said
+    with zipfile.ZipFile(parts[1]) as packed:
+        for path in tmp_path.glob("val/*/*7.png"):
+            with Image.open(path) as saved, packed.open(f"cifar100/data/{path.parent.name}/{path.name}") as raw:
+                assert (saved.size, saved.mode) == ((32, 32), "RGB")
+                assert np.array_equal(saved, Image.open(raw))
+
+
+# ----------------------------------------------------------------------------------- CUB, tieredImageNet
+
+
+BIRDS = sorted(name for part in PARTS for name in SPLITS["cub"][part])
+
+
+def birds(root: Path, *classes: str) -> Path:
+    """CUB-200-2011 as published, with two photographs a class, the second grey."""
+    for i, label in enumerate(classes or BIRDS):
+        folder = root / "CUB_200_2011" / "images" / label
+        photograph(folder, f"{label[4:]}_0001_1.jpg", seed=i)
+        photograph(folder, f"{label[4:]}_0002_2.jpg", seed=i, mode="L")
+    (root / "CUB_200_2011" / "images.txt").write_text("1 of the files beside the images\n")
+    (root / "attributes.txt").touch()
+    return root
+
+
+def test_cub_from_its_archive(tmp_path, call, monkeypatch):
+    raw = birds(tmp_path / "raw")
+    # As in the published archive, the classes are not in order of their names.
+    packed = pack_tar(raw, tmp_path / "CUB.tgz", order=lambda path: hashlib.md5(path.parent.name.encode()).digest())
+    rewinds = []
+    rewind = gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: rewinds.append(1) or rewind(self))
+
+    said = call(cub, "--archive", packed, "--out", tmp_path / "out")
+
+    assert len(rewinds) == 1  # it is read twice from end to end, not once a class
+    assert "train classes: 100 found, 100 expected\n" in said
+    assert "images: 400 found, 11,788 expected  <- not the published number\n" in said
+    for i, label in enumerate(BIRDS):
+        part = "train" if i % 2 == 0 else "val" if i % 4 == 1 else "test"
+        for path in (raw / "CUB_200_2011" / "images" / label).iterdir():
+            with Image.open(tmp_path / "out" / part / label / f"{path.stem}.png") as saved:
+                assert np.array_equal(saved, resized(path))
+    assert len(contents(tmp_path / "out")) == 400
+
+
+def test_cub_without_some_birds_is_told_before_anything_is_written(tmp_path, call):
+    raw = birds(tmp_path / "raw", *BIRDS[:198])
+    with pytest.raises(SystemExit, match="2 classes are not whole"):
+        call(cub, "--archive", raw, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    said = call(cub, "--archive", raw, "--out", tmp_path / "out", "--allow_missing")
+    assert f"test/{BIRDS[199]}: no images\n" in said
+    assert "198 classes, 0 of them finished before\n" in said
+
+
+TIERED = {part: SPLITS["tiered_imagenet"][part][5] for part in PARTS}
+
+
+@pytest.mark.parametrize("kind", ["folders", "tars", "tar of tars"])
+def test_tiered_imagenet_from_imagenet(tmp_path, call, kind):
+    raw = imagenet(tmp_path / "raw", list(TIERED.values()), "folders")
+    source = imagenet(tmp_path / "packed", [*TIERED.values(), "n00000001"], kind)
+    flags = ("--archive", source, "--out", tmp_path / "out")
+    with pytest.raises(SystemExit, match="605 classes are not whole"):
+        call(tiered_imagenet, *flags)
+    assert not (tmp_path / "out").exists()
+
+    said = call(tiered_imagenet, *flags, "--allow_missing")
+    assert f"train/{SPLITS['tiered_imagenet']['train'][0]}: no images\n" in said
+    assert "train images: 4 found, 448,695 expected" in said
+    assert len(contents(tmp_path / "out")) == 12
+    for part, wnid in TIERED.items():
+        for path in (raw / wnid).iterdir():
+            with Image.open(tmp_path / "out" / part / wnid / f"{path.stem}.png") as saved:
+                assert np.array_equal(saved, resized(path))
+    (tmp_path / "out" / "val" / TIERED["val"] / f"{TIERED['val']}_7.png").unlink()
+    assert "3 classes, 2 of them finished before\n" in call(tiered_imagenet, *flags, "--allow_missing")
+    assert len(contents(tmp_path / "out")) == 12
+
+
+def test_a_class_of_imagenet_without_images_is_told(tmp_path, call):
+    (tmp_path / "raw" / TIERED["train"]).mkdir(parents=True)
+    with pytest.raises(SystemExit, match=f"{TIERED['train']} has no .JPEG images"):
+        call(tiered_imagenet, "--archive", tmp_path / "raw", "--out", tmp_path / "out", "--allow_missing")
+    with pytest.raises(SystemExit, match="raw has no classes of ImageNet"):
+        (tmp_path / "raw" / TIERED["train"]).rename(tmp_path / "raw" / "birds")
+        call(tiered_imagenet, "--archive", tmp_path / "raw", "--out", tmp_path / "out", "--allow_missing")
+
+
+# ---------------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine; server.reply(request) is what it does with a GET."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.server.reply(self)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def sends(body: bytes, declared: int | None = None, status: int = 200):
+    """A reply of these bytes that declares so many, or as many as there are."""
+
+    def reply(request):
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body) if declared is None else declared))
+        request.end_headers()
+        request.wfile.write(body)
+
+    return reply
+
+
+def test_download_and_what_goes_wrong_with_it(tmp_path, call, server, monkeypatch):
+    cifar(tmp_path / "raw")
+    whole = pack_tar(tmp_path / "raw", tmp_path / "packed.tar.gz").read_bytes()
+    url = f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz"
+    monkeypatch.setattr(archive, "CIFAR_100", archive.Published(url, hashlib.md5(whole).hexdigest()))
+    out = tmp_path / "out"
+    for reply, message in (
+        (sends(whole[:1000], declared=len(whole)), "was not fetched .*1000 bytes read"),
+        (sends(whole[:1000]), "has the MD5 sum .*, not the published .*: try again later"),
+        (sends(b"no such page", status=404), "was not fetched .*404"),
+    ):
+        server.reply = reply
+        with pytest.raises(SystemExit, match=f"{url} {message}"):
+            call(cifar_fs, "--download", "--out", out)
+        assert contents(tmp_path).keys() & {"out"}  # an empty folder
+
+    server.reply = sends(whole)
+    said = call(cifar_fs, "--download", "--out", out, "--allow_missing")
+    assert "100 classes, 0 of them finished before\n" in said
+    assert visible(out) == {"train", "val", "test", "cifar-100-python.tar.gz"}
+    assert (out / "cifar-100-python.tar.gz").read_bytes() == whole
+
+    server.reply = sends(b"gone", status=404)  # not asked again for what is there whole
+    assert "100 of them finished before\n" in call(cifar_fs, "--download", "--out", out, "--allow_missing")
+    (out / "cifar-100-python.tar.gz").write_bytes(whole[:1000])
+    with pytest.raises(SystemExit, match="was not fetched"):
+        call(cifar_fs, "--download", "--out", out, "--allow_missing")
+
+
+def test_a_killed_download_leaves_nothing_under_its_name_and_runs_again(tmp_path, server):
+    whole, killed = random.Random(0).randbytes(3 * 2**20), threading.Event()
+
+    def stalls(request):
+        sends(whole[: 2 * 2**20], declared=len(whole))(request)
+        killed.wait()
+
+    server.reply = stalls
+    published = archive.Published(f"http://127.0.0.1:{server.server_port}/images.zip", hashlib.md5(whole).hexdigest())
+    fetch = f"import sys, archive, pathlib; archive.download(archive.{published!r}, pathlib.Path(sys.argv[1]))"
+    child = subprocess.Popen([sys.executable, "-c", fetch, tmp_path], cwd=DATA)
+    while not (found := list(tmp_path.iterdir())) or not found[0].stat().st_size:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    killed.set()
+    assert not (tmp_path / "images.zip").exists()
+
+    server.reply = sends(whole)
+    assert archive.download(published, tmp_path).read_bytes() == whole
+    assert contents(tmp_path).keys() == {"images.zip"}
+
+
+def test_omniglot_downloads_both_its_archives(tmp_path, call, server, monkeypatch):
+    packed = {
+        f"/images_{part}.zip": pack(
+            draw(tmp_path / part, f"images_{part}/{name}"), tmp_path / f"{part}.zip"
+        ).read_bytes()
+        for part, name in (("background", "Greek"), ("evaluation", "Oriya"))
+    }
+    server.reply = lambda request: sends(packed[request.path])(request)
+    address = f"http://127.0.0.1:{server.server_port}"
+    published = [archive.Published(address + path, hashlib.md5(body).hexdigest()) for path, body in packed.items()]
+    monkeypatch.setattr(resize_images, "PUBLISHED", published)
+    assert "alphabets: 2 found" in call(resize_images, "--download", "--out", tmp_path / "out")
+    assert visible(tmp_path / "out") == {"Greek", "Oriya", "images_background.zip", "images_evaluation.zip"}
 
 
 # ------------------------------------------------------------------------------------ killed and run again
@@ -431,8 +847,8 @@ def hostile(folder: Path, name: str, method: int = zipfile.ZIP_STORED, mode: int
         ({"name": "/tmp/evil/character01/1.png"}, "is an absolute path"),
         ({"name": "\\\\host\\evil\\1.png"}, "is an absolute path"),
         ({"name": "C:\\evil\\character01\\1.png"}, "is an absolute path"),
-        ({"name": "Greek/character01", "mode": stat.S_IFLNK}, "is a link or a device"),
-        ({"name": "Greek/character01/1.png", "mode": stat.S_IFIFO}, "is a link or a device"),
+        ({"name": "Greek/character01", "mode": stat.S_IFLNK}, "is not a plain file or folder"),
+        ({"name": "Greek/character01/1.png", "mode": stat.S_IFIFO}, "is not a plain file or folder"),
         ({"name": "Greek/character01/1.png", "method": zipfile.ZIP_BZIP2}, "is packed by another method"),
     ],
 )
@@ -440,26 +856,25 @@ def test_a_hostile_archive_is_refused_whole(tmp_path, member, message):
     path = hostile(tmp_path, **member)
     for prepare in (
         lambda: resize_images.prepare([path], tmp_path / "out"),
-        lambda: proc_images.prepare(path, None, tmp_path / "out", ".jpg", True),
+        lambda: prepare_photographs(path, None, tmp_path / "out", ".jpg"),
     ):
-        with pytest.raises(SystemExit, match=f"hostile.zip is refused, nothing was unpacked: .* {message}"):
+        with pytest.raises(SystemExit, match=f"hostile.zip is refused: .* {message}"):
             prepare()
     assert visible(tmp_path) == {"hostile.zip"}
 
 
-def test_an_archive_that_declares_too_much_is_refused(tmp_path, monkeypatch):
+def test_an_archive_that_declares_too_much_is_refused(tmp_path):
     path = tmp_path / "bomb.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr("Greek/character01/1.png", bytes(archive.MAX_FILE + 1))
+        packed.writestr("Greek/character01/1.png", bytes(archive.PHOTOGRAPHS.file + 1))
     assert path.stat().st_size < 100_000
     with pytest.raises(SystemExit, match=r"1.png' has 33,554,433 bytes unpacked, limit 33,554,432"):
         resize_images.prepare([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
     path = pack(draw(tmp_path / "raw", "Greek"), tmp_path / "many.zip")
-    monkeypatch.setattr(archive, "MAX_TOTAL", 200)
-    with pytest.raises(SystemExit, match=r"many.zip is refused, .* bytes unpacked, limit 200"):
-        resize_images.prepare([path], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=r"many.zip is refused: .* bytes unpacked, limit 400"):
+        archive.files(path, archive.Limits(file=400, total=400))
 
 
 def test_an_archive_cut_short_anywhere_is_refused(tmp_path):
@@ -470,6 +885,192 @@ def test_an_archive_cut_short_anywhere_is_refused(tmp_path):
         with pytest.raises(SystemExit, match=r"cut.zip is not a whole zip archive \(.*\): fetch it again"):
             resize_images.prepare([cut], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ({"name": "CUB_200_2011/images/../../../evil.jpg"}, "is refused: .* leads out of the archive"),
+        ({"name": "/tmp/evil.jpg"}, "is refused: .* is an absolute path"),
+        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "is refused: .* is not a plain file or folder"),
+        ({"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"}, "is refused: .* is not a plain file or folder"),
+        ({"type": tarfile.FIFOTYPE}, "is refused: .* is not a plain file or folder"),
+        ({"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 5}, "is refused: .* is not a plain file or folder"),
+        ({"type": tarfile.GNUTYPE_SPARSE, "size": 512}, "is refused: .* is not a plain file or folder"),
+        ({"size": 2**25 + 1}, "is refused: .* has 33,554,433 bytes unpacked, limit 33,554,432"),
+        ({"size": -512}, "is refused: .* has -512 bytes unpacked"),
+        ({"type": tarfile.XHDTYPE, "size": 2**40}, r"is not a whole .* \(a header declares 1,099,511,627,776 bytes\)"),
+        ({"type": tarfile.GNUTYPE_LONGNAME, "size": -512}, r"is not a whole .* \(a header declares -512 bytes\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["hostile.tar", "hostile.tgz"])
+def test_a_hostile_tar_is_refused_whole(tmp_path, call, name, member, message):
+    folder = "CUB_200_2011/images/001.Black_footed_Albatross"
+    header = tarfile.TarInfo(f"{folder}/2.jpg")  # alone: what it declares need not be there
+    for key, value in member.items():
+        setattr(header, key, value)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(photograph(tmp_path / "raw", "1.jpg") / "1.jpg", f"{folder}/1.jpg")
+        packed.write(header.tobuf(tarfile.GNU_FORMAT))
+    shutil.rmtree(tmp_path / "raw")
+    whole = packed.getvalue()
+    (tmp_path / name).write_bytes(gzip.compress(whole) if name.endswith(".tgz") else whole)
+    with pytest.raises(SystemExit, match=f"error: {tmp_path / name} {message}"):
+        call(cub, "--archive", tmp_path / name, "--out", tmp_path / "out", "--allow_missing")
+    assert visible(tmp_path) == {name}
+
+
+def test_a_tar_that_declares_too_much_in_all_is_refused(tmp_path):
+    path = pack_tar(birds(tmp_path / "raw", *BIRDS[:6]), tmp_path / "many.tgz")
+    with pytest.raises(SystemExit, match=r"many\.tgz is refused: .* brings the archive to .* limit 9,000"):
+        archive.files(path, archive.Limits(file=9000, total=9000))
+
+
+@pytest.mark.parametrize("name", ["cut.tar", "cut.tgz"])
+def test_a_tar_cut_short_anywhere_is_refused(tmp_path, name):
+    whole = pack_tar(photograph(tmp_path / "raw", "1.jpg", "2.jpg"), tmp_path / f"whole{name[3:]}").read_bytes()
+    cut = tmp_path / name
+    end = len(whole.rstrip(b"\0")) if name == "cut.tar" else len(whole)  # a plain tar's end is zeros
+    for length in {*range(0, end, 101), *range(0, end, 512), end - 1}:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(SystemExit, match=rf"{name} is not a whole tar archive \(.*\): fetch it again"):
+            archive.files(cut)
+
+
+def test_damage_inside_a_packed_tar_is_found_before_anything_is_written(tmp_path, call):
+    packed = pack_tar(birds(tmp_path / "raw"), tmp_path / "birds.tgz")
+    shutil.rmtree(tmp_path / "raw")
+    damaged = bytearray(packed.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    packed.write_bytes(damaged)
+    with pytest.raises(SystemExit, match=r"birds\.tgz is not a whole tar archive"):
+        call(cub, "--archive", packed, "--out", tmp_path / "out")
+    assert visible(tmp_path) == {"birds.tgz"}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "message"),
+    [
+        ("birds.tar.bz2", bz2.compress(b"birds"), "only a folder, .zip, .tar, .tar.gz or .tgz can be read"),
+        ("birds.tgz", bz2.compress(b"birds"), "is not a whole tar archive"),
+        ("birds.tgz", gzip.compress(b"birds"), "is not a whole tar archive"),
+        ("birds.tgz", b"<html>please log in</html>", "is not a whole tar archive"),
+        ("birds.tgz", b"", "is not a whole tar archive"),
+        ("birds.zip", gzip.compress(b"birds"), "is not a whole zip archive"),
+        ("birds.tar", bytes(10_240), "has no birds: images/001.Black_footed_Albatross/"),
+    ],
+)
+def test_what_is_no_archive_is_named(tmp_path, call, name, body, message):
+    (tmp_path / name).write_bytes(body)
+    for script in (cub, cifar_fs, tiered_imagenet):
+        about = message if script is cub else message.partition("birds:")[0]  # an empty archive: has no ...
+        with pytest.raises(SystemExit, match=f"{name}:? {about}"):
+            call(script, "--archive", tmp_path / name, "--out", tmp_path / "out", "--allow_missing")
+    assert visible(tmp_path) == {name}
+
+
+class Evil:
+    """A pickle of it names a function and calls it when it is read."""
+
+    def __init__(self, function, *values):
+        self.called = function, values
+
+    def __reduce__(self):
+        return self.called
+
+
+@pytest.mark.parametrize(
+    ("evil", "name"),
+    [
+        (Evil(os.system, "touch evil"), "(posix|nt).system"),
+        (Evil(eval, "open('evil', 'w')"), "(builtins|__builtin__).eval"),
+        (Evil(getattr, "a", "upper"), "(builtins|__builtin__).getattr"),
+        (Evil(np.fromfile, "/etc/passwd", np.uint8), "numpy.*fromfile"),
+        (Evil(np.save, "evil.npy", [1]), "numpy.*save"),
+    ],
+)
+def test_a_pickle_that_names_other_functions_is_refused(tmp_path, call, monkeypatch, evil, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for how in ("NumPy 1", "NumPy 2"):
+        cifar(tmp_path / how / "cifar", how, data=evil)
+        mini_caches(tmp_path / how / "caches", how, image_data=evil)
+        for script, flag, source in ((fc100, "--archive", "cifar"), (proc_images, "--pickles", "caches")):
+            with pytest.raises(SystemExit, match=rf"is not a pickle of plain values and arrays \(it names {name}\)"):
+                call(script, flag, tmp_path / how / source, "--out", "out", "--allow_missing")
+    assert visible(tmp_path / "here") == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"filenames": ["../../evil.png"] * 100}, "ValueError: no bytes, or no names of .png files"),
+        ({"filenames": ["/tmp/evil.png"] * 100}, "ValueError: no bytes, or no names"),
+        ({"filenames": ["a.png"]}, "ValueError: zip"),
+        ({"filenames": 7}, "TypeError"),
+        ({"fine_labels": [100] * 100}, "IndexError"),
+        ({"data": np.zeros((100, 3072))}, "ValueError: no bytes"),
+        ({"data": np.zeros((100, 3000), np.uint8)}, "ValueError: cannot reshape"),
+        ({"data": [0]}, "AttributeError"),
+    ],
+)
+def test_a_pickle_that_is_not_cifar_is_refused(tmp_path, call, change, message):
+    cifar(tmp_path / "raw", **change)
+    with pytest.raises(SystemExit, match=rf"cifar-100-python/train is not the official CIFAR-100 \({message}"):
+        call(cifar_fs, "--archive", tmp_path / "raw", "--out", tmp_path / "out", "--allow_missing")
+    assert visible(tmp_path) == {"raw"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_data": np.zeros((9, 84, 84), np.uint8)}, "has not the arrays .* image_data is uint8 \\(9, 84, 84\\)"),
+        ({"image_data": np.zeros((9, 84, 84, 3), np.float32)}, "has not the arrays .* image_data is float32"),
+        ({"class_dict": {"n01532829": [10**6]}}, "has not the arrays .*IndexError"),
+        ({"class_dict": {"n01532829": ["../../evil"]}}, "has not the arrays .*ValueError"),
+        ({"class_dict": {"../../evil": [0]}}, "none of the listed classes was found"),
+        ({"class_dict": [0]}, "has not the arrays .*AttributeError"),
+    ],
+)
+def test_a_pickle_that_is_not_miniimagenet_is_refused(tmp_path, call, change, message):
+    mini_caches(tmp_path / "caches", **change)
+    with pytest.raises(SystemExit, match=message):
+        call(proc_images, "--pickles", tmp_path / "caches", "--out", tmp_path / "out", "--allow_missing")
+    assert visible(tmp_path) == {"caches"}
+
+
+def test_a_damaged_pickle_is_refused(tmp_path, call):
+    cifar(tmp_path / "raw")
+    part = tmp_path / "raw" / "cifar-100-python" / "train"
+    whole = part.read_bytes()
+    for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
+        part.write_bytes(whole[:length])
+        with pytest.raises(SystemExit, match=r"train is not a pickle of plain values and arrays \(.*fetch it again"):
+            call(cifar_fs, "--archive", tmp_path / "raw", "--out", tmp_path / "out", "--allow_missing")
+    with pytest.raises(SystemExit, match=r"mini-imagenet-cache-train.pkl is not a pickle .*No such file"):
+        call(proc_images, "--pickles", tmp_path, "--out", tmp_path / "out", "--allow_missing")
+    assert visible(tmp_path) == {"raw"}
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that declares 60,000 x 60,000 pixels."""
+    small = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(small, "PNG")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + small.getvalue()[24:29]
+    return small.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + small.getvalue()[33:]
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", bomb(), b"GIF89a"])
+def test_an_image_that_is_none_is_named_and_costs_only_its_class(tmp_path, call, body):
+    for name in ("apple", "bed", "otter"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "raw" / name / "1.png")
+    (tmp_path / "raw" / "otter" / "2.png").write_bytes(body)  # of val, between apple's train and bed's test
+    for source in (tmp_path / "raw", pack(tmp_path / "raw", tmp_path / "raw.zip")):
+        with pytest.raises(SystemExit, match=r"otter/2\.png is damaged or not a PNG or JPEG image"):
+            call(cifar_fs, "--archive", source, "--out", tmp_path / "out", "--allow_missing")
+        assert contents(tmp_path / "out").keys() == {"train/apple/1.png", "val"}
 
 
 def test_a_place_that_cannot_be_written_and_ctrl_c_end_in_one_line(tmp_path):
@@ -498,11 +1099,51 @@ def test_omniglot_split_is_the_seed_1_shuffle_of_the_sorted_characters():
     assert listed == characters
 
 
-def test_miniimagenet_split_has_100_different_classes():
-    assert [len(MINIIMAGENET[part]) for part in PARTS] == [64, 16, 20]
-    labels = [label for part in PARTS for label in MINIIMAGENET[part]]
-    assert len(set(labels)) == 100
-    assert all(re.fullmatch(r"n\d{8}", label) for label in labels)
+@pytest.mark.parametrize(
+    ("name", "sizes", "label"),
+    [
+        ("miniimagenet", [64, 16, 20], r"n\d{8}"),
+        ("tiered_imagenet", [351, 97, 160], r"n\d{8}"),
+        ("cub", [100, 50, 50], r"\d{3}\.[A-Z]\w+"),
+        ("cifar_fs", [64, 16, 20], r"[a-z_]+"),
+        ("fc100", [60, 20, 20], r"[a-z_]+"),
+    ],
+)
+def test_split_lists_have_different_classes(name, sizes, label):
+    assert [len(SPLITS[name][part]) for part in PARTS] == sizes
+    labels = [one for part in PARTS for one in SPLITS[name][part]]
+    assert len(set(labels)) == sum(sizes)
+    assert all(re.fullmatch(label, one) for one in labels)
+
+
+def test_cub_split_is_by_place_in_the_sorted_list():
+    assert BIRDS[0] == "001.Black_footed_Albatross"
+    assert [int(label[:3]) for label in BIRDS] == list(range(1, 201))
+    for part, chosen in (
+        ("train", lambda i: i % 2 == 0),
+        ("val", lambda i: i % 4 == 1),
+        ("test", lambda i: i % 4 == 3),
+    ):
+        assert SPLITS["cub"][part] == [label for i, label in enumerate(BIRDS) if chosen(i)]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_split_lists_are_the_published_ones(shared, part):
+    data = shared / "data"
+    pairs = [
+        pair
+        for one in PARTS
+        for pair in json.loads((data / "cifar_fs" / "splits" / f"{one}.superclass_class.json").read_text())
+    ]
+    superclasses = json.loads((data / "fc100" / f"{part}.json").read_text())
+    tiered = (data / "tiered_imagenet" / f"{part}.csv").read_text().splitlines()
+    published = {
+        "cifar_fs": sorted((data / "cifar_fs" / "splits" / "bertinetto" / f"{part}.txt").read_text().split()),
+        "fc100": sorted(label for superclass, label in pairs if superclass in superclasses),
+        "cub": json.loads((data / "cub" / f"{part}.json").read_text()),
+        "tiered_imagenet": [line.split(",")[0] for line in tiered],
+    }
+    assert {name: SPLITS[name][part] for name in published} == published
 
 
 def test_the_published_csv_files_and_the_class_lists_agree(shared):

@@ -168,8 +168,10 @@ def omniglot(omniglot_like, tmp_path_factory) -> Path:
 @pytest.fixture
 def few_test_tasks(monkeypatch):
     """Four tasks at test, not 600, where their number does not matter."""
-    monkeypatch.setattr(main, "TEST_TASKS", 4)
     monkeypatch.setattr(main, "EVALUATION_CHUNK", 4)
+    with flagsaver.flagsaver():
+        main.FLAGS.set_default("test_tasks", 4)
+        yield
 
 
 @contextlib.contextmanager
@@ -314,6 +316,14 @@ def sinusoid_run(tmp_path_factory) -> Finished:
 
 
 @pytest.fixture(scope="module")
+def own_run(miniimagenet_like, tmp_path_factory) -> Finished:
+    """One step on a folder of photographs, at 16x16 pixels."""
+    flags = "--datasource=folder", f"--data_path={miniimagenet_like}", "--image_size=16", "--num_filters=4"
+    flags += "--meta_batch_size=1", "--update_batch_size=1", "--num_updates=1", "--metatrain_iterations=1"
+    return finished(tmp_path_factory.mktemp("own"), *flags)
+
+
+@pytest.fixture(scope="module")
 def omniglot_run(omniglot, tmp_path_factory) -> Finished:
     flags = *small_flags(omniglot), "--metatrain_iterations=510", "--save_interval=500"
     return finished(tmp_path_factory.mktemp("omniglot5way"), *flags)
@@ -403,10 +413,14 @@ def test_the_norm_of_the_meta_gradient(uninterrupted):
 def evaluated(run: Finished, model: str, split: str, shot: int, inner_lr: float, count: int, steps: int) -> Curve:
     """What main has to find on tasks 0 .. count - 1 of the small Omniglot, put together by hand."""
     (folder,) = (Path(flag.split("=")[1]) for flag in run.flags if flag.startswith("--data_path="))
+    tasks = ImageTasks(DATASETS["omniglot"].images, folder, (split,), 5, shot, shot).draw(0, split, 0, count)
+    return evaluated_on(tasks, run, model, shot, inner_lr, steps)
+
+
+def evaluated_on(tasks, run: Finished, model: str, shot: int, inner_lr: float, steps: int) -> Curve:
     network = networks.conv4((28, 28), 1, 5, 4, max_pool=False, norm="batch_norm", mean_head=True)
     maml = MAML(network, functools.partial(xent, shot=shot), accuracy, inner_lr=inner_lr, inner_steps=1)
     runs.Run(run.folder).restore(maml, str(run.folder / model))
-    tasks = ImageTasks(DATASETS["omniglot"].images, folder, (split,), 5, shot, shot).draw(0, split, 0, count)
     return maml.evaluate(tasks, steps)
 
 
@@ -459,6 +473,52 @@ def test_another_shot_and_step_size_at_test(omniglot_run, few_test_tasks, tmp_pa
     assert entry["inner_step_size_alpha"] == 0.1
 
 
+def test_other_tasks_at_test(omniglot_run, miniimagenet_like, monkeypatch, tmp_path):
+    """An Omniglot model on photographs, which are read as its own images: 28x28, grey and inverted.
+
+    What is not at its default stands in the names of the files and in results.json, so that nothing is overwritten.
+    """
+    monkeypatch.setattr(main, "EVALUATION_CHUNK", 4)
+    flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path / 'results'}"
+    flags += "--test_datasource=folder", "--split=0,0,6", "--test_tasks=6", "--eval_seed=3", "--num_query=2"
+    written = []
+    for folder, split in ((tmp_path / "a" / "images", "train"), (tmp_path / "b" / "images", "test")):
+        shutil.copytree(miniimagenet_like / split, folder)
+        printed = run(*flags, f"--test_data_path={folder}")
+        assert f"Images of {folder}, read as 28x28x1: test 6 classes, 144 images.\n" in printed
+        written += re.findall(r"^Written: (.*)\.csv, ", printed, re.MULTILINE)
+    name = re.escape(str(tmp_path / "results" / "test_ubs1_stepsize0.4_folder-images-"))
+    for path in written:
+        assert re.fullmatch(rf"{name}[0-9a-f]{{8}}_split0,0,6_query2_tasks6_evalseed3", path)
+    assert written[0] != written[1]
+
+    images = DATASETS["folder"].images._replace(size=(28, 28), channels=1, invert=True, split_sizes=(0, 0, 6))
+    tasks = ImageTasks(images, tmp_path / "a" / "images", ("test",), 5, 1, 2).draw(3, "test", 0, 6)
+    curve = evaluated_on(tasks, omniglot_run, "model509", shot=1, inner_lr=0.4, steps=10)
+    np.testing.assert_allclose(read_pickle(Path(f"{written[0]}.pkl")), curve.accuracies, atol=1e-6)
+    entries = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert [entry["data_folder"] for entry in entries] == [
+        str(tmp_path / "a" / "images"),
+        str(tmp_path / "b" / "images"),
+    ]
+    for entry in entries:
+        assert (entry["data_set"], entry["trained_on"]) == ("folder", "omniglot")
+        assert (entry["tasks"], entry["task_seed"], entry["query_examples_a_class_Q"]) == (6, 3, 2)
+
+
+def test_omniglot_tasks_for_a_model_of_photographs(omniglot, own_run, few_test_tasks):
+    """They keep their rotations, and are read as photographs: in colour, and paper is 1."""
+    flags = *own_run.flags, "--train=False", "--test_datasource=omniglot", f"--test_data_path={omniglot}"
+    assert f"Images of {omniglot}, read as 16x16x3: val " in run(*flags)
+    images = DATASETS["omniglot"].images._replace(size=(16, 16), channels=3, invert=False, any_size=True)
+    network = networks.conv4((16, 16), 3, 5, 4, max_pool=True, norm="batch_norm", mean_head=False)
+    maml = MAML(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.01, inner_steps=1)
+    runs.Run(own_run.folder).restore(maml, str(own_run.folder / "model0"))
+    tasks = ImageTasks(images, omniglot, ("val",), 5, 1, 1).draw(0, "val", 0, 4)
+    found = read_pickle(own_run.folder / "val_ubs1_stepsize0.01_omniglot.pkl")
+    np.testing.assert_allclose(found, maml.evaluate(tasks, 10).accuracies, atol=1e-6)
+
+
 def test_an_earlier_checkpoint(sinusoid_run, few_test_tasks, tmp_path):
     means = {}
     for iteration in (1000, 2001, -1):
@@ -495,6 +555,42 @@ def test_the_released_model(shared, miniimagenet_like, few_test_tasks, tmp_path)
     (entry,) = json.loads((tmp_path / "results.json").read_text())
     assert entry["checkpoint"] == "model59000"
     assert entry["results"][10]["mean"] > 0.9  # classes that are colours
+
+
+ORIGINAL = {"meta_batch_size": 25, "update_lr": 0.001, "num_updates": 1, "num_filters": 64, "max_pool": False}
+PHOTOGRAPHS = {"meta_batch_size": 4, "update_lr": 0.01, "num_updates": 5, "num_filters": 32, "max_pool": True}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_defaults_of_a_data_set(name, omniglot, miniimagenet_like, tmp_path):
+    """A flag that is given, then the data set's row, then the original's default; told, and recorded."""
+    flags = f"--datasource={name}", "--metatrain_iterations=0", "--image_size=28"
+    flags += (f"--data_path={omniglot if name == 'omniglot' else miniimagenet_like}",)
+    printed = run(*flags, f"--logdir={tmp_path / 'a'}")
+    expected = ORIGINAL if name in ("sinusoid", "omniglot", "miniimagenet") else PHOTOGRAPHS
+    recorded = json.loads((only_run(tmp_path / "a") / "flags.json").read_text())
+    assert {flag: recorded[flag] for flag in expected} == expected
+    assert recorded["norm"] == (None if name == "sinusoid" else "batch_norm")
+    told = re.findall(rf"^Defaults of --datasource={name}: (.*)$", printed, re.MULTILINE)
+    expected = {"norm": None} if name == "sinusoid" else {} if expected is ORIGINAL else expected
+    assert " ".join(told).split() == [f"--{flag}={value}" for flag, value in expected.items()]
+
+    given = [f"--{flag}={value}" for flag, value in ORIGINAL.items()]
+    assert "Defaults" not in run(*flags, *given, "--norm=batch_norm", f"--logdir={tmp_path / 'b'}")
+    recorded = json.loads((only_run(tmp_path / "b") / "flags.json").read_text())
+    assert {flag: recorded[flag] for flag in ORIGINAL} == ORIGINAL
+
+
+def test_the_data_sets_own_size_is_no_other_run(omniglot, tmp_path):
+    flags = "--datasource=omniglot", f"--data_path={omniglot}", "--metatrain_iterations=0", f"--logdir={tmp_path}"
+    run(*flags)
+    run(*flags, "--image_size=28", "--image_channels=1")
+    assert only_run(tmp_path).name == "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm"
+    run(*flags, "--image_size=32", "--image_channels=3")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm",
+        "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm.size32.channels3",
+    }
 
 
 # -- killed, stopped, resumed -----------------------------------------------------------------------------------------
@@ -830,7 +926,7 @@ def test_validation_on_the_test_classes(miniimagenet_like, tmp_path):
     flags = "--datasource=miniimagenet", f"--data_path={tmp_path / 'data'}", "--metatrain_iterations=0"
     assert "Nothing left to do" in run(*flags, "--test_set=True", f"--logdir={tmp_path / 'logs'}")
     line = refusal(*flags, f"--logdir={tmp_path / 'logs'}")
-    assert f"no images in {tmp_path / 'data' / 'val'}: expected class folders of .png or .jpg files there" in line
+    assert f"no images in {tmp_path / 'data' / 'val'}: expected class folders of images there" in line
 
 
 def test_the_test_classes_choose_no_best(small, monkeypatch, tmp_path):
@@ -848,15 +944,18 @@ WRONG_FLAGS = {
     "above 0": "update_lr=nan update_lr=-0.1 update_lr=0 update_lr=inf meta_lr=0 meta_lr=nan train_update_lr=0",
     "within float32": "meta_lr=1e+40 update_lr=1e-50",
     "1 or more": "meta_batch_size=0 update_batch_size=0 num_updates=0 num_filters=0 val_tasks=0 save_interval=0 "
-    "num_query=0 train_update_batch_size=0",
+    "op_threads=0 num_query=0 train_update_batch_size=0 test_tasks=0 image_size=0",
     "2 or more": "num_classes=1 num_classes=-5",
-    "0 or more": "pretrain_iterations=-1 metatrain_iterations=-1",
-    "must be": "seed=-1 seed=9223372036854775808",
+    "0 or more": "pretrain_iterations=-1 metatrain_iterations=-1 threads=-1",
+    "must be": "seed=-1 seed=9223372036854775808 eval_seed=-1",
+    "1 or 3": "image_channels=2",
+    "e.g. 64,16,20": "split=64,16 split=a,b,c split=64,16,-20",
     "-1 for the latest, or best": "test_iter=-2",
     "invalid literal": "metatrain_iterations=ten test_iter=worst test_iter=1.5",
     "could not convert": "meta_lr=fast",
     "boolean": "log=maybe",
-    "<sinusoid|omniglot|miniimagenet>": "datasource=omniglott",
+    "<sinusoid|omniglot|miniimagenet|cifarfs|fc100|cub|tieredimagenet|folder>": "datasource=omniglott",
+    "<omniglot|miniimagenet|cifarfs|fc100|cub|tieredimagenet|folder>": "test_datasource=sinusoid",
     "<batch_norm|layer_norm|None>": "norm=batchnorm",
     "<oracle>": "baseline=orcale",
 }
@@ -890,7 +989,7 @@ def test_the_oracle_is_the_sinusoids(small, tmp_path):
 
 def test_no_data_folder(small, tmp_path):
     line = refusal(*small, f"--data_path={tmp_path / 'none'}", f"--logdir={tmp_path}")
-    assert f"no data folder {tmp_path / 'none'}: prepare it with data/omniglot_resized/resize_images.py" in line
+    assert f"no data folder {tmp_path / 'none'}: prepare it as data/omniglot_resized/resize_images.py says" in line
     assert "--data_path" in line
     assert not list(only_run(tmp_path).glob("[!.]*"))  # nothing is recorded before all is checked
 
@@ -898,7 +997,7 @@ def test_no_data_folder(small, tmp_path):
 def test_an_empty_data_folder(small, tmp_path):
     (tmp_path / "data").mkdir()
     line = refusal(*small, f"--data_path={tmp_path / 'data'}", f"--logdir={tmp_path}")
-    assert f"no images in {tmp_path / 'data'}: expected class folders of .png or .jpg files there" in line
+    assert f"no images in {tmp_path / 'data'}: expected class folders of images there" in line
 
 
 def test_more_ways_than_classes(small, omniglot, tmp_path):
@@ -933,14 +1032,51 @@ def test_an_image_that_cannot_be_read(own_images, tmp_path):
     os.truncate(image, 500)
     line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
     assert f"cannot read image {image} of class n00000003: " in line
-    assert line.endswith("; replace or delete it")
+    assert line.endswith("; replace or delete it, or leave out all such images with --skip_broken")
 
 
 def test_an_image_of_another_size(own_images, tmp_path):
     image = own_images / "train" / "n00000003" / "007.jpg"
     Image.new("RGB", (80, 64)).save(image)
     line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
-    assert f"image {image} is 64x80 pixels, not 84x84: prepare the folder with " in line
+    assert f"image {image} is 64x80 pixels, not 84x84: prepare the folder as " in line
+    assert "or have all images resized with --image_size" in line
+    flags = *small_miniimagenet(own_images, tmp_path / "logs"), "--metatrain_iterations=0"
+    assert "Nothing left to do" in run(*flags, "--image_size=84")
+
+
+def test_another_folder_is_another_run(own_run, miniimagenet_like, tmp_path):
+    (tmp_path / "moved").symlink_to(miniimagenet_like)
+    assert_refused(
+        own_run,
+        f"--data_path={miniimagenet_like} there, {tmp_path / 'moved'} here",
+        *own_run.flags,
+        f"--data_path={tmp_path / 'moved'}",
+    )
+    assert_refused(own_run, "--split=None there, 2,2,2 here", "--split=2,2,2")
+
+
+def test_images_too_small_for_the_network(miniimagenet_like, tmp_path):
+    line = refusal("--datasource=cub", f"--data_path={miniimagenet_like}", "--image_size=15", f"--logdir={tmp_path}")
+    assert "images of 15x15 pixels are too small for --max_pool" in line
+    assert "--image_size=16 or more, or --max_pool=False" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_its_path(small, sinusoid_run, tmp_path):
+    line = refusal("--datasource=folder", f"--logdir={tmp_path}")
+    assert "--datasource=folder has no folder of its own: name yours with --data_path" in line
+    flags = *sinusoid_run.flags, "--train=False"
+    assert "give that too, or --data_path" in refusal(*flags, "--test_data_path=images")
+    line = refusal(*flags, "--test_datasource=cub")
+    assert "--test_datasource=cub has images, which a run of the sinusoid cannot take: leave it out" in line
+
+
+def test_another_way_at_test(omniglot_run):
+    """The last layer has as many outputs as training had classes."""
+    line = refusal(*omniglot_run.flags, "--train=False", "--num_classes=4")
+    assert f"but in {omniglot_run.folder}: a model has an output for each class of a training task" in line
+    assert "--num_classes" in line
 
 
 @pytest.fixture(scope="module")
@@ -1145,8 +1281,8 @@ def test_a_process_ends_as_it_should(tmp_path):
     assert no_model.code in (1, 2)
     assert re.fullmatch(r"main\.py: no checkpoint .* in none/cls_\S+: train first, .*", no_model.err)
     assert help_.err == ""
-    for name in [*main.IDENTITY, "logdir", "log", "resume", "train", "test_set", "test_iter", "data_path"]:
-        assert re.search(rf"--(\[no\])?{name}: ", help_.out)
+    for flag in main.FLAGS.get_flags_for_module(main):
+        assert re.search(rf"--(\[no\])?{flag.name}:\s", help_.out)
     for word in ("alpha", "beta", "transductive", "(shot)", "(way)"):
         assert word in help_.out
     assert list(tmp_path.iterdir()) == []

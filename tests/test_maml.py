@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 import networks
+from data_generator import SinusoidTasks
 from maml import MAML, Adam
 from tests import reference
 from tests.test_oracle import meta_gradient
@@ -189,6 +190,36 @@ def test_adam_is_the_formula():
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         expected = expected - 0.01 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
     np.testing.assert_allclose(weight["w"], expected, rtol=1e-5)
+
+
+def sinusoid_maml() -> MAML:
+    return MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+
+
+@pytest.mark.parametrize("pretrain", [False, True])
+def test_one_compiled_program_takes_the_same_steps(pretrain):
+    """12 of 20 drawn steps, in runs of 5, 5 and 2, beside 12 single ones: same trajectory, same count, one trace."""
+    drawn = SinusoidTasks(10, 10).draw(0, "train", 0, 20 * 25)
+    stack = Tasks(*(part.reshape(20, 25, *part.shape[1:]) for part in drawn))
+    compiled, single = sinusoid_maml(), sinusoid_maml()
+    for first, count in ((0, 5), (5, 5), (10, 2)):
+        compiled.many_steps(Tasks(*(part[first : first + 10] for part in stack)), tf.constant(count), pretrain)
+    for i in range(12):
+        (single.pretrain_step if pretrain else single.train_step)(Tasks(*(part[i] for part in stack)))
+    assert int(compiled.step) == int(single.step) == 12
+    assert compiled.many_steps.experimental_get_tracing_count() == 1
+    for name, weight in single.weights.items():
+        np.testing.assert_allclose(compiled.weights[name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_graph_is_traced_once():
+    maml = small_maml()
+    for seed in range(3):
+        maml.train_step(SMALL(seed=seed))
+        maml.pretrain_step(SMALL(seed=seed))
+        maml.evaluate(SMALL(seed=seed), 2)
+    for graph in (maml.train_step, maml.pretrain_step, maml.evaluate):
+        assert graph.experimental_get_tracing_count() == 1
 
 
 def test_weights_that_batch_norm_cancels_stay_where_they_are():

@@ -7,6 +7,7 @@ from scipy import stats
 
 import networks
 from tests import reference
+from utils import InputError
 
 
 def images(*shape, seed=0):
@@ -38,13 +39,22 @@ def test_fc_computes_what_the_reference_does(norm):
 
 @pytest.mark.parametrize(
     "size, max_pool, width",
-    [((84, 84), True, 5 * 5), ((84, 84), False, 6 * 6), ((28, 28), False, 2 * 2), ((28, 28), True, 1)],
+    [
+        *[((84, 84), True, 5 * 5), ((84, 84), False, 6 * 6), ((28, 28), False, 2 * 2), ((28, 28), True, 1)],
+        *[((32, 32), True, 2 * 2), ((16, 16), True, 1), ((15, 15), False, 1), ((2, 1), False, 1)],
+    ],
 )
 def test_last_layer_takes_its_width_from_the_image(size, max_pool, width):
     network = networks.conv4(size, 3, 5, 8, max_pool=max_pool, norm="batch_norm", mean_head=False)
     weights = network.init(0)
     assert weights["w5"].shape == (width * 8, 5)
     assert network.apply(weights, images(2, *size, 3)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("size", [(15, 15), (84, 15), (15, 84)])
+def test_images_too_small_to_pool_four_times(size):
+    with pytest.raises(InputError, match=r"images of \d+x\d+ pixels are too small for --max_pool.* --image_size=16"):
+        networks.conv4(size, 3, 5, 8, max_pool=True, norm="batch_norm", mean_head=False)
 
 
 def test_initial_weights_are_distributed_as_the_original_s():

@@ -38,6 +38,8 @@ FLAGS = {
     "stop_grad": False,
     "num_query": -1,
     "seed": 0,
+    "image_size": None,
+    "image_channels": None,
 }
 OMNIGLOT = FLAGS | {"datasource": "omniglot", "meta_batch_size": 32, "update_batch_size": 1, "update_lr": 0.4}
 OMNIGLOT |= {"norm": "batch_norm"}
@@ -131,6 +133,10 @@ def run(tmp_path) -> runs.Run:
         (
             OMNIGLOT | {"conv": False, "pretrain_iterations": 5, "meta_lr": 0.01, "seed": 3},
             "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm.fc.pretrain5.metalr0.01.seed3",
+        ),
+        (
+            OMNIGLOT | {"image_size": 64, "image_channels": 3, "seed": 3},
+            "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm.size64.channels3.seed3",
         ),
         (FLAGS | {"update_lr": 1e-05}, "cls_5.mbs_25.ubs_10.numstep1.updatelr1e-05nonorm"),  # as Python prints it
     ],

@@ -91,3 +91,22 @@ def test_the_usual_moments_have_wrong_second_derivatives():
     for value, expected in zip(theirs[:3], ours[:3], strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-9, atol=1e-12)
     assert float(tf.norm(theirs[3] - ours[3]) / tf.norm(ours[3])) > 0.01
+
+
+@pytest.mark.parametrize("n, inputs, outputs", [(5, 3, 4), (5, 1, 4), (5, 3, 1), (1, 1, 1)])
+def test_the_product_of_tiny_layers_equals_tensorflow_s_to_second_order(n, inputs, outputs):
+    x, w, g = batch((n, inputs), "float64"), batch((inputs, outputs), "float64", seed=1), batch((n, outputs), "float64")
+    u, v = batch((n, inputs), "float64", seed=2), batch((inputs, outputs), "float64", seed=3)
+    for product in (special_grads.matmul, tf.linalg.matmul):
+        with tf.GradientTape() as outer:
+            outer.watch([x, w, g])
+            with tf.GradientTape() as inner:
+                inner.watch([x, w])
+                y = product(x, w)
+            first = inner.gradient(y, [x, w], output_gradients=g * y)
+            again = tf.reduce_sum(first[0] * u) + tf.reduce_sum(first[1] * v)
+        values = [y, *first, *outer.gradient(again, [x, w, g])]
+        if product is special_grads.matmul:
+            ours = values
+    for value, expected in zip(ours, values, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)

@@ -10,6 +10,17 @@ photograph's name tell its class, and data/splits/miniimagenet.json the class's 
 
     python data/miniImagenet/proc_images.py --images images.zip
 
+Or from ImageNet's training part (ILSVRC 2012): a folder of <wnid>/ or <wnid>.tar, or the archive as it is. The
+csv files name the images by numbers of their own, up to 1,300 a class, and nowhere say of which images.
+Image 5 of a class is taken for the fifth in order of ImageNet's numbers, as yaoyao-liu/mini-imagenet-tools
+does. Without the csv files the first 600 of each class are taken, which are others than the published:
+
+    python data/miniImagenet/proc_images.py --imagenet ILSVRC2012_img_train.tar --csv DIR
+
+Or from the pickled 84x84 images in circulation, mini-imagenet-cache-{train,val,test}.pkl, kept to the bit as PNG:
+
+    python data/miniImagenet/proc_images.py --pickles DIR
+
 A run that was killed is simply started again: finished classes are skipped.
 """
 
@@ -19,10 +30,6 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -30,36 +37,46 @@ sys.path.insert(0, str(HERE.parent))
 import archive
 
 SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
-CLASSES = {"train": 64, "val": 16, "test": 20}  # Ravi & Larochelle, ICLR 2017
-CLASS_SIZE = 600
+CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017, as the numbers of EXPECTED
+EXPECTED = {
+    "train classes": 64,
+    "train images": 38_400,
+    "val classes": 16,
+    "val images": 9_600,
+    "test classes": 20,
+    "test images": 12_000,
+}
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
 CSV_LINE = re.compile(r"([^/\\,.][^/\\,]*),([^/\\,.][^/\\,]*)")  # plain names: they become paths under --out
 
 Photographs = dict[str, archive.File]  # file name -> where to read it
 
 
-class Class(NamedTuple):
-    folder: str  # train/n01532829
-    images: Photographs
-    missing: int  # images that it should have besides
-
-
 def find(source: Path) -> Photographs:
-    """The .jpg photographs of a folder or zip archive, at any depth; two of one name are an error."""
+    """The .jpg photographs of a folder or archive, at any depth; fails where there are none."""
+    found = archive.photographs(source) if source.exists() else {}
+    return found or archive.fail(f"no .jpg images in {source}: put the 60,000 there, or say where with --images")
+
+
+def find_imagenet(source: Path) -> Photographs:
+    """ImageNet's photographs of the 100 classes, named as in the csv files: <wnid><rank in its class>.jpg."""
+    lists = json.loads(CLASS_LISTS.read_text())
+    places = archive.imagenet(source)
     found: Photographs = {}
-    for path, file in (archive.files(source) if source.exists() else {}).items():
-        name = path.rpartition("/")[2]
-        if name.startswith(".") or not name.lower().endswith((".jpg", ".jpeg")):
-            continue
-        if name in found:
-            archive.fail(f"{found[name]} and {file} have one name: leave only one of them in {source}")
-        found[name] = file
-    if not found:
-        archive.fail(f"no .jpg images in {source}: put the 60,000 there, or say where with --images")
+    for wnid in (wnid for split in archive.SPLITS for wnid in lists[split] if wnid in places):
+        photographs = archive.photographs(places[wnid])
+        numbers = {}
+        for name, file in photographs.items():
+            if not (match := re.fullmatch(rf"{wnid}_(\d+)\.JPEG", name)):
+                archive.fail(f"{file} has no name of ImageNet, {wnid}_<number>.JPEG: move it away")
+            numbers[int(match[1])] = file
+        for rank, number in enumerate(sorted(numbers), start=1):
+            found[f"{wnid}{rank:08}.jpg"] = numbers[number]
+    print("ImageNet's images are numbered by rank in their class: the csv files do not say how they number them")
     return found
 
 
-def classes_of_csv(path: Path, photographs: Photographs) -> list[Class]:
+def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
     """The classes of Ravi & Larochelle's <split>.csv: a header `filename,label`, then a line an image."""
     lines = path.read_text("utf-8", errors="replace").splitlines()
     if lines[:1] != ["filename,label"]:
@@ -70,7 +87,7 @@ def classes_of_csv(path: Path, photographs: Photographs) -> list[Class]:
             archive.fail(f"{path}, line {number}: {line[:60]!r} is no file name and label: fetch it again")
         names[match[2]].append(match[1])
     return [
-        Class(
+        archive.Class(
             folder=f"{path.stem}/{label}",
             images={name: photographs[name] for name in listed if name in photographs},
             missing=sum(name not in photographs for name in listed),
@@ -79,22 +96,28 @@ def classes_of_csv(path: Path, photographs: Photographs) -> list[Class]:
     ]
 
 
-def classes_by_name(photographs: Photographs) -> list[Class]:
-    """The classes of data/splits/miniimagenet.json; a name's first nine characters are the image's class."""
-    images: dict[str, Photographs] = defaultdict(dict)
-    for name, file in photographs.items():
-        images[name[:9]][name] = file
-    lists = json.loads(CLASS_LISTS.read_text())
-    return [
-        Class(f"{split}/{label}", images[label], missing=max(0, CLASS_SIZE - len(images[label])))
-        for split in CLASSES
-        for label in lists[split]
-    ]
+def classes_by_name(photographs: Photographs) -> list[archive.Class]:
+    """The classes of data/splits/miniimagenet.json; a name's first nine characters are the image's class.
+
+    Of a class with more than 600 images the first 600 by name are taken, and told.
+    """
+    images: dict[str, archive.Images] = defaultdict(dict)
+    left_out = 0
+    for name, file in sorted(photographs.items()):
+        if len(images[name[:9]]) < CLASS_SIZE:
+            images[name[:9]][name] = file
+        else:
+            left_out += 1
+    if left_out:
+        print(
+            f"{left_out:,} images after the first {CLASS_SIZE} of their class are left out: the csv files choose others"
+        )
+    return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
 
 
-def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[Class]:
+def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[archive.Class]:
     """The classes by the csv files, or, if no folder is given and none are here, by the images' names."""
-    csv_files = [(csv_folder or HERE) / f"{split}.csv" for split in CLASSES]
+    csv_files = [(csv_folder or HERE) / f"{split}.csv" for split in archive.SPLITS]
     absent = [path for path in csv_files if not path.is_file()]
     if csv_folder is None and absent == csv_files:
         print(f"no csv files in {HERE}: classes by the images' names and {CLASS_LISTS}")
@@ -104,57 +127,34 @@ def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[Clas
     return [one for path in csv_files for one in classes_of_csv(path, photographs)]
 
 
-def refuse_to_drop(place: Path, images: Photographs) -> None:
-    """Fails where `place` has images that would be gone once `images` replace its content."""
-    kept = {Path(name).stem for name in images}
-    if lost := sorted(path.name for path in place.glob("*") if path.stem not in kept):
-        archive.fail(f"{place} has {len(lost):,} other files, {lost[0]} the first: move that folder away")
+def classes_of_pickles(folder: Path) -> list[archive.Class]:
+    """The classes of mini-imagenet-cache-{train,val,test}.pkl.
+
+    Each is a dict: image_data, uint8 [n, 84, 84, 3], and class_dict, a list of indices for each wnid. The images
+    are named by their index.
+    """
+    images: dict[str, archive.Images] = {}
+    for split in archive.SPLITS:
+        path = folder / f"mini-imagenet-cache-{split}.pkl"
+        cache = archive.unpickle(path)
+        try:
+            pixels = cache["image_data"]
+            if pixels.dtype.name != "uint8" or pixels.shape[1:] != (*SIZE, 3):
+                raise ValueError(f"image_data is {pixels.dtype} {pixels.shape}")
+            for wnid, indices in cache["class_dict"].items():
+                images[wnid] = {f"{int(index):05}": pixels[int(index)] for index in indices}
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            archive.fail(f"{path} has not the arrays of MiniImagenet ({type(error).__name__}: {error}): fetch it again")
+    return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
 
 
-def resize(images: Photographs, place: Path, suffix: str, bar: tqdm) -> None:
-    """Writes one class's images, RGB, 84x84, into the folder `place`, all at once."""
-    with archive.moved_in(place) as folder:
-        for name, file in images.items():
-            image = archive.read_image(file).convert("RGB").resize(SIZE, Image.LANCZOS)
-            image.save((folder / name).with_suffix(suffix))
-            bar.update()
-
-
-def prepare(source: Path, csv_folder: Path | None, out: Path, suffix: str, allow_missing: bool) -> None:
-    """Makes <out>/{train,val,test}/<label>/<name><suffix>, 84x84 RGB, of the photographs in `source`.
+def prepare(classes: list[archive.Class], out: Path, suffix: str, allow_missing: bool) -> None:
+    """Makes <out>/{train,val,test}/<label>/<name><suffix>, 84x84 RGB, of the classes' images.
 
     suffix: ".jpg" at Pillow's default quality, as the data of the published numbers, or ".png", lossless.
     """
-    classes = find_classes(find(source), csv_folder)
-    for one in classes:
-        if one.missing:
-            print(f"{one.folder}: {one.missing:,} images missing")
-    missing = sum(one.missing for one in classes)
-    classes = [one for one in classes if one.images]
-    if missing and not (allow_missing and classes):
-        archive.fail(f"{missing:,} images are not in {source}: add them, or go on with --allow_missing")
-
-    for split in CLASSES:
-        archive.recover(out / split)
-    todo = []
-    for one in classes:
-        names = [Path(name).with_suffix(suffix).name for name in one.images]
-        if not archive.finished(out / one.folder, names, SIZE):
-            refuse_to_drop(out / one.folder, one.images)
-            todo.append(one)
-    print(f"{len(classes)} classes, {len(classes) - len(todo)} of them finished before")
-
     # Differs: the original resizes the photographs in images/ and moves them; here they stay as they are.
-    with tqdm(total=sum(len(one.images) for one in todo), unit="image", disable=None) as bar:
-        for one in todo:
-            resize(one.images, out / one.folder, suffix, bar)
-
-    found, expected = {}, {}
-    for split, number in CLASSES.items():
-        images = list((out / split).glob(f"[!.]*/*{suffix}"))
-        found |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
-        expected |= {f"{split} classes": number, f"{split} images": number * CLASS_SIZE}
-    archive.print_counts(found, expected)
+    archive.write_classes(archive.refuse_missing(classes, allow_missing), out, SIZE, suffix, EXPECTED)
 
 
 def main() -> None:
@@ -162,18 +162,26 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--images",
         type=Path,
         default=HERE / "images",
-        help="folder or zip archive of the photographs (default: images/ in the script's folder)",
+        help="folder or archive of the photographs (default: images/ in the script's folder)",
     )
+    source.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's classes")
+    source.add_argument("--pickles", type=Path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
     parser.add_argument("--csv", type=Path, help="folder of the csv files (default: script's folder)")
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: script's folder)")
     parser.add_argument("--lossless", action="store_true", help="save PNG; the published numbers are on JPEG")
     parser.add_argument("--allow_missing", action="store_true", help="go on without what is missing")
     args = parser.parse_args()
-    prepare(args.images, args.csv, args.out, ".png" if args.lossless else ".jpg", args.allow_missing)
+    if args.pickles:
+        classes = classes_of_pickles(args.pickles)
+    else:
+        photographs = find_imagenet(args.imagenet) if args.imagenet else find(args.images)
+        classes = find_classes(photographs, args.csv)
+    prepare(classes, args.out, ".png" if args.lossless or args.pickles else ".jpg", args.allow_missing)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ As in the original, in this folder. The copies are replaced, data/omniglot stays
 
 Or from the published archives, from anywhere:
 
+    python data/omniglot_resized/resize_images.py --download
     python data/omniglot_resized/resize_images.py images_background.zip images_evaluation.zip
 
 A run that was killed is simply started again: finished alphabets are skipped.
@@ -28,6 +29,11 @@ sys.path.insert(0, str(HERE.parent))
 
 import archive
 
+ADDRESS = "https://github.com/brendenlake/omniglot/raw/master/python/"
+PUBLISHED = (  # the checksums are those that torchvision 0.29 has, datasets/omniglot.py
+    archive.Published(f"{ADDRESS}images_background.zip", "68d2efa1b9178cc56df9314c21c6e718"),
+    archive.Published(f"{ADDRESS}images_evaluation.zip", "6b91aef0f799c5bb55b94e3f2daec811"),
+)
 SIZE = (28, 28)  # cbfinn/maml, data/omniglot_resized/resize_images.py
 EXPECTED = {"alphabets": 50, "characters": 1_623, "images": 32_460}  # Lake et al., Science 2015
 LAYOUT = re.compile(r"(images_\w+/)?(?P<alphabet>[^/.][^/]*)/(?P<image>[^/.][^/]*/[^/.][^/]*\.png)")
@@ -109,9 +115,11 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sources", nargs="*", type=Path, help="archives or folders (default: --out itself)")
+    parser.add_argument("--download", action="store_true", help=f"fetch the two archives of {ADDRESS} into --out")
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: script's folder)")
     args = parser.parse_args()
-    prepare(args.sources, args.out)
+    fetched = [archive.download(one, args.out) for one in PUBLISHED] if args.download else []
+    prepare(args.sources + fetched, args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""CIFAR-FS (Bertinetto et al., ICLR 2019): CIFAR-100's 32x32 images as PNG in {train,val,test}/<class>/.
+
+From the official archive of CIFAR-100 in Python's format, from anywhere, in a minute:
+
+    python data/cifar_fs/prepare.py --download
+    python data/cifar_fs/prepare.py --archive cifar-100-python.tar.gz
+
+Or from Bertinetto's archive of the same images, cifar100/data/<class>/*.png:
+
+    python data/cifar_fs/prepare.py --archive cifar100.zip
+
+A run that was killed is simply started again: finished classes are skipped.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import archive
+
+SIZE = (32, 32)
+CLASS_SIZE = 600  # Krizhevsky 2009: 500 of each class in its training part and 100 in its test part
+CLASS_LISTS = HERE.parent / "splits" / "cifar_fs.json"
+EXPECTED = {
+    "train classes": 64,
+    "train images": 38_400,
+    "val classes": 16,
+    "val images": 9_600,
+    "test classes": 20,
+    "test images": 12_000,
+}
+
+
+def main() -> None:
+    args = archive.arguments(__doc__, HERE, archive.CIFAR_100)
+    classes = archive.by_lists(archive.cifar100(args.archive), CLASS_LISTS, CLASS_SIZE)
+    classes = archive.refuse_missing(classes, args.allow_missing)
+    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED)
+
+
+if __name__ == "__main__":
+    archive.run(main)

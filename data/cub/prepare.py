@@ -1,0 +1,57 @@
+"""CUB-200-2011 (Wah et al. 2011): photographs of birds, 84x84 RGB as PNG in {train,val,test}/<class>/.
+
+Split as by Chen et al., ICLR 2019. From the official archive, from anywhere, in some minutes:
+
+    python data/cub/prepare.py --download
+    python data/cub/prepare.py --archive CUB_200_2011.tgz
+
+A run that was killed is simply started again: finished classes are skipped.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import archive
+
+# Both are those of CaltechDATA's record 65de6-vp158; torchmeta 1.8 has the same checksum.
+PUBLISHED = archive.Published(
+    "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
+)
+SIZE = (84, 84)  # of Chen et al.'s four-layer network's input
+CLASS_LISTS = HERE.parent / "splits" / "cub.json"
+EXPECTED = {"train classes": 100, "val classes": 50, "test classes": 50, "images": 11_788}
+LAYOUT = re.compile(r"(?:.*/)?images/(?P<label>\d{3}\.\w[^/]*)/(?P<name>\w[^/]*\.jpg)")
+
+
+def find(sources: Iterable[Path]) -> dict[str, archive.Images]:
+    """The photographs that lie in images/<NNN.Class>/*.jpg, by class, in the order of the archives."""
+    found: dict[str, archive.Images] = defaultdict(dict)
+    for source in sources:
+        matches = [(LAYOUT.fullmatch(path), file) for path, file in archive.files(source).items()]
+        if not any(match for match, _ in matches):
+            archive.fail(f"{source} has no birds: images/001.Black_footed_Albatross/*.jpg and so on were expected")
+        for match, file in matches:
+            if match:
+                found[match["label"]][match["name"]] = file
+    return found
+
+
+def main() -> None:
+    args = archive.arguments(__doc__, HERE, PUBLISHED)
+    images = find(args.archive)
+    classes = archive.by_lists(images, CLASS_LISTS, class_size=1)
+    classes = archive.refuse_missing(classes, args.allow_missing)
+    # In the archive's order, since the packed file is read forwards.
+    order = {label: i for i, label in enumerate(images)}
+    classes.sort(key=lambda one: order[one.folder.rpartition("/")[2]])
+    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED)
+
+
+if __name__ == "__main__":
+    archive.run(main)

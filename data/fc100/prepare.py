@@ -1,0 +1,40 @@
+"""FC100 (Oreshkin et al., NeurIPS 2018): CIFAR-100's 32x32 images as PNG in {train,val,test}/<class>/.
+
+From the archives that data/cifar_fs/prepare.py reads; no superclass of CIFAR-100 is in two splits:
+
+    python data/fc100/prepare.py --download
+    python data/fc100/prepare.py --archive cifar-100-python.tar.gz
+
+A run that was killed is simply started again: finished classes are skipped.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import archive
+
+SIZE = (32, 32)
+CLASS_SIZE = 600  # Krizhevsky 2009: 500 of each class in its training part and 100 in its test part
+CLASS_LISTS = HERE.parent / "splits" / "fc100.json"
+EXPECTED = {
+    "train classes": 60,
+    "train images": 36_000,
+    "val classes": 20,
+    "val images": 12_000,
+    "test classes": 20,
+    "test images": 12_000,
+}
+
+
+def main() -> None:
+    args = archive.arguments(__doc__, HERE, archive.CIFAR_100)
+    classes = archive.by_lists(archive.cifar100(args.archive), CLASS_LISTS, CLASS_SIZE)
+    classes = archive.refuse_missing(classes, args.allow_missing)
+    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED)
+
+
+if __name__ == "__main__":
+    archive.run(main)

@@ -1,0 +1,55 @@
+"""tieredImageNet (Ren et al., ICLR 2018): ImageNet's photographs, 84x84 RGB as PNG in {train,val,test}/<wnid>/.
+
+From ImageNet's training part (ILSVRC 2012), which is not ours to give: from its archive as it is, 138 GB,
+or from a folder of class folders <wnid>/ or class archives <wnid>.tar; an hour or two, 12 GB written:
+
+    python data/tiered_imagenet/prepare.py --archive ILSVRC2012_img_train.tar
+
+A run that was killed is simply started again: finished classes are skipped.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import archive
+
+SIZE = (84, 84)  # of the images that the authors give, as those of MiniImagenet
+CLASS_LISTS = HERE.parent / "splits" / "tiered_imagenet.json"
+EXPECTED = {
+    "train classes": 351,
+    "train images": 448_695,
+    "val classes": 97,
+    "val images": 124_261,
+    "test classes": 160,
+    "test images": 206_209,
+}
+
+
+def read(listed: dict[str, str], places: dict[str, archive.File]) -> Iterator[archive.Class]:
+    """The listed classes that are there, one after the other: the names of all images would fill the memory."""
+    for folder, wnid in listed.items():
+        if wnid in places:
+            images = archive.photographs(places[wnid])
+            yield archive.Class(folder, images or archive.fail(f"{places[wnid]} has no .JPEG images"), missing=0)
+
+
+def main() -> None:
+    args = archive.arguments(__doc__, HERE)
+    places: dict[str, archive.File] = {}
+    for source in args.archive:
+        places |= archive.imagenet(source)
+    lists = json.loads(CLASS_LISTS.read_text())
+    listed = {f"{split}/{wnid}": wnid for split in archive.SPLITS for wnid in lists[split]}
+    absent = [archive.Class(folder, {}, missing=1) for folder, wnid in listed.items() if wnid not in places]
+    archive.refuse_missing(absent, args.allow_missing)
+    classes = read(listed, places)
+    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED, total=len(listed) - len(absent))
+
+
+if __name__ == "__main__":
+    archive.run(main)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# MiniImagenet 5-way 5-shot (paper, table 1).
+exec "${PYTHON:-python}" "$(dirname "$0")/row.py" "$0" \
+    --datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=5 --update_lr=0.01 \
+    --num_updates=5 --num_classes=5 --logdir=logs/miniimagenet5shot/ --num_filters=32 --max_pool=True "$@" \
+    --

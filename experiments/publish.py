@@ -1,0 +1,86 @@
+"""Publishes a trained model: its weights alone, in the original's layout, with flags, results and thinned events.
+
+    python experiments/publish.py <run folder> [--iteration 59999] [--to logs/published]
+
+The copy is tested as any run, e.g. with --train=False --test_set=True --logdir=logs/published/. Of the events stay the
+curves, every 1,000 iterations.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorflow.core.util import event_pb2
+
+import main
+import runs
+from data_generator import DATASETS
+from utils import InputError
+
+EVENT_INTERVAL = 1000
+
+
+def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
+    """Writes the model of a run folder to a folder of the same name below `to`, and returns that."""
+    run, copy = runs.Run(folder), to / folder.name
+    prefix = Path(run.checkpoint(iteration))
+    for name in ("flags.json", "results.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"no {name} in {folder}: train and test the run first")
+    flags = json.loads((folder / "flags.json").read_text())
+    maml = main.build(flags, DATASETS[flags["datasource"]])
+    run.restore(maml, str(prefix))
+    copy.mkdir(parents=True, exist_ok=True)
+    for name in ("flags.json", "results.json"):
+        shutil.copyfile(folder / name, copy / name)
+    write_weights(maml, copy / prefix.name)
+    write_events(folder, copy / "events.out.tfevents.0.published")
+    return copy
+
+
+def write_weights(maml, prefix: Path) -> None:
+    """A checkpoint as the original's, which runs.Run.restore and the original's own code read: weights by their names.
+
+    The index is moved in last, as in runs.Run.save.
+    """
+    beside = str(prefix.with_name(".saving"))
+    names = [maml.network.tf1_names[name] for name in maml.weights]
+    tf.raw_ops.SaveV2(
+        prefix=beside, tensor_names=names, shape_and_slices=[""] * len(names), tensors=list(maml.weights.values())
+    )
+    for ending in (".data-00000-of-00001", ".index"):
+        os.replace(beside + ending, str(prefix) + ending)
+
+
+def write_events(folder: Path, path: Path) -> None:
+    """The metatrain_ and metaval_ events of every 1,000th iteration, in one file."""
+    kept = []
+    for source in folder.glob("events.out.tfevents.*"):
+        for record in RawEventFileLoader(str(source)).Load():
+            event = event_pb2.Event.FromString(record)
+            curve = all(value.tag.startswith(("metatrain_", "metaval_")) for value in event.summary.value)
+            if curve and event.step % EVENT_INTERVAL == 0:
+                kept.append((event.step, event.wall_time, record))
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for _, _, record in sorted(kept):
+            writer.write(record)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="run folder, trained and tested")
+    parser.add_argument("--iteration", type=int, default=-1, help="of the checkpoint; -1: the latest")
+    parser.add_argument("--to", type=Path, default=ROOT / "logs" / "published")
+    args = parser.parse_args()
+    try:
+        print("Published:", publish(args.folder, args.to, args.iteration))
+    except InputError as error:
+        parser.exit(1, f"publish.py: {error}\n")

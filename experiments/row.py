@@ -1,0 +1,123 @@
+"""Trains, tests and records one row of the README's results. The scripts beside it call it:
+
+    python experiments/row.py <script> flags of training ... [-- flags at test ...] ...
+
+Every `--` begins a test of the trained model on the test classes, with the flags that follow besides those of training.
+A run that was stopped goes on; a finished one is tested again. All is done from the project's root, so folders that
+the flags name begin there.
+
+Writes results/<script>.json: the run's flags, iterations, hours, machine, versions and commit, and its tests as they
+stand in the run's results.json. Another seed than 0 has .seed<n> in the name. With --results_dir it is written there.
+"""
+
+import datetime
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+import main
+import runs
+from data_generator import DATASETS
+from utils import write_whole
+
+
+def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
+    """Does all of the above; returns the path of what it wrote. Ends the program where main.py fails or is stopped."""
+    _main_program(training)
+    main.FLAGS(["main.py", *training])
+    run = runs.Run(Path(main.FLAGS.logdir) / runs.run_name(main.run_identity(DATASETS[main.FLAGS.datasource])))
+    tested = Path(main.FLAGS.results_dir or run.folder) / "results.json"
+    entries = []
+    for flags in tests:
+        _main_program([*training, *flags, "--train=False", "--test_set=True"])
+        entries.append(json.loads(tested.read_text())[-1])
+    row = {
+        "row": script.stem,
+        "flags": json.loads((run.folder / "flags.json").read_text()),
+        "iterations": run.iterations()[-1] + 1,
+        "hours": round(training_hours(run.folder), 4),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "tests": entries,
+    }
+    seed = f".seed{main.FLAGS.seed}" if main.FLAGS.seed else ""
+    path = Path(main.FLAGS.results_dir or ROOT / "results") / f"{script.stem}{seed}.json"
+    text = json.dumps(row, indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def parts(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The flags of training, and those of each test, which a `--` begins."""
+    found = [[]]
+    for argument in arguments:
+        if argument == "--":
+            found.append([])
+        else:
+            found[-1].append(argument)
+    return found[0], found[1:]
+
+
+def _main_program(flags):
+    ended = subprocess.run([sys.executable, "main.py", *flags])
+    if ended.returncode:
+        sys.exit(ended.returncode)
+
+
+def training_hours(folder: Path) -> float:
+    """Hours between the first and the last event, summed over the run's event files.
+
+    Every start of main.py begins a file, so the time between a stop and the next start does not count.
+    """
+    seconds = 0.0
+    for path in folder.glob("events.out.tfevents.*"):
+        times = [event.wall_time for event in EventFileLoader(str(path)).Load()]
+        seconds += max(times) - min(times)
+    return seconds / 3600
+
+
+def machine() -> dict:
+    """What the tests ran on; the training too, unless the run folder came from elsewhere."""
+    processor = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):  # Linux, where platform knows no more than the architecture
+        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = lines[0].split(": ", 1)[1] if lines else processor
+    gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "gpus": [details.get("device_name") for details in gpus],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def commit() -> str | None:
+    """The commit of the code, with +changes where a tracked .py file differs from it; None outside a git clone."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+
+    head = git("rev-parse", "HEAD")
+    if head.returncode:
+        return None
+    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is main.py's, which saves and ends, and this with it
+    print("Recorded in", record(Path(sys.argv[1]), *parts(sys.argv[2:])))
