@@ -224,8 +224,9 @@ def main(argv: list[str]) -> None:
     identity = run_identity(dataset)
     run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
     if FLAGS.train:
+        maml = build(identity, dataset)
         with run.locked():
-            train(run, identity, dataset)
+            train(run, maml, identity, dataset)
     else:
         test(run, identity, dataset)
 
@@ -358,13 +359,12 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], default_query: int) -> 
     return data
 
 
-def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
+def train(run: runs.Run, maml: MAML, identity: dict, dataset: Dataset) -> None:
     """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files."""
     images, updates = dataset.images, identity["num_updates"]
     pretrain = identity["pretrain_iterations"]
     total = pretrain + identity["metatrain_iterations"]
     val_split = "test" if FLAGS.test_set else "val"
-    maml = build(identity, dataset)
     run.check(identity, FLAGS.resume)
     data = open_data(dataset, ("train", val_split), (images and images.train_query) or FLAGS.update_batch_size)
     if run.iterations():
@@ -374,6 +374,7 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
                 f"{prefix} holds weights alone, to be tested and not trained further: give another --logdir"
             )
         print("Restoring model weights from", prefix)
+    run.record(identity)
     start = saved = int(maml.step)
     validations = {*range(VALIDATION_INTERVAL, total, VALIDATION_INTERVAL)} if images else set()
     saves = {*range(FLAGS.save_interval, total, FLAGS.save_interval), total - 1}
@@ -385,7 +386,6 @@ def train(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
         return
 
-    run.record(identity)
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {updates}.")

@@ -237,7 +237,7 @@ def test_a_folder_without_a_record_is_tested_not_trained(run):
     "record",
     [
         *(b"", b'{"datasource": ', b'["sinusoid"]', b"7", b"[]", b"\xff\xfe\xfd", b"null"),
-        *(b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b" " * (runs.MOST_JSON + 1)),
+        *(b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b"{" + b" " * runs.MOST_JSON + b"}"),
     ],
     ids=lambda record: str(record[:20]),
 )
@@ -367,6 +367,14 @@ def test_a_save_cut_short_leaves_whole_checkpoints_only(run, monkeypatch, functi
     run.restore(restored, run.checkpoint())
     assert_same(values(restored), expected[10])
     assert run.iterations() == list(range(1, 11))
+
+
+def test_what_a_killed_save_leaves_is_removed(run):
+    left = run.folder / ".saving" / "model_temp" / "part-00000-of-00001.data-00000-of-00001.tempstate1234"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    prefix = Path(run.save(line_model_at(1)))
+    assert sorted(contents(run.folder)) == [f"{prefix.name}.data-00000-of-00001", f"{prefix.name}.index"]
 
 
 @pytest.mark.parametrize(
