@@ -85,9 +85,10 @@ def test_tables_have_every_test_of_every_script(tmp_path):
     for script in SCRIPTS:
         training, tests = called(script, tmp_path)
         for flags in tests:
-            # The last of equal flags counts, as for main.py.
-            given = dict(flag.removeprefix("--").split("=") for flag in [*training, *flags])
-            tested.add((script.stem, int(given["update_batch_size"]), float(given.get("update_lr", 0.001))))
+            with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
+                main.FLAGS(["main.py", *training, *flags])
+                main.run_data_set()  # brings its defaults
+                tested.add((script.stem, main.FLAGS.update_batch_size, main.FLAGS.update_lr))
     rows = [(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES]
     assert sorted(rows) == sorted(tested)
 

@@ -1258,7 +1258,7 @@ def test_the_progress_line_on_a_terminal(uncompiled, tmp_path):
     with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         main._run(main._parse(["main.py", *flags]))
     last = err.getvalue().strip().split("\r")[-1]
-    assert re.search(r"100%.* 3/3 \[00:\d\d<00:00, .*iterations/s, loss [\d.]+ -> [\d.]+\]", last)
+    assert re.search(r"100%.* 3/3 \[00:\d\d<00:00, .*(iterations/s|s/ iterations), loss [\d.]+ -> [\d.]+\]", last)
     assert out.getvalue().splitlines()[-1].startswith("Done: 3 iterations")
     assert "\r" not in out.getvalue()
 
