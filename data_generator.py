@@ -53,7 +53,7 @@ class Dataset(NamedTuple):
     defaults: dict[str, Any]  # flag -> value, where the flag is not given and the original's default is not meant
     hidden: tuple[int, ...]  # widths of the fully connected network
     clip: float | None  # bound on each element of the meta-gradient
-    curve_steps: int  # a training summary looks at this many updates at least (the original's test_num_updates)
+    curve_steps: int  # updates at least in a summary of the whole curve, in training (the original's test_num_updates)
     paper_updates: dict[int, tuple[int, ...]]  # way -> updates at test behind the paper's numbers
     images: Images | None  # None: the sinusoid
 

@@ -858,16 +858,19 @@ def test_a_step_takes_the_next_tasks_of_the_stream(uncompiled, tmp_path):
         np.testing.assert_allclose(found[f"weights/{name}/.ATTRIBUTES/VARIABLE_VALUE"], weight, atol=1e-6)
 
 
-def test_a_summary_is_of_the_tasks_at_hand(uninterrupted):
-    """At iteration 300 of its tasks, by the weights that the 300 steps before left."""
+@pytest.mark.parametrize(("iteration", "updates"), [(0, 5), (300, 1)])
+def test_a_summary_is_of_the_tasks_at_hand(uninterrupted, iteration, updates):
+    """Of its iteration's tasks, by the weights that the steps before left; the whole curve every 1,000 iterations."""
     maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
-    runs.Run(uninterrupted.folder).restore(maml, str(uninterrupted.folder / "model299"))
-    losses = np.mean(maml.evaluate(SinusoidTasks(5, 5).draw(0, "train", 25 * 300, 25), 5).losses, 0)
-    found = {tag: dict(points)[300] for tag, points in scalars(uninterrupted.folder).items()}
-    np.testing.assert_allclose(found.pop("metatrain_Pre-update_loss"), losses[0], rtol=1e-5)
-    np.testing.assert_allclose(
-        [found[f"metatrain_Post-update_loss__step_{j}"] for j in range(1, 6)], losses[1:], rtol=1e-5
-    )
+    if iteration:
+        runs.Run(uninterrupted.folder).restore(maml, str(uninterrupted.folder / f"model{iteration - 1}"))
+    tasks = SinusoidTasks(5, 5).draw(0, "train", 25 * iteration, 25)
+    before, *after = np.mean(maml.evaluate(tasks, updates).losses, 0)
+    expected = {"metatrain_Pre-update_loss": before}
+    expected |= {f"metatrain_Post-update_loss__step_{j}": loss for j, loss in enumerate(after, 1)}
+    points = {tag: dict(points) for tag, points in scalars(uninterrupted.folder).items()}
+    found = {tag: points[tag][iteration] for tag in points if "update_loss" in tag and iteration in points[tag]}
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_is_the_same_every_time(three_steps, uncompiled, tmp_path):
