@@ -183,7 +183,7 @@ TEST_UPDATES = 10  # at least, even where training has fewer
 
 CURVE_INTERVAL = 1000  # of summaries beyond J updates. Differs: every 100 in the original, 3 % of an Omniglot run
 
-EVALUATION_CHUNK = 10  # tasks in memory at once; a stop signal waits for so many
+EVALUATION_CHUNK = 2  # tasks for each core at once, in memory; a stop signal waits for so many
 BLOCK = 100  # steps of a tiny network in one program
 
 
@@ -649,11 +649,11 @@ def evaluate(
     stop: "_StopSignal | None" = None,
 ) -> Curve | None:
     """maml.evaluate on tasks 0 .. count - 1 of a split: a Curve of arrays [count, 1 + updates]. None where stopped."""
-    chunks = []
-    for first in range(0, count, EVALUATION_CHUNK):
+    size, chunks = min(count, EVALUATION_CHUNK * maml.parallel_tasks), []
+    for first in range(0, count, size):
         if stop and stop.signal:
             return None
-        tasks = data.draw(FLAGS.eval_seed, split, first, EVALUATION_CHUNK)
+        tasks = data.draw(FLAGS.eval_seed, split, first, size)
         chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
     # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)

@@ -166,9 +166,8 @@ def omniglot(omniglot_like, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def few_test_tasks(monkeypatch):
+def few_test_tasks():
     """Four tasks at test, not 600, where their number does not matter."""
-    monkeypatch.setattr(main, "EVALUATION_CHUNK", 4)
     with flagsaver.flagsaver():
         main.FLAGS.set_default("test_tasks", 4)
         yield
@@ -370,12 +369,17 @@ def test_checkpoints_come_every_1000_iterations_and_at_the_end(sinusoid_run, omn
     assert models(omniglot_run.folder) == ["model500", "model509"]  # --save_interval=500
 
 
+def summaries(tag: str, last: int) -> list[int]:
+    """Of a run with one update in training: every 100 iterations, those of further updates every 1,000."""
+    return list(range(0, last + 1, 1000 if re.search("__step_([2-9]|10)$", tag) else 100))
+
+
 def test_the_events_of_a_sinusoid_run(sinusoid_run):
-    """A summary every 100 iterations, 0 and pretraining included; losses alone, and no validation."""
+    """Iteration 0 and pretraining included; losses alone, and no validation."""
     found = events(sinusoid_run.folder, "scalars")
     assert found.keys() == curve_tags("metatrain", ("loss",), 5) | {"metatrain_gradient_norm", STEP_TIME}
-    for points in found.values():
-        assert [step for step, _ in points] == list(range(0, 2001, 100))
+    for tag, points in found.items():
+        assert [step for step, _ in points] == summaries(tag, 2001)
     assert all(milliseconds > 0 for _, milliseconds in found[STEP_TIME])
     ((step, text),) = events(sinusoid_run.folder, "text")["flags"]
     assert step == 0
@@ -391,7 +395,7 @@ def test_the_events_of_an_image_run(omniglot_run):
     train |= {"metatrain_gradient_norm"}
     assert found.keys() == train | curve_tags("metaval", ("loss", "accuracy", "mean_loss"), 1)
     for tag, points in found.items():
-        assert [step for step, _ in points] == (list(range(0, 501, 100)) if tag in train else [500])
+        assert [step for step, _ in points] == (summaries(tag, 509) if tag in train else [500])
     # 5-way 1-shot: the sum over 5 support, or 5 query, examples.
     for tag in ("metaval_Pre-update_{}", "metaval_Post-update_{}__step_1"):
         assert found[tag.format("mean_loss")][0][1] == pytest.approx(found[tag.format("loss")][0][1] / 5)
@@ -474,12 +478,11 @@ def test_another_shot_and_step_size_at_test(omniglot_run, few_test_tasks, tmp_pa
     assert entry["inner_step_size_alpha"] == 0.1
 
 
-def test_other_tasks_at_test(omniglot_run, miniimagenet_like, monkeypatch, tmp_path):
+def test_other_tasks_at_test(omniglot_run, miniimagenet_like, tmp_path):
     """An Omniglot model on photographs, which are read as its own images: 28x28, grey and inverted.
 
     What is not at its default stands in the names of the files and in results.json, so that nothing is overwritten.
     """
-    monkeypatch.setattr(main, "EVALUATION_CHUNK", 4)
     flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path / 'results'}"
     flags += "--test_datasource=folder", "--split=0,0,6", "--test_tasks=6", "--eval_seed=3", "--num_query=2"
     written = []
