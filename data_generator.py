@@ -43,7 +43,6 @@ class Images(NamedTuple):
     split_list: str | None  # data/splits/<name>: the classes of each split; None: folders train, val, test
     any_size: bool = False  # images of another size are resized, else refused
     split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, of a folder without those folders
-    split_seed: int = 0  # of the shuffle before that split
     skip_broken: bool = False  # images that cannot be read are left out, else refused
 
 
@@ -266,7 +265,7 @@ def _load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[
                 f"--split={_listed(images.split_sizes)} is {sum(images.split_sizes)} classes, but {folder} has "
                 f"{len(classes.names)}: give three numbers of that sum"
             )
-        named = _cut(classes.names, images.split_sizes, images.split_seed)
+        named = _cut(classes.names, images.split_sizes)
     else:
         named = _published_splits(classes.names, ROOT / "data" / "splits" / images.split_list, folder)
     return {split: classes.named(named[split]) for split in splits}
@@ -276,10 +275,13 @@ def _listed(numbers: Iterable[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _cut(names: list[str], sizes: tuple[int, int, int], seed: int) -> dict[str, list[str]]:
-    """The sorted names, shuffled by `seed` and cut into splits (the original's data_generator.py; its seed is 1)."""
+def _cut(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:
+    """The sorted names, shuffled and cut into splits (the original's data_generator.py, and its seed).
+
+    Always in the same way: runs of other seeds are tested on the same classes.
+    """
     shuffled = sorted(names)
-    Random(seed).shuffle(shuffled)
+    Random(1).shuffle(shuffled)
     train, val, _ = sizes
     return {"train": shuffled[:train], "val": shuffled[train : train + val], "test": shuffled[train + val :]}
 
@@ -301,7 +303,7 @@ def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[
     sizes = (train, val, len(names) - train - val)
     shown = "/".join(map(str, sizes))
     print(f"{folder} has {len(names):,} classes, not the {len(known):,} published: split {shown} by a seed-1 shuffle.")
-    return _cut(names, sizes, seed=1)
+    return _cut(names, sizes)
 
 
 def _load_classes(images: Images, folder: Path, split: str) -> Classes:
@@ -391,9 +393,13 @@ def _cached(images: Images, folder: Path, root: str, paths: list[str], name: str
 
     try:
         cache.mkdir(exist_ok=True)
-        index_file.unlink(missing_ok=True)  # never an index beside an array that it does not describe
         broken = []
-        write_whole(array_file, lambda file: _write_array(file, images, root, paths, shape, broken))
+
+        def decode(file):
+            _write_array(file, images, root, paths, shape, broken)
+            index_file.unlink(missing_ok=True)  # never an index beside an array that it does not describe
+
+        write_whole(array_file, decode)
         record = json.dumps(index | {"broken": broken})
         write_whole(index_file, lambda file: file.write(record.encode()))
         return _mapped(array_file, shape), broken

@@ -308,19 +308,21 @@ def run_identity(dataset: Dataset) -> dict:
 
 
 def build(flags: Mapping, dataset: Dataset) -> MAML:
-    """The model with its initial weights. Here the flags' names become the field's (README.md, glossary).
+    """The model with its initial weights. Here the flags' names become the field's (README.md, How it works).
 
-    flags: those of IDENTITY, with the K and alpha at hand.
+    flags: those of IDENTITY, with the K and alpha at hand. dataset: the row of their datasource.
     """
     way, shot, norm, images = flags["num_classes"], flags["update_batch_size"], flags["norm"], dataset.images
     if images is None:
         network, loss, score = networks.fc(3 if flags["baseline"] else 1, dataset.hidden, 1, norm=norm), mse, None
     else:
         loss, score = functools.partial(xent, shot=shot), accuracy
+        size = (flags["image_size"],) * 2 if flags["image_size"] else images.size
+        channels = flags["image_channels"] or images.channels
         if flags["conv"]:
             network = networks.conv4(
-                images.size,
-                images.channels,
+                size,
+                channels,
                 way,
                 flags["num_filters"],
                 max_pool=flags["max_pool"],
@@ -328,7 +330,7 @@ def build(flags: Mapping, dataset: Dataset) -> MAML:
                 mean_head=images.mean_head,
             )
         else:
-            network = networks.fc(math.prod(images.size) * images.channels, dataset.hidden, way, norm=norm)
+            network = networks.fc(math.prod(size) * channels, dataset.hidden, way, norm=norm)
     return MAML(
         network,
         loss,
@@ -343,12 +345,14 @@ def build(flags: Mapping, dataset: Dataset) -> MAML:
     )
 
 
-def open_data(dataset: Dataset, splits: tuple[str, ...], default_query: int) -> SinusoidTasks | ImageTasks:
+def open_data(dataset: Dataset, splits: tuple[str, ...], training: bool) -> SinusoidTasks | ImageTasks:
     """The source of tasks, its folder checked."""
-    query = default_query if FLAGS.num_query == -1 else FLAGS.num_query
+    query = FLAGS.num_query
+    if query == -1:
+        query = (training and dataset.images and dataset.images.train_query) or FLAGS.update_batch_size
     if dataset.images is None:
         return SinusoidTasks(FLAGS.update_batch_size, query, oracle=FLAGS.baseline == "oracle")
-    images = dataset.images._replace(split_seed=FLAGS.seed, skip_broken=FLAGS.skip_broken)
+    images = dataset.images._replace(skip_broken=FLAGS.skip_broken)
     if FLAGS.split:
         images = images._replace(split_sizes=tuple(map(int, FLAGS.split.split(","))))
     folder = ROOT / images.folder
@@ -368,7 +372,7 @@ def train(run: runs.Run, maml: MAML, identity: dict, dataset: Dataset) -> None:
     total = pretrain + identity["metatrain_iterations"]
     val_split = "test" if FLAGS.test_set else "val"
     run.check(identity, FLAGS.resume)
-    data = open_data(dataset, ("train", val_split), (images and images.train_query) or FLAGS.update_batch_size)
+    data = open_data(dataset, ("train", val_split), training=True)
     if run.iterations():
         prefix = run.restore_newest(maml)
         if maml.step == 0:
@@ -376,11 +380,12 @@ def train(run: runs.Run, maml: MAML, identity: dict, dataset: Dataset) -> None:
                 f"{prefix} holds weights alone, to be tested and not trained further: give another --logdir"
             )
         print("Restoring model weights from", prefix)
-    run.record(identity)
     start = saved = int(maml.step)
+    if start <= total:  # else the folder has more than these flags say
+        run.record(identity)
     validations = {*range(VALIDATION_INTERVAL, total, VALIDATION_INTERVAL)} if images else set()
     saves = {*range(FLAGS.save_interval, total, FLAGS.save_interval), total - 1}
-    # The iterations at which more is done than a step, and the one before if a stop left out its validation.
+    # The iterations at which more is done than a step, and start - 1 where a stop cut its validation short.
     visits = {*range(start, total)} & {*range(0, total, SUMMARY_INTERVAL), *validations, *saves}
     visits |= {start - 1} & validations - {run.validation.last}
     if not visits:
@@ -423,7 +428,7 @@ def train(run: runs.Run, maml: MAML, identity: dict, dataset: Dataset) -> None:
             best = run.validation.best == iteration
             if best:
                 events.picture(iteration, "validation_task", _picture(maml, data, updates))
-            if iteration in saves or best or (stop.signal and steps.done > saved):
+            if best or (steps.done > saved and (iteration in saves or stop.signal)):
                 events.flush()  # a run that goes on from this checkpoint will not write them again
                 prefix, saved = run.save(maml), steps.done
             if stop.signal:
@@ -451,7 +456,7 @@ class _Steps:
         self.maml, self.data, self.stop, self.progress, self.done = maml, data, stop, progress, int(maml.step)
         self.seed, self.batch, self.pretrain = map(identity.get, ("seed", "meta_batch_size", "pretrain_iterations"))
         self.size = BLOCK if maml.network.batched else 1
-        self.drawn = {}  # first iteration -> the future tasks from there on
+        self.drawn = {}  # first iteration -> a Future of the tasks from there on
         self.gradient_norm = None  # of the last step, before the clip
         self.timed, self.seconds = 0, 0.0  # steps, and what they took, since the last call of milliseconds()
 
@@ -555,7 +560,7 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
     runs.check_writable(results, "--results_dir")
     tested = tested_data_set(dataset)
-    data = open_data(tested, (split,), FLAGS.update_batch_size)
+    data = open_data(tested, (split,), training=False)
     maml = build(identity | {"update_batch_size": FLAGS.update_batch_size, "update_lr": FLAGS.update_lr}, dataset)
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
@@ -573,9 +578,11 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
     tested_name = FLAGS.test_datasource or FLAGS.datasource
     folder = users_folder(tested_name, tested)
     best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
+    is_best = iteration == best.best
     paper = dataset.paper_updates.get(FLAGS.num_classes, ())
     metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
     entry = {
+        "run": run.folder.name,
         "data_set": tested_name,
         "data_folder": folder,
         "classes_train_val_test": FLAGS.split,
@@ -589,17 +596,19 @@ def test(run: runs.Run, identity: dict, dataset: Dataset) -> None:
         "inner_updates_in_training_J": identity["num_updates"],
         "checkpoint": Path(prefix).name,
         "iteration": iteration,
-        "best_on_validation": iteration == best.best,
-        "validation_accuracy": best.accuracy if iteration == best.best else None,
-        "validation_tasks": best.tasks if iteration == best.best else None,
         "training_seed": identity["seed"],
         "tasks": FLAGS.test_tasks,
         "task_seed": FLAGS.eval_seed,
         "norm": identity["norm"],
         "transductive": identity["norm"] == "batch_norm",  # a task's query examples are normalised together
     }
+    known = {
+        "best_on_validation": is_best,
+        "validation_accuracy": best.accuracy if is_best else None,
+        "validation_tasks": best.tasks if is_best else None,
+    }
     name = results_name(split, folder)
-    runs.write_results(results, name, values, entry, paper)
+    runs.write_results(results, name, values, entry, known, paper)
     for update in paper:
         shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:
@@ -706,8 +715,11 @@ class _StopSignal:
 
 
 def _parallel_tasks():
-    if FLAGS["threads"].value:
-        return FLAGS["threads"].value
+    return FLAGS["threads"].value or cores()
+
+
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -16,7 +16,7 @@ class Curve(NamedTuple):
 
 
 class MAML(tf.Module):
-    """The meta-learned weights, the two optimizers' moments and the step: all the state that a run has."""
+    """The meta-learned weights, the two optimizers' moments and the step: all that a step changes."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class MAML(tf.Module):
         self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
-        self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer updates done, pretraining included
+        self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
 
     def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
         """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.

@@ -9,7 +9,6 @@ What is drawn is given as label=path. Each figure is written as <output>.png and
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +48,7 @@ STYLE = {
     "svg.hashsalt": "maml",  # the same figure is the same file
 }
 # Paper, figure 2.
+LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # colour and marker of each label
 UPDATES = {0: ("before any update", ORANGE, ":"), 1: ("1 update", SKY, "--"), 10: ("10 updates", BLUE, "-")}
 SMOOTHED = 1 / 20  # of the run, in a running mean
 
@@ -91,12 +91,15 @@ def sinusoid_figure(models: Mapping[str, MAML], tasks: Sequence[Tasks]) -> Figur
 def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
     """Paper, figure 3: mean squared error or accuracy after every update, with the means' 95 % intervals.
 
-    tests: label -> entries of results.json, one line each. Entries with the same K share a panel.
+    tests: label -> entries of results.json, one line each. Entries with the same K share a panel. At most five labels.
     """
+    if len(tests) > len(LINES):
+        raise InputError(f"{len(tests)} labels, but there are colours for {len(LINES)}: give fewer")
     shots = sorted({test["support_examples_a_class_K"] for entries in tests.values() for test in entries})
     figure = Figure(figsize=(0.8 + 3.2 * len(shots), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shots), squeeze=False, sharey=True)[0]
-    for label, colour, marker in zip(tests, (BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=False):
+    shown = {}
+    for label, (colour, marker) in zip(tests, LINES, strict=False):
         for test in tests[label]:
             panel = axes[shots.index(test["support_examples_a_class_K"])]
             percent = 1 if test["metric"] == "mean squared error" else 100
@@ -104,7 +107,7 @@ def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
             updates, means, ci95 = (np.array([c[key] for c in columns]) for key in ("updates", "mean", "ci95"))
             means, ci95 = percent * means, percent * ci95
             panel.fill_between(updates, means - ci95, means + ci95, color=colour, alpha=0.2, linewidth=0)
-            panel.plot(updates, means, marker=marker, color=colour, markersize=4, label=label)
+            (shown[label],) = panel.plot(updates, means, marker=marker, color=colour, markersize=4, label=label)
     for panel, shot in zip(axes, shots, strict=True):
         panel.set_title(f"{shot}-shot")
         panel.set_xlabel("updates (0: support set, before any)")
@@ -112,7 +115,7 @@ def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
     if percent == 1:
         _log_scale(axes[0])
     axes[0].set_ylabel("mean squared error" if percent == 1 else "accuracy, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(tests))
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(tests))
     return figure
 
 
@@ -204,6 +207,8 @@ def trained(folder: Path, update_lr: float | None = None) -> MAML:
     from main import build  # not above: main.py itself imports this module, and runs under another name
 
     flags = _flags(folder)
+    if flags.get("datasource") != "sinusoid":
+        raise InputError(f"{folder} is a run of {flags.get('datasource')}: name one of the sinusoid")
     maml = build(flags | ({"update_lr": update_lr} if update_lr else {}), DATASETS[flags["datasource"]])
     run = runs.Run(folder)
     run.restore(maml, run.checkpoint())
@@ -211,21 +216,17 @@ def trained(folder: Path, update_lr: float | None = None) -> MAML:
 
 
 def _flags(folder):
-    return _json(folder / "flags.json")
-
-
-def _json(path):
     try:
-        return json.loads(path.read_text())
+        return runs.read_json(folder / "flags.json", dict, "name another run folder")
     except FileNotFoundError:
-        raise InputError(f"no {path.name} in {path.parent}: name a run folder, or a file of results") from None
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error})") from None
+        raise InputError(f"no flags.json in {folder}: name a run folder") from None
 
 
 def _labelled(text):
     label, _, path = text.rpartition("=")
-    return label or Path(path).stem, Path(path)
+    if not label:
+        raise argparse.ArgumentTypeError(f"{text} has no label: write label={text}")
+    return label, Path(path)
 
 
 def main() -> None:
@@ -246,6 +247,8 @@ def main() -> None:
             one.add_argument("--task", type=int, default=0, help="number of the test task (0)")
     args = parser.parse_args()
     what = dict(args.what)
+    if len(what) < len(args.what):
+        parser.error("two of the labels are the same")
     try:
         if args.figure == "sinusoid":
             models = {label: trained(folder, args.update_lr) for label, folder in what.items()}
@@ -262,13 +265,19 @@ def main() -> None:
 
 
 def _tests(path, update_lr):
-    """The tests in results/<row>.json or a run's results.json; those with this alpha, if one is named."""
-    found = _json(path)
-    tests = found["tests"] if isinstance(found, dict) else found
-    tests = [test for test in tests if update_lr in (None, test["inner_step_size_alpha"])]
+    """Of results/<row>.json or a run's results.json, the last test of each K, with this alpha if one is named."""
+    way_out = "name a file of results/, or a run's results.json"
+    try:
+        if path.name == "results.json":
+            tests = runs.read_json(path, list, way_out)
+        else:
+            tests = runs.read_json(path, dict, way_out).get("tests", [])
+    except FileNotFoundError:
+        raise InputError(f"no {path}: {way_out}") from None
+    tests = [test for test in tests if test["split"] == "test" and update_lr in (None, test["inner_step_size_alpha"])]
     if not tests:
-        raise InputError(f"{path} has no test with alpha {update_lr}")
-    return tests
+        raise InputError(f"{path} has no test" + (f" with alpha {update_lr}" if update_lr else ""))
+    return list({test["support_examples_a_class_K"]: test for test in tests}.values())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The run folder: its name, the flags it was made with, its lock, checkpoints and results.
 
 <logdir>/<run name>/flags.json                              the flags that this run's numbers depend on
-                    model<i>.index, model<i>.data-...       state after i + 1 outer updates; the ten latest and the best
+                    model<i>.index, model<i>.data-...       state after i + 1 outer steps;   the ten latest and the best
                     events.out.tfevents...                  TensorBoard (events.py)
                     test_ubs<K>_stepsize<alpha>.csv, .pkl   the original's test results
                     results.json                            the same, named in plain words
                     .lock                                   held while a process trains
 
-Any of these may come from a stranger. Only JSON and checkpoints are read, and neither can run code.
+Any of these may come from a stranger. Only JSON, checkpoints and events are read, and none of them can run code.
 """
 
 import contextlib
@@ -132,9 +132,10 @@ class Run:
 
     def record(self, flags: Mapping) -> None:
         """Makes the folder that of the run with these flags."""
-        text = json.dumps(dict(flags), indent=1).encode()
+        path, text = self.folder / "flags.json", json.dumps(dict(flags), indent=1).encode()
         with writing(self.folder):
-            write_whole(self.folder / "flags.json", lambda file: file.write(text))
+            if not path.exists() or path.read_bytes() != text:
+                write_whole(path, lambda file: file.write(text))
 
     def check_flags(self, flags: Mapping, training: bool = True) -> None:
         """Raises InputError listing the flags in which the folder's run differs from `flags`.
@@ -143,7 +144,7 @@ class Run:
         A folder without a record (the original's released model) may be tested, not trained into.
         """
         try:
-            recorded = _json(self.folder / "flags.json", dict, "give another --logdir")
+            recorded = read_json(self.folder / "flags.json", dict, "put a copy in its place, or give another --logdir")
         except FileNotFoundError:
             if training:
                 raise InputError(
@@ -272,12 +273,15 @@ class Run:
         return f"; {self.folder.parent} has runs in {', '.join(dict.fromkeys(siblings))}: give the flags of one of them"
 
 
-def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, paper_updates: tuple[int, ...]) -> None:
+def write_results(
+    folder: Path, name: str, values: np.ndarray, entry: Mapping, known: Mapping, paper_updates: tuple[int, ...]
+) -> None:
     """Writes a test's files: <name>.csv and .pkl as the original's, and its entry in results.json.
 
     Args:
         values: [tasks, 1 + updates], accuracies (0 to 1), or losses for regression.
         entry: what was tested, in plain words; an earlier entry alike in all of it is replaced.
+        known: what else the entry says, which may be another after more training.
         paper_updates: the columns that the paper reports.
     """
     means, stds, ci95 = statistics(values)
@@ -302,17 +306,29 @@ def write_results(folder: Path, name: str, values: np.ndarray, entry: Mapping, p
         for j in range(values.shape[1])
     ]
     path = folder / "results.json"
-    try:
-        earlier = _json(path, list, "give another --results_dir")
-    except FileNotFoundError:
-        earlier = []
-    kept = [one for one in earlier if any(one.get(key) != value for key, value in entry.items())]
-    results = json.dumps([*kept, {**entry, "results": updates}], indent=1).encode()
-    with writing(folder):
+    with writing(folder), _folder_lock(folder):  # of two tests at once, both stay in results.json
         write_whole(folder / f"{name}.csv", lambda file: file.write(text.getvalue().encode()))
         # For programs that read the original's results; nothing here reads it.
         write_whole(folder / f"{name}.pkl", lambda file: pickle.dump({"mses": values}, file))
+        try:
+            earlier = read_json(path, list, "move it away, or give another --results_dir")
+        except FileNotFoundError:
+            earlier = []
+        kept = [one for one in earlier if any(one.get(key) != value for key, value in entry.items())]
+        results = json.dumps([*kept, {**entry, **known, "results": updates}], indent=1).encode()
         write_whole(path, lambda file: file.write(results))
+
+
+@contextlib.contextmanager
+def _folder_lock(folder):
+    """Waits for others that hold it. Where the disk has no locks, there is none."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -320,7 +336,7 @@ def check_writable(folder: Path, flag: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ".writable", lambda file: None)
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # another process may try the same
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): give another {flag}") from None
 
@@ -371,7 +387,7 @@ def _check_shapes(prefix, expected, stored):
             )
 
 
-def _json(path, kind, way_out):
+def read_json(path: Path, kind: type, way_out: str) -> list | dict:
     """A list of dicts, or a dict, in a file that anybody may have written. Raises InputError, or FileNotFoundError."""
     try:
         if path.stat().st_size > MOST_JSON:
@@ -382,7 +398,7 @@ def _json(path, kind, way_out):
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): delete it, or {way_out}") from None
+        raise InputError(f"{path} is damaged ({error}): {way_out}") from None
     return found
 
 

@@ -29,10 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from step_time import CONFIGS
+from step_time import CONFIGS, CORES
 
 COMPARED = ("sinusoid_10shot", "omniglot_5way", "omniglot_20way", "miniimagenet_1shot", "miniimagenet_5shot")
-CORES = len(os.sched_getaffinity(0))
 BLOCK = 100  # steps of the sinusoid in one call, as main.py takes them
 ROUNDS, STEPS = 5, 4  # turns, and timed calls in each
 SLOW = 2.0  # seconds; of longer calls one is timed in each turn

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # as main.cores
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -94,7 +95,7 @@ def resident_mb() -> float:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if status.exists() else math.nan
 
 
-def random_images(images, split_classes: int = 100, per_class: int = 20):
+def random_images(images, split_classes: int = 100, per_class: int = 40):
     """A stand-in for ImageTasks' data where none is prepared."""
     from data_generator import Classes
 
@@ -116,14 +117,13 @@ def measure(name: str, flags: str, steps: int) -> dict:
     main.set_threads()
     dataset = main.run_data_set()
     identity = main.run_identity(dataset)
-    query = (dataset.images and dataset.images.train_query) or main.FLAGS.update_batch_size
     source = "generated"
     try:
-        data = main.open_data(dataset, ("train",), query)
+        data = main.open_data(dataset, ("train",), training=True)
         source = "real" if dataset.images else "generated"
     except InputError:
-        data_generator._load_splits = lambda images, folder, splits: {"train": random_images(images, 100, 20 + query)}
-        data = main.open_data(dataset, ("train",), query)
+        data_generator._load_splits = lambda images, folder, splits: {"train": random_images(images)}
+        data = main.open_data(dataset, ("train",), training=True)
     maml = main.build(identity, dataset)
 
     class NoStop:
@@ -140,6 +140,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
             times.append((time.perf_counter() - start) / size)
         memory = [resident, resident_mb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MB]
         tasks = stepper.meta_batch(stepper.done)
+    maml.network = maml.network._replace(inner_apply=None)  # the products that it writes as sums count too
     graph = maml.train_step.get_concrete_function(tasks).graph
     flops, peak = product_flops(graph, batch), matmul_peak()
     median = float(np.median(times))
@@ -170,7 +171,7 @@ def main() -> None:
         print(json.dumps(measure(*args.one, args.steps)))
         return
     rows = []
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}")
+    print(f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}")
     print(
         "configuration            ms/step (5..95 %)            GFLOP  peak GFLOP/s  x floor  tasks/s  "
         "MB warm, end, peak"

@@ -19,7 +19,8 @@ def main() -> None:
     path = parser.parse_args().results
     if not path.is_file():
         parser.exit(1, f"{path}: no such file; test the run with --train=False --test_set=True first\n")
-    protocol = {"split": "test", "support_examples_a_class_K": 10, "inner_step_size_alpha": 0.001}
+    protocol = {"data_set": "sinusoid", "split": "test", "tasks": 600, "task_seed": 0}
+    protocol |= {"support_examples_a_class_K": 10, "inner_step_size_alpha": 0.001}
     tested = [entry for entry in json.loads(path.read_text()) if protocol.items() <= entry.items()]
     if not tested:
         parser.exit(1, f"{path} has no 10-shot test; test the run with --train=False --test_set=True first\n")

@@ -40,7 +40,7 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     entries = []
     for flags in tests:
         _main_program([*training, *flags, "--train=False", "--test_set=True"])
-        entries.append(json.loads(tested.read_text())[-1])
+        entries.append([one for one in json.loads(tested.read_text()) if one["run"] == run.folder.name][-1])
     row = {
         "row": script.stem,
         "flags": json.loads((run.folder / "flags.json").read_text()),
@@ -71,9 +71,15 @@ def parts(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def _main_program(flags):
-    ended = subprocess.run([sys.executable, "main.py", *flags])
-    if ended.returncode:
-        sys.exit(ended.returncode)
+    program = subprocess.Popen([sys.executable, "main.py", *flags])
+    try:
+        code = program.wait()
+    except SystemExit:  # by SIGTERM
+        program.terminate()
+        program.wait()
+        raise
+    if code:
+        sys.exit(code)
 
 
 def training_hours(folder: Path) -> float:
@@ -84,7 +90,8 @@ def training_hours(folder: Path) -> float:
     seconds = 0.0
     for path in folder.glob("events.out.tfevents.*"):
         times = [event.wall_time for event in EventFileLoader(str(path)).Load()]
-        seconds += max(times) - min(times)
+        if times:  # none where the disk was full
+            seconds += max(times) - min(times)
     return seconds / 3600
 
 
@@ -97,7 +104,7 @@ def machine() -> dict:
     gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
     return {
         "processor": processor,
-        "cores": os.cpu_count(),
+        "cores": main.cores(),
         "gpus": [details.get("device_name") for details in gpus],
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -118,5 +125,7 @@ def commit() -> str | None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is main.py's, which saves and ends, and this with it
+    # A stop is main.py's, which saves and ends, and this with it. Ctrl-C reaches it by itself, SIGTERM does not.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     print("Recorded in", record(Path(sys.argv[1]), *parts(sys.argv[2:])))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -26,18 +27,23 @@ SCRIPTS = sorted((ROOT / "experiments").glob("*.sh"))
 PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))
 
 
-def main_program(command: list[str]) -> subprocess.CompletedProcess:
-    """subprocess.run([python, 'main.py', ...]), in this process."""
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            main._run(main._parse(command[1:]))
-        except SystemExit as end:
-            return subprocess.CompletedProcess(command, end.code)
-    return subprocess.CompletedProcess(command, 0)
+class InThisProcess:
+    """subprocess.Popen([python, "main.py", ...]), without a process of its own."""
+
+    def __init__(self, command: list[str]):
+        self.command = command
+
+    def wait(self) -> int:
+        with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                main._run(main._parse(self.command[1:]))
+            except SystemExit as end:
+                return end.code
+        return 0
 
 
 def run_main(*flags: str) -> None:
-    assert main_program(["python", "main.py", *flags]).returncode == 0
+    assert InThisProcess(["python", "main.py", *flags]).wait() == 0
 
 
 def called(script: Path, folder: Path, *arguments: str) -> tuple[list[str], list[list[str]]]:
@@ -125,12 +131,12 @@ def test_table_cells(tmp_path):
         "| 20-way | MAML | 99 | 97 | seed 0: 95.8 +- 1.2 (60,000 iterations, 1.3 hours) | `omniglot_20way_1shot.sh` |\n"
         "| 20-shot | oracle |  |  | seed 0: 0.500 / diverged, medians 0.400 / 0.600<br>"
         "seed 1: 4e+07 / diverged, medians 0.400 / 0.600 | `sinusoid_oracle.sh` |\n"
-        "| 20-shot | MAML |  |  | not run on this hardware | `sinusoid_maml.sh` |"
+        "| 20-shot | MAML |  |  | not run yet | `sinusoid_maml.sh` |"
     )
 
 
 def test_record_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(row.subprocess, "run", lambda command, **options: main_program(command))
+    monkeypatch.setattr(row.subprocess, "Popen", InThisProcess)
     monkeypatch.setattr(row, "commit", lambda: "abc")
     training = f"--datasource=sinusoid --metatrain_iterations=3 --seed=4 --logdir={tmp_path}/logs/ --norm=None".split()
     with flagsaver.flagsaver():
@@ -148,7 +154,7 @@ def test_record_of_a_run(tmp_path, monkeypatch):
 
 
 def test_failed_training_is_not_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(row.subprocess, "run", lambda command, **options: main_program(command))
+    monkeypatch.setattr(row.subprocess, "Popen", InThisProcess)
     flags = [f"--results_dir={tmp_path}", "--baseline=oracle", "--datasource=omniglot"]
     with pytest.raises(SystemExit) as ended:
         row.record(Path("row.sh"), flags, [[]])
@@ -156,11 +162,22 @@ def test_failed_training_is_not_recorded(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_sigterm_reaches_the_training(monkeypatch):
+    program = unittest.mock.Mock()
+    program.wait.side_effect = [SystemExit(143), 143]
+    monkeypatch.setattr(row.subprocess, "Popen", lambda command: program)
+    with pytest.raises(SystemExit) as ended:
+        row._main_program([])
+    assert ended.value.code == 143
+    assert [call[0] for call in program.method_calls] == ["wait", "terminate", "wait"]
+
+
 def test_hours_leave_out_the_time_between_two_starts(tmp_path):
     for name, times in (("1.first", (1000, 1900, 2800)), ("2.second", (90_000, 91_800))):
         with tf.io.TFRecordWriter(str(tmp_path / f"events.out.tfevents.{name}")) as writer:
             for time in times:
                 writer.write(event_pb2.Event(wall_time=time).SerializeToString())
+    (tmp_path / "events.out.tfevents.3.full_disk").touch()
     assert row.training_hours(tmp_path) == pytest.approx(1.0)
 
 

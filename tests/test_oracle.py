@@ -30,8 +30,9 @@ RECORDS = (
     "miniimagenet_5way_1shot",
     "miniimagenet_5way_1shot_test",
 )
-# Relative L2 per tensor: of the meta-gradient, and of (after - before) the recorded outer steps.
-TOLERANCES = {"sinusoid": (1e-5, 1e-4), "omniglot": (1e-4, 2e-2), "miniimagenet": (3e-2, 0.3)}
+# Relative L2 per tensor: of the meta-gradient, and of (after - before) the recorded outer steps. Two correct float32
+# programs differ by up to 2e-2 and 0.1 on MiniImagenet, where rounding tips a ReLU or a maximum over.
+TOLERANCES = {"sinusoid": (1e-5, 1e-4), "omniglot": (1e-4, 2e-2), "miniimagenet": (3e-2, 0.15)}
 
 
 class Record:
@@ -51,7 +52,7 @@ class Record:
                 support_x, query_x = 1 - support_x, 1 - query_x
         self.tasks = Tasks(support_x, self.arrays["labela"], query_x, self.arrays["labelb"])
         norm = None if flags["norm"] == "None" else flags["norm"]
-        self.maml = main.build(flags | {"norm": norm, "seed": 0}, dataset)
+        self.maml = main.build(flags | {"norm": norm, "seed": 0, "image_size": None, "image_channels": None}, dataset)
         for name, weight in self.maml.weights.items():
             weight.assign(self.recorded("weights", name))
         # Under batch norm the gradient of a hidden layer's bias is exactly zero; the record holds its rounding noise.
@@ -126,10 +127,8 @@ def test_outputs_of_the_network(record):
 
 def test_meta_gradient(record):
     if record.recorded("meta_gradient", "b1") is None:
-        assert (
-            record.flags["metatrain_iterations"] == 0
-        )  # only pretraining was recorded: test_weights_after_outer_steps
-        return
+        assert record.flags["metatrain_iterations"] == 0
+        pytest.skip("only pretraining was recorded: test_weights_after_outer_steps")
     check_meta_gradient(record)
 
 
@@ -161,7 +160,7 @@ def test_released_checkpoint_is_the_recorded_model(record, shared):
 
 
 def test_parameter_counts():
-    """SEMANTICS of the original: adapted weights, and those that only the outer loop changes."""
+    """The original's: adapted weights, and those that only the outer loop changes."""
     conv = functools.partial(networks.conv4, norm="batch_norm")
     counts = {
         (32_645, 128): conv((84, 84), 3, 5, 32, max_pool=True, mean_head=False),

@@ -111,7 +111,12 @@ def command(monkeypatch, *arguments: object) -> None:
     "arguments",
     [
         ("sinusoid", f"MAML={RUN}", "--shots", "10"),
-        ("updates", RUN / "results.json", ROOT / "results" / "sinusoid_oracle.json", "--update_lr=0.01"),
+        (
+            "updates",
+            f"MAML={RUN / 'results.json'}",
+            f"Oracle={ROOT / 'results' / 'sinusoid_oracle.json'}",
+            "--update_lr=0.01",
+        ),
         ("training", f"with = in it={RUN}"),
     ],
     ids=lambda arguments: arguments[0],
@@ -130,6 +135,9 @@ def test_command_writes_png_and_svg(arguments, tmp_path, monkeypatch):
     [
         (("sinusoid", "MAML=nowhere"), "plot.py: no flags.json in nowhere: name a run folder"),
         (("updates", f"MAML={RUN}/results.json", "--update_lr=0.5"), "results.json has no test with alpha 0.5"),
+        (("updates", f"MAML={RUN}"), "numstep1.updatelr0.01nonorm is damaged ("),
+        (("updates", "MAML=nowhere.json"), "plot.py: no nowhere.json: name a file of results/"),
+        (("sinusoid", f"MAML={RUN}/results.json"), "results.json/flags.json is damaged ("),
         (("training", "empty=tests/data"), "no TensorBoard events of training"),
     ],
 )

@@ -9,12 +9,14 @@ import pickle
 import re
 import resource
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import main
 import networks
 import runs
 from maml import MAML
@@ -38,6 +40,8 @@ FLAGS = {
     "stop_grad": False,
     "num_query": -1,
     "seed": 0,
+    "data_path": None,
+    "split": None,
     "image_size": None,
     "image_channels": None,
 }
@@ -103,7 +107,7 @@ def run(tmp_path) -> runs.Run:
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        # The original's (SEMANTICS, section 6).
+        # The original's (its main.py).
         (FLAGS, "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm"),
         (
             OMNIGLOT
@@ -174,7 +178,7 @@ def test_claim_lists_the_flags_of_another_run(run):
     assert contents(run.folder) == before
 
 
-@pytest.mark.parametrize("name", sorted(FLAGS.keys() - {"pretrain_iterations", "metatrain_iterations"}))
+@pytest.mark.parametrize("name", sorted({*main.IDENTITY} - {"pretrain_iterations", "metatrain_iterations"}))
 def test_every_flag_tells_runs_apart(run, name):
     claim(run, FLAGS)
     run.save(line_model_at(100))
@@ -555,7 +559,7 @@ def test_a_disk_without_locks(run, monkeypatch, capsys):
 
 CONV = ("conv1", "conv2", "conv3", "conv4", "w5", "b5")
 VARIABLES = ("Variable", *(f"Variable_{i}" for i in range(1, 10)))
-# Our name -> the original's (SEMANTICS, sections 3 and 6).
+# Our name -> that of the original's released checkpoint.
 CONV_NAMES = {name: f"model/{name}" for name in CONV} | {f"b{i + 1}": f"model/{VARIABLES[i]}" for i in range(4)}
 FC_NAMES = {f"{'wb'[i % 2]}{i // 2 + 1}": f"model/{VARIABLES[i]}" for i in range(10)}
 LINE_NAMES = {"w1": "model/Variable", "b1": "model/Variable_1", "w2": "model/Variable_2", "b2": "model/Variable_3"}
@@ -642,7 +646,7 @@ ACCURACIES = np.array([[0.2, 0.4, 0.6], [0.2, 0.8, 1.0], [0.2, 0.6, 0.2], [0.2, 
 
 
 def test_the_originals_files(tmp_path):
-    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, (2,))
+    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, {}, (2,))
     header, *rows = csv.reader((tmp_path / "test_ubs1_stepsize0.4.csv").read_text().splitlines())
     assert header == ["update0", "update1", "update2"]
     means, stds, ci95 = np.array(rows, float)
@@ -656,7 +660,7 @@ def test_the_originals_files(tmp_path):
 
 
 def test_results_in_plain_words(tmp_path):
-    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, (1,))
+    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, {}, (1,))
     (entry,) = json.loads((tmp_path / "results.json").read_text())
     results = entry.pop("results")
     assert entry == ENTRY
@@ -672,7 +676,7 @@ def test_results_in_plain_words(tmp_path):
 def test_a_diverged_task_leaves_json_that_any_reader_takes(tmp_path):
     values = ACCURACIES.copy()
     values[0, 2] = np.inf
-    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", values, ENTRY, ())
+    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", values, ENTRY, {}, ())
     (entry,) = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert entry["results"][2]["mean"] is None
     assert entry["results"][2]["median"] == pytest.approx(0.9)
@@ -682,8 +686,8 @@ def test_a_diverged_task_leaves_json_that_any_reader_takes(tmp_path):
 def test_results_replace_their_own_entry_alone(tmp_path):
     others = [ENTRY | {"split": "val"}, ENTRY | {"checkpoint": "model999"}, ENTRY | {"support_examples_a_class_K": 5}]
     for entry in (others[0], ENTRY, *others[1:]):
-        runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, entry, ())
-    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES / 2, ENTRY, ())
+        runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, entry, {}, ())
+    runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES / 2, ENTRY, {}, ())
     found = json.loads((tmp_path / "results.json").read_text())
     assert [{name: entry[name] for name in ENTRY} for entry in found] == [*others, ENTRY]
     assert [entry["results"][2]["mean"] for entry in found] == pytest.approx([0.65, 0.65, 0.65, 0.325])
@@ -697,6 +701,27 @@ def test_results_replace_their_own_entry_alone(tmp_path):
 @pytest.mark.parametrize("damaged", ["", '[{"data_set"', '{"data_set": "omniglot"}', "[[1]]", "[" * 100_000])
 def test_damaged_results_are_not_overwritten(tmp_path, damaged):
     (tmp_path / "results.json").write_text(damaged)
-    with pytest.raises(InputError, match=r"results\.json is damaged .*: delete it, or give another --results_dir"):
-        runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, ())
+    with pytest.raises(InputError, match=r"results\.json is damaged .*: move it away, or give another --results_dir"):
+        runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, {}, ())
     assert (tmp_path / "results.json").read_text() == damaged
+    assert (tmp_path / "test_ubs1_stepsize0.4.csv").exists()  # the test was not in vain
+
+
+def test_what_more_training_changes_tells_no_entries_apart(tmp_path):
+    for best in (True, False):
+        known = {"best_on_validation": best}
+        runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, known, ())
+    (entry,) = json.loads((tmp_path / "results.json").read_text())
+    assert entry["best_on_validation"] is False
+
+
+def test_results_of_two_tests_at_once(tmp_path):
+    """Each process adds its entry to what the other wrote."""
+
+    def write(process):
+        for i in range(20):
+            runs.write_results(tmp_path, f"test{process}", ACCURACIES, ENTRY | {"task_seed": (process, i)}, {}, ())
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, range(2)))
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 40
