@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import unittest.mock
 from pathlib import Path
 
@@ -209,15 +210,19 @@ def test_published_model_tests_as_the_run(tmp_path):
     assert {step for tag, step in points if tag == "metatrain_Post-update_loss__step_1"} == {0, 1000, 2000}
 
 
+@pytest.fixture(scope="module")
+def real_omniglot(shared, tmp_path_factory) -> Path:
+    folder, archives = tmp_path_factory.mktemp("omniglot"), shared / "data" / "omniglot"
+    names = [archives / f"images_{part}.zip" for part in ("background", "evaluation")]
+    command = [sys.executable, ROOT / "data" / "omniglot_resized" / "resize_images.py", *names, "--out", folder]
+    subprocess.run(command, capture_output=True, check=True)
+    return folder
+
+
 @pytest.mark.parametrize("flags", PUBLISHED, ids=lambda path: path.parent.name)
-def test_published_models_give_their_results_again(flags, tmp_path):
+def test_published_models_give_their_results_again(flags, tmp_path, request):
     training = json.loads(flags.read_text())
-    if training["datasource"] != "sinusoid":
-        pytest.skip(f"it takes the images of {training['datasource']}")
-    entry = json.loads((flags.parent / "results.json").read_text())[-1]
     given = {name: value for name, value in training.items() if value is not None or name == "norm"} | {
-        "update_batch_size": entry["support_examples_a_class_K"],
-        "update_lr": entry["inner_step_size_alpha"],
         "train_update_batch_size": training["update_batch_size"],
         "train_update_lr": training["update_lr"],
         "train": False,
@@ -225,7 +230,15 @@ def test_published_models_give_their_results_again(flags, tmp_path):
         "logdir": flags.parents[1],
         "results_dir": tmp_path,
     }
-    run_main(*(f"--{name}={value}" for name, value in given.items()))
-    (again,) = json.loads((tmp_path / "results.json").read_text())
-    for column, published in zip(again["results"], entry["results"], strict=True):
-        assert column["mean"] == pytest.approx(published["mean"], rel=1e-3)
+    if training["datasource"] == "omniglot":
+        given["data_path"] = request.getfixturevalue("real_omniglot")
+    entries = json.loads((flags.parent / "results.json").read_text())
+    for entry in entries:
+        protocol = {
+            "update_batch_size": entry["support_examples_a_class_K"],
+            "update_lr": entry["inner_step_size_alpha"],
+        }
+        run_main(*(f"--{name}={value}" for name, value in (given | protocol).items()))
+    for again, entry in zip(json.loads((tmp_path / "results.json").read_text()), entries, strict=True):
+        for column, published in zip(again["results"], entry["results"], strict=True):
+            assert column["mean"] == pytest.approx(published["mean"], rel=1e-3)
