@@ -8,6 +8,7 @@ sinusoid_flags = --datasource=sinusoid --logdir=logs/sine/ --metatrain_iteration
 sinusoid_run = logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 
 published = logs/published/cls_5.mbs_25.ubs_10.numstep1
+published_omniglot = logs/published/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm
 
 .PHONY: help sinusoid figures test clean
 
@@ -29,7 +30,8 @@ figures: $(VENV)/installed-dev
 	  Pretrained=$(published).updatelr0.001nonorm.pretrain --update_lr=0.01 --task=10 --output=figures/sinusoid
 	$(VENV)/bin/python plot.py updates MAML=results/sinusoid_maml.json \
 	  Pretrained=results/sinusoid_pretrained.json --update_lr=0.001 --output=figures/sinusoid_updates
-	$(VENV)/bin/python plot.py training 'Sinusoid, 10-shot'=$(published).updatelr0.01nonorm --output=figures/training
+	$(VENV)/bin/python plot.py training 'Sinusoid, 10-shot'=$(published).updatelr0.01nonorm \
+	  'Omniglot, 5-way 1-shot'=$(published_omniglot) --output=figures/training
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m ruff check .
