@@ -108,7 +108,8 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None) ->
 
     # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
     tf1_names = _tf1_names(shapes, list(shapes), norms, norm_scopes=[0, *range(2, len(hidden) + 1)])
-    # On two cores, ms a step: the sinusoid's 1,761 weights 0.5 batched, 2.2 task by task; Omniglot's 246,597 17 and 13.
+    # All tasks in one operation, or task by task, in ms a step on two cores: the sinusoid's 1,761 weights 0.5 or 2.2,
+    # without XLA; Omniglot's 246,597 weights 17 or 13. The bound lies between.
     batched = sum(before * after for before, after in pairwise(widths)) < 10_000
     inner_apply = functools.partial(apply, product=special_grads.matmul) if batched else None
     return Network(init, apply, tuple(shapes), tf1_names, batched, inner_apply)
