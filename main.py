@@ -126,7 +126,7 @@ flags.DEFINE_float(
 flags.DEFINE_integer(
     "seed",
     0,
-    "Seed of the initial weights, the training tasks and the shuffle of --split.",
+    "Seed of the initial weights and the training tasks.",
 )
 flags.DEFINE_integer(
     "num_query",
@@ -144,7 +144,7 @@ flags.DEFINE_string(
     "split",
     None,
     "Classes in train, val and test, e.g. 64,16,20, where the images are in DIR/<class>/ and not in "
-    "DIR/{train,val,test}/<class>/; shuffled by --seed. With --test_datasource: of that data set.",
+    "DIR/{train,val,test}/<class>/; drawn at random but always the same. With --test_datasource: of that data set.",
 )
 flags.DEFINE_integer(
     "image_size",

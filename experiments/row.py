@@ -40,7 +40,7 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     entries = []
     for flags in tests:
         _main_program([*training, *flags, "--train=False", "--test_set=True"])
-        entries.append([one for one in json.loads(tested.read_text()) if one["run"] == run.folder.name][-1])
+        entries.append([one for one in json.loads(tested.read_text()) if one.get("run") == run.folder.name][-1])
     row = {
         "row": script.stem,
         "flags": json.loads((run.folder / "flags.json").read_text()),
