@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
     set_threads()
     dataset = run_data_set()
     identity = run_identity(dataset)
-    run = runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
+    run = _run_folder(identity)
     if FLAGS.train:
         maml = build(identity, dataset)
         with run.locked():
@@ -237,6 +237,16 @@ def set_threads() -> None:
     """Sets TensorFlow's threads, which it takes once, before it starts: a task a core."""
     tf.config.threading.set_intra_op_parallelism_threads(FLAGS["op_threads"].value)
     tf.config.threading.set_inter_op_parallelism_threads(_parallel_tasks())
+
+
+def run_of(arguments: list[str]) -> tuple[runs.Run, str | None]:
+    """The run that these flags name, and their --results_dir."""
+    FLAGS(["main.py", *arguments])
+    return _run_folder(run_identity(run_data_set())), FLAGS.results_dir
+
+
+def _run_folder(identity):
+    return runs.Run(Path(FLAGS.logdir) / runs.run_name(identity))
 
 
 def run_data_set() -> Dataset:

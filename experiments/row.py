@@ -27,23 +27,22 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import main
-import runs
 from utils import write_whole
 
 
 def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     """Does all of the above; returns the path of what it wrote. Ends the program where main.py fails or is stopped."""
     _main_program(training)
-    main.FLAGS(["main.py", *training])
-    run = runs.Run(Path(main.FLAGS.logdir) / runs.run_name(main.run_identity(main.run_data_set())))
-    tested = Path(main.FLAGS.results_dir or run.folder) / "results.json"
+    run, results_dir = main.run_of(training)
+    flags = json.loads((run.folder / "flags.json").read_text())
+    tested = Path(results_dir or run.folder) / "results.json"
     entries = []
-    for flags in tests:
-        _main_program([*training, *flags, "--train=False", "--test_set=True"])
+    for more in tests:
+        _main_program([*training, *more, "--train=False", "--test_set=True"])
         entries.append([one for one in json.loads(tested.read_text()) if one.get("run") == run.folder.name][-1])
     row = {
         "row": script.stem,
-        "flags": json.loads((run.folder / "flags.json").read_text()),
+        "flags": flags,
         "iterations": run.iterations()[-1] + 1,
         "hours": round(training_hours(run.folder), 4),
         "machine": machine(),
@@ -52,8 +51,8 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
         "date": datetime.date.today().isoformat(),
         "tests": entries,
     }
-    seed = f".seed{main.FLAGS.seed}" if main.FLAGS.seed else ""
-    path = Path(main.FLAGS.results_dir or ROOT / "results") / f"{script.stem}{seed}.json"
+    seed = f".seed{flags['seed']}" if flags["seed"] else ""
+    path = Path(results_dir or ROOT / "results") / f"{script.stem}{seed}.json"
     text = json.dumps(row, indent=1) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
     return path

@@ -741,6 +741,14 @@ def test_stop_before_the_first_step(uninterrupted, monkeypatch, tmp_path):
     assert scalars(only_run(tmp_path)) == scalars(uninterrupted.folder)
 
 
+def test_stop_before_the_only_step(monkeypatch, uncompiled, tmp_path):
+    """The last iteration is always saved, but not if it was not taken."""
+    signal_at(monkeypatch, 0, signal.SIGINT, when="flags")
+    stopped = start("--norm=None", "--metatrain_iterations=1", f"--logdir={tmp_path}")
+    assert "before the first step, nothing to save." in stopped.out
+    assert not list(only_run(tmp_path).glob("model*"))
+
+
 def test_stop_and_resume_on_images(omniglot_run, monkeypatch, tmp_path):
     flags = *omniglot_run.flags, f"--logdir={tmp_path}"
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 import main
 import plot
 from data_generator import DATASETS, SinusoidTasks
+from utils import InputError
 
 ROOT = Path(plot.__file__).parent
 RUN = ROOT / "logs" / "published" / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm"
@@ -79,6 +80,21 @@ def test_updates_figure_has_a_panel_for_each_shot():
     band = five.collections[0].get_paths()[0].vertices
     np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [0.27, 3.3])
     np.testing.assert_array_equal(lines(ten)["MAML"], [[0, 1, 2], [3, 0.4, 0.1]])
+
+
+def test_more_labels_than_colours_are_refused():
+    with pytest.raises(InputError, match="6 labels, but there are colours for 5"):
+        plot.updates_figure({str(i): [entry(5, "mean squared error", [3, 0.6])] for i in range(6)})
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [(["x.json"], "x.json has no label: write label=x.json"), (["a=x", "a=y"], "two of the labels are the same")],
+)
+def test_labels_tell_lines_apart(what, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "updates", *what, "--output", "figure")
+    assert message in capsys.readouterr().err
 
 
 def test_accuracies_are_shown_in_percent():
