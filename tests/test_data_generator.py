@@ -561,13 +561,6 @@ def error_of(folder: Path, images=TINY, splits=("test",), way=2, shot=1, query=1
 ROWS = {name: dataset.images for name, dataset in DATASETS.items() if dataset.images}
 
 
-def test_the_readme_shows_a_row_and_its_script_as_they_are():
-    diff = (ROOT / "README.md").read_text().split("### Extend\n")[1]
-    row, script = (re.findall(r"^    \+(?!\+)(.*)$", part, re.MULTILINE) for part in diff.split("--- /dev/null\n"))
-    assert row[0] in (ROOT / "data_generator.py").read_text().splitlines()
-    assert script == (ROOT / ROWS["fc100"].prepare).read_text().splitlines()
-
-
 @pytest.mark.parametrize("images", ROWS.values(), ids=ROWS.keys())
 def test_no_folder(tmp_path, images):
     for folder in (tmp_path / "nowhere", tmp_path / "file"):
