@@ -26,8 +26,10 @@ from PIL import Image
 from scipy import stats
 
 import data_generator
+import images
 import utils
-from data_generator import DATASETS, ROOT, SPLITS, Classes, ImageTasks, SinusoidTasks
+from data_generator import DATASETS, ImageTasks, SinusoidTasks
+from images import ROOT, SPLITS, Classes, load_splits
 from utils import InputError, Tasks
 
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
@@ -88,7 +90,7 @@ def numbered_tasks(counts, way, shot, query, names=None, images=OMNIGLOT) -> Ima
     pixels = np.stack(corners, 1).astype(np.uint8).reshape(-1, 2, 2, 1)
     names = names or [f"class{c:04}" for c in range(len(counts))]
     classes = Classes(names, np.cumsum(counts) - counts, counts, pixels)
-    with mock.patch.object(data_generator, "_load_splits", return_value=dict.fromkeys(SPLITS, classes)):
+    with mock.patch.object(data_generator, "load_splits", return_value=dict.fromkeys(SPLITS, classes)):
         return ImageTasks(images, Path("numbered"), SPLITS, way, shot, query)
 
 
@@ -625,7 +627,7 @@ def test_truncated_image_is_never_taken_for_a_whole_one(tmp_path, ending):
     for length in range(len(content)):
         file.write_bytes(content[:length])
         try:
-            pixels = data_generator._image(file, images)
+            pixels = images.read_image(file, images)
         except InputError as error:
             refused += 1
             assert f"cannot read image {file} of class a:" in str(error)
@@ -700,15 +702,15 @@ def test_kinds_of_images(tmp_path, ending, image, options, colours):
     file = tmp_path / f"image.{ending}"
     image.save(file, **options)
     shape = OWN._replace(size=(2, 2 * len(colours)))
-    np.testing.assert_array_equal(data_generator._image(file, shape), np.asarray(squares(*colours)))
-    grey = data_generator._image(file, shape._replace(channels=1))
+    np.testing.assert_array_equal(images.read_image(file, shape), np.asarray(squares(*colours)))
+    grey = images.read_image(file, shape._replace(channels=1))
     np.testing.assert_array_equal(grey[:, :, 0], squares(*colours, mode="L"))
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bits(tmp_path, ending):
     SIXTEEN_BITS.save(tmp_path / f"image.{ending}")
-    grey = data_generator._image(tmp_path / f"image.{ending}", OWN._replace(size=(1, 4), channels=1))
+    grey = images.read_image(tmp_path / f"image.{ending}", OWN._replace(size=(1, 4), channels=1))
     assert list(grey.ravel()) == [0, 1, 127, 255]
 
 
@@ -891,7 +893,7 @@ def test_split_is_always_the_same_shuffle(letters):
 
     def names(*sizes):
         images = OWN._replace(split_sizes=sizes)
-        classes = data_generator._load_splits(images, letters, SPLITS)
+        classes = load_splits(images, letters, SPLITS)
         return ["".join(classes[split].names) for split in SPLITS]
 
     assert names(6, 2, 2) == ["dfghij", "ae", "bc"]
