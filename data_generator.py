@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from images import SPLITS, Images, load_splits
+from images import SPLITS, Classes, Images, load_splits
 from utils import Tasks
 
 
@@ -118,16 +118,24 @@ class SinusoidTasks:
 
 
 class ImageTasks:
-    """N-way K-shot classification tasks of the images in a folder (paper section 5.2).
+    """N-way K-shot classification tasks of images (paper section 5.2)."""
 
-    Raises InputError where the folder, a split, a class or an image is not as `images` says, before anything is drawn.
-    """
+    def __init__(self, images: Images, classes: dict[str, Classes], way: int, shot: int, query: int):
+        """Takes the classes of every split that tasks will be drawn from."""
+        self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
 
-    def __init__(self, images: Images, folder: Path, splits: tuple[str, ...], way: int, shot: int, query: int):
-        self.images, self.way, self.shot, self.query = images, way, shot, query
-        self.classes = load_splits(images, folder, splits)
-        for split, classes in self.classes.items():
-            classes.check(split, folder, way, shot + query)
+    @classmethod
+    def from_folder(
+        cls, images: Images, folder: Path, splits: tuple[str, ...], way: int, shot: int, query: int
+    ) -> "ImageTasks":
+        """Reads the images of a folder.
+
+        Raises InputError where the folder, a split, a class or an image is not as `images` says.
+        """
+        classes = load_splits(images, folder, splits)
+        for split in splits:
+            classes[split].check(split, folder, way, shot + query)
+        return cls(images, classes, way, shot, query)
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
         """Tasks first .. first + count - 1 of a split's stream, as NumPy arrays.

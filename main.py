@@ -357,7 +357,7 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, trainin
         return SinusoidTasks(recipe.shot, query, oracle=recipe.baseline == "oracle")
     images = dataset.images._replace(skip_broken=FLAGS.skip_broken)
     folder = ROOT / images.folder
-    data = ImageTasks(images, folder, splits, recipe.way, recipe.shot, query)
+    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query)
     found = "; ".join(
         f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
         for split, classes in data.classes.items()

@@ -99,6 +99,10 @@ def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
     """
     if len(tests) > len(LINES):
         raise InputError(f"{len(tests)} labels, but there are colours for {len(LINES)}: give fewer")
+    metrics = {label: {test["metric"] for test in entries} for label, entries in tests.items()}
+    if len(set().union(*metrics.values())) > 1:
+        listed = "; ".join(f"{label}: {', '.join(sorted(found))}" for label, found in metrics.items())
+        raise InputError(f"an error and an accuracy do not share an axis ({listed}): draw a figure of each")
     shots = sorted({test["support_examples_a_class_K"] for entries in tests.values() for test in entries})
     figure = Figure(figsize=(0.8 + 3.2 * len(shots), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shots), squeeze=False, sharey=True)[0]

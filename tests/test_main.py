@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import functools
 import io
 import json
@@ -28,6 +29,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 import main
 import networks
 import runs
+import train
 from data_generator import DATASETS, ImageTasks, SinusoidTasks
 from evaluate import Protocol
 from events import Events
@@ -422,7 +424,9 @@ def test_the_norm_of_the_meta_gradient(uninterrupted):
 def evaluated(run: Finished, model: str, split: str, shot: int, inner_lr: float, count: int, steps: int) -> Curve:
     """What main has to find on tasks 0 .. count - 1 of the small Omniglot, put together by hand."""
     (folder,) = (Path(flag.split("=")[1]) for flag in run.flags if flag.startswith("--data_path="))
-    tasks = ImageTasks(DATASETS["omniglot"].images, folder, (split,), 5, shot, shot).draw(0, split, 0, count)
+    tasks = ImageTasks.from_folder(DATASETS["omniglot"].images, folder, (split,), 5, shot, shot).draw(
+        0, split, 0, count
+    )
     return evaluated_on(tasks, run, model, shot, inner_lr, steps)
 
 
@@ -490,6 +494,39 @@ def test_two_models_in_one_results_dir(sinusoid_run, uninterrupted, few_test_tas
     assert [entry["run"] for entry in entries] == [uninterrupted.folder.name, sinusoid_run.folder.name]
 
 
+def test_two_models_of_own_images_tested_on_other_ones(own_run, miniimagenet_like, few_test_tasks, tmp_path):
+    """Their run folders have one name; each test has its entry and its files."""
+    moved = shutil.copytree(miniimagenet_like, tmp_path / "moved")
+    other = finished(tmp_path / "logs", *own_run.flags[1:], f"--data_path={moved}")
+    assert other.folder.name == own_run.folder.name
+    for one in (own_run, other, own_run):
+        tested = (
+            "--test_datasource=cub",
+            f"--test_data_path={miniimagenet_like}",
+            f"--results_dir={tmp_path / 'results'}",
+        )
+        run(*one.flags, "--train=False", "--test_set=True", *tested)
+    entries = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert [entry["trained_on_folder"] for entry in entries] == [str(moved), str(miniimagenet_like)]
+    assert len(list((tmp_path / "results").glob("test_ubs1_stepsize0.01_cub_trained-*.csv"))) == 2
+
+
+def test_a_test_prints_one_table(omniglot_run, own_run, few_test_tasks, tmp_path):
+    """A line for every update, beside the original's line; the paper's column only where the paper has the data."""
+    flags = "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
+    printed = run(*omniglot_run.flags, *flags)
+    rows = re.findall(r"^ +(\d+) +(\S+) \+- +(\S+) +(\S+) +(query|support) set", printed, re.MULTILINE)
+    _, (means, _, ci95) = read_csv(tmp_path / "test_ubs1_stepsize0.4.csv")
+    median = np.median(read_pickle(tmp_path / "test_ubs1_stepsize0.4.pkl"), 0)
+    assert [int(row[0]) for row in rows] == list(range(11))
+    np.testing.assert_allclose(np.array(rows)[:, 1:4].astype(float).T, [means, ci95, median], rtol=1e-2, atol=1e-4)
+    assert "The paper's column, update3: accuracy" in printed
+    assert "The paper's column" not in run(*own_run.flags, *flags)
+    own_images = own_run.flags[2].removeprefix("--data_path=")
+    cross = "--test_datasource=miniimagenet", f"--test_data_path={own_images}"
+    assert "The paper's column" not in run(*omniglot_run.flags, *flags, *cross)
+
+
 def test_other_tasks_at_test(omniglot_run, miniimagenet_like, tmp_path):
     """An Omniglot model on photographs, which are read as its own images: 28x28, grey and inverted.
 
@@ -509,7 +546,7 @@ def test_other_tasks_at_test(omniglot_run, miniimagenet_like, tmp_path):
     assert written[0] != written[1]
 
     images = DATASETS["folder"].images._replace(size=(28, 28), channels=1, invert=True, split_sizes=(0, 0, 6))
-    tasks = ImageTasks(images, tmp_path / "a" / "images", ("test",), 5, 1, 2).draw(3, "test", 0, 6)
+    tasks = ImageTasks.from_folder(images, tmp_path / "a" / "images", ("test",), 5, 1, 2).draw(3, "test", 0, 6)
     curve = evaluated_on(tasks, omniglot_run, "model509", shot=1, inner_lr=0.4, steps=10)
     np.testing.assert_allclose(read_pickle(Path(f"{written[0]}.pkl")), curve.accuracies, atol=1e-6)
     entries = json.loads((tmp_path / "results" / "results.json").read_text())
@@ -530,7 +567,7 @@ def test_omniglot_tasks_for_a_model_of_photographs(omniglot, own_run, few_test_t
     network = networks.conv4((16, 16), 3, 5, 4, max_pool=True, norm="batch_norm", mean_head=False)
     maml = MAML(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.01, inner_steps=1)
     runs.Run(own_run.folder).restore(maml, str(own_run.folder / "model0"))
-    tasks = ImageTasks(images, omniglot, ("val",), 5, 1, 1).draw(0, "val", 0, 4)
+    tasks = ImageTasks.from_folder(images, omniglot, ("val",), 5, 1, 1).draw(0, "val", 0, 4)
     found = read_pickle(own_run.folder / "val_ubs1_stepsize0.01_omniglot.pkl")
     np.testing.assert_allclose(found, maml.evaluate(tasks, 10).accuracies, atol=1e-6)
 
@@ -574,7 +611,9 @@ def test_the_released_model(shared, miniimagenet_like, few_test_tasks, tmp_path)
     network = networks.conv4((84, 84), 3, 5, 32, norm="batch_norm", max_pool=True, mean_head=False)
     maml = MAML(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.01, inner_steps=5)
     runs.Run(only_run(models)).restore(maml, str(only_run(models) / "model59000"))
-    tasks = ImageTasks(DATASETS["miniimagenet"].images, miniimagenet_like, ("val",), 5, 1, 1).draw(0, "val", 0, 4)
+    tasks = ImageTasks.from_folder(DATASETS["miniimagenet"].images, miniimagenet_like, ("val",), 5, 1, 1).draw(
+        0, "val", 0, 4
+    )
     means = [column["mean"] for column in entry["results"]]
     np.testing.assert_allclose(means, np.mean(maml.evaluate(tasks, 10).accuracies, 0), rtol=1e-6)
 
@@ -784,6 +823,40 @@ def test_stop_in_a_validation(omniglot_run, monkeypatch, tmp_path):
     assert scalars(only_run(tmp_path)) == scalars(omniglot_run.folder)
 
 
+def test_a_validation_made_up_for_stands_once_in_the_events(small, monkeypatch, tmp_path):
+    """Stopped in a validation that finds no new best; made up for and killed; and gone on with: one point, not two."""
+    monkeypatch.setattr(train, "VALIDATION_INTERVAL", 10)
+    flags = *small, "--metatrain_iterations=40", f"--logdir={tmp_path}"
+
+    def draw(data, seed, split, first, count, draw=ImageTasks.draw):
+        if split == "val" and signals:
+            signal.raise_signal(signals.pop())
+        return draw(data, seed, split, first, count)
+
+    validated = []
+
+    def then(validation, iteration, accuracy, tasks, then=runs.Validation.then):
+        validated.append(iteration)
+        return then(validation, iteration, 0.5, tasks)  # so the first is the best, and stays it
+
+    monkeypatch.setattr(ImageTasks, "draw", draw)
+    monkeypatch.setattr(runs.Validation, "then", then)
+    signals = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SUMMARY_INTERVAL", 20)
+        signal_at(patch, 20, signal.SIGTERM)
+        saved_by(signal.SIGTERM, start(*flags))  # at 20, and then the validation of 20 is asked to stop at once
+    assert validated == [10]
+    with monkeypatch.context() as patch:
+        patch.setattr(Events, "flush", lambda events: events.writer.flush() or sys.exit(9))  # as killed before it saves
+        assert start(*flags).code == 9
+    assert validated == [10, 20]
+    run(*flags)
+    assert validated == [10, 20, 20, 30]
+    points = scalars(only_run(tmp_path))["metaval_Post-update_accuracy__step_1"]
+    assert [step for step, _ in points] == [10, 20, 30]
+
+
 def test_a_second_ctrl_c_ends_at_once(monkeypatch, tmp_path):
     signal_at(monkeypatch, 100, signal.SIGINT, signal.SIGINT)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -900,6 +973,26 @@ def test_a_summary_is_of_the_tasks_at_hand(uninterrupted, iteration, updates):
     points = {tag: dict(points) for tag, points in scalars(uninterrupted.folder).items()}
     found = {tag: points[tag][iteration] for tag in points if "update_loss" in tag and iteration in points[tag]}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_threads_reach_tensorflow(tmp_path):
+    """In a process of its own, as TensorFlow takes them once."""
+    program = (
+        "import sys, main, tensorflow as tf\n"
+        "main.FLAGS(sys.argv)\n"
+        "main.start_devices()\n"
+        "threading = tf.config.threading\n"
+        "print(threading.get_inter_op_parallelism_threads(), threading.get_intra_op_parallelism_threads(),\n"
+        "      main.build(main.recipe_of(main.FLAGS)).parallel_tasks)\n"
+    )
+    ended = end(spawn("-c", program, "--threads=3", "--op_threads=2", cwd=PROGRAM.parent))
+    assert ended.out.split() == ["3", "2", "3"]
+
+
+def test_threads_change_no_number(small, tmp_path):
+    """Tasks side by side are computed as one after the other. (--op_threads does change numbers, and says so.)"""
+    folders = [finished(tmp_path / n, *small, "--metatrain_iterations=3", f"--threads={n}").folder for n in "14"]
+    assert_same_ending(*folders)
 
 
 def test_training_is_the_same_every_time(three_steps, uncompiled, tmp_path):
@@ -1220,6 +1313,43 @@ class Stranger:
 
     def __reduce__(self):
         return os.mkdir, (str(self.folder),)
+
+
+def test_a_system_without_file_locks(tmp_path):
+    """As Windows, whose Python has no fcntl: training and testing work, and say that nothing is locked."""
+    program = "import sys\nsys.modules['fcntl'] = None\nimport main\nmain.run(main.parse(sys.argv))"
+    flags = "--metatrain_iterations=0", f"--logdir={tmp_path}"
+    ended = end(spawn("-c", program, *flags, cwd=PROGRAM.parent))
+    assert (ended.code, ended.err) == (0, "")
+    assert "cannot be locked (this system has no file locks)" in ended.out
+
+
+@pytest.mark.parametrize(("error", "one_line"), [(errno.ENOSPC, True), (errno.EACCES, True), (errno.ENOENT, False)])
+def test_only_what_the_user_can_mend_is_one_line(monkeypatch, error, one_line):
+    """A fault of the program itself has its traceback, also where it is an OSError."""
+
+    def main_(argv):
+        raise OSError(error, os.strerror(error), "somewhere")
+
+    monkeypatch.setattr(main, "main", main_)
+    if one_line:
+        assert "somewhere" in refusal()
+    else:
+        with pytest.raises(OSError, match="somewhere"):
+            start()
+
+
+def test_events_are_written_before_the_checkpoint_that_counts_on_them(monkeypatch, uncompiled, tmp_path):
+    """A run that goes on from a checkpoint does not write the events before it again."""
+    kept = {}
+
+    def save(run, model, save=runs.Run.save):
+        kept[int(model.step)] = [step for step, _ in scalars(run.folder).get("metatrain_Pre-update_loss", [])]
+        return save(run, model)
+
+    monkeypatch.setattr(runs.Run, "save", save)
+    run("--metatrain_iterations=202", "--save_interval=100", f"--logdir={tmp_path}")
+    assert kept == {101: [0, 100], 201: [0, 100, 200], 202: [0, 100, 200]}
 
 
 def test_a_strangers_files_run_no_code(held, few_test_tasks, tmp_path):

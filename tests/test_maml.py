@@ -11,7 +11,7 @@ from data_generator import SinusoidTasks
 from maml import MAML, Adam
 from tests import reference
 from tests.test_oracle import meta_gradient
-from utils import Network, Tasks, accuracy, mse, statistics, xent
+from utils import InputError, Network, Tasks, accuracy, mse, statistics, xent
 
 LINE = Network(  # y = w x, one weight
     init=lambda seed: {"w": tf.constant(1.5)},
@@ -210,6 +210,31 @@ def test_one_compiled_program_takes_the_same_steps(pretrain):
     assert compiled.many_steps.experimental_get_tracing_count() == 1
     for name, weight in single.weights.items():
         np.testing.assert_allclose(compiled.weights[name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_model_lives_through_an_expression():
+    """tf.function as a decorator holds its object weakly, and this would fail."""
+    network = networks.conv4((16, 16), 1, 3, 4, max_pool=False, norm="batch_norm", mean_head=True)
+    loss, _ = MAML(network, functools.partial(xent, shot=1), inner_lr=0.4, inner_steps=1).train_step(SMALL())
+    assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("support_x", lambda x: x.astype(np.float64), "support_x is float64, but the weights are float32"),
+        ("query_x", lambda x: (255 * x).astype(np.uint8), "query_x is uint8, but the weights are float32"),
+        ("query_y", lambda y: y.argmax(-1), "query_y is int64, but the weights are float32"),
+        ("support_y", lambda y: y.argmax(-1).astype(np.float32), r"support_y has the shape \[4, 3\].* one-hot"),
+        ("support_x", lambda x: x[0], "query_x has the shape|support_x has the shape"),
+    ],
+)
+def test_tasks_of_a_wrong_kind_are_named(part, change, message):
+    tasks = SMALL()
+    tasks = tasks._replace(**{part: change(getattr(tasks, part))})
+    for step in (small_maml().train_step, functools.partial(small_maml().evaluate, steps=1)):
+        with pytest.raises(InputError, match=message):
+            step(tasks)
 
 
 def test_a_graph_is_traced_once():

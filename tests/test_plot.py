@@ -87,6 +87,12 @@ def test_more_labels_than_colours_are_refused():
         plot.updates_figure({str(i): [entry(5, "mean squared error", [3, 0.6])] for i in range(6)})
 
 
+def test_an_error_and_an_accuracy_do_not_share_an_axis():
+    tests = {"Sine": [entry(5, "mean squared error", [3, 0.6])], "Omniglot": [entry(5, "accuracy", [0.2, 0.9])]}
+    with pytest.raises(InputError, match="Sine: mean squared error; Omniglot: accuracy"):
+        plot.updates_figure(tests)
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [(["x.json"], "x.json has no label: write label=x.json"), (["a=x", "a=y"], "two of the labels are the same")],
