@@ -40,6 +40,7 @@ docs:
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m tach check
 	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 # The stamps are written last, so that an environment whose installation was cut short is made again from nothing.

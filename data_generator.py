@@ -5,62 +5,30 @@ and split choose the stream, the task number the stretch. So the size of the met
 pieces agree by construction, on any machine.
 """
 
-import functools
-import hashlib
-import json
-import math
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from utils import InputError, Tasks, write_whole
-
-ROOT = Path(__file__).resolve().parent
-SPLITS = ("train", "val", "test")  # a split's place is part of the key of its random stream
-CACHE_FORMAT = 2
-DECODED_AT_ONCE = 1000  # images: what the threads may be ahead of the file that is written
-
-
-class Images(NamedTuple):
-    """What an image data set has on disk and how its tasks are made of it."""
-
-    folder: str | None  # below the project's root, or absolute; None: --data_path says where
-    prepare: str  # the script, or the page, that says how the folder is filled
-    size: tuple[int, int]  # height, width in pixels
-    channels: int  # 1 grey, 3 red, green, blue
-    rotations: bool  # a class in a task is a class on disk turned by 0, 90, 180 or 270 degrees
-    invert: bool  # pixel = 1 - u8 / 255 (ink is 1), else u8 / 255
-    train_query: int | None  # query images a class in training and its validation; None: as many as support
-    mean_head: bool  # the network's last layer sees the mean over height and width (networks.conv4)
-    split_list: str | None  # data/splits/<name>: the classes of each split; None: folders train, val, test
-    any_size: bool = False  # images of another size are resized, else refused
-    split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, of a folder without those folders
-    skip_broken: bool = False  # images that cannot be read are left out, else refused
+from images import SPLITS, Classes, Images, load_splits
+from utils import Tasks
 
 
 class Dataset(NamedTuple):
-    """One row: a data set with the values that the paper and the original's code use for it."""
+    """One data set, with the values that the paper and the original's code use for it."""
 
-    defaults: dict[str, Any]  # flag -> value, where the flag is not given and the original's default is not meant
-    hidden: tuple[int, ...]  # widths of the fully connected network
+    defaults: dict[str, Any]  # field of a Recipe -> value, where it is not the original's default
+    network: str  # of networks.NETWORKS
     clip: float | None  # bound on each element of the meta-gradient
     curve_steps: int  # updates at least in a summary of the whole curve, in training (the original's test_num_updates)
-    paper_updates: dict[int, tuple[int, ...]]  # way -> updates at test behind the paper's numbers
+    paper_updates: dict[int, tuple[int, ...]]  # way -> updates at test behind published numbers; empty: there are none
     images: Images | None  # None: the sinusoid
 
 
 # Paper section 5.2 and appendix A.1. The original's defaults are the sinusoid's; its documented commands say the rest.
 MINIIMAGENET = Dataset(
     defaults={},
-    hidden=(256, 128, 64, 64),
+    network="miniimagenet",
     clip=10.0,
     curve_steps=1,
     paper_updates={5: (10,)},
@@ -72,24 +40,29 @@ MINIIMAGENET = Dataset(
         rotations=False,
         invert=False,
         train_query=15,
-        mean_head=False,
         split_list=None,
     ),
 )
 
 
-def _photographs(folder: str | None, prepare: str, size: int = 84, any_size: bool = False) -> Dataset:
-    """A row of square RGB photographs: MiniImagenet's recipe, with the flags of its documented commands as defaults."""
+def _photographs(
+    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False
+) -> Dataset:
+    """Describes square RGB photographs for MiniImagenet's recipe, with the values of its documented commands.
+
+    published: papers report MAML on this data set by the same protocol.
+    """
     images = MINIIMAGENET.images._replace(folder=folder, prepare=prepare, size=(size, size), any_size=any_size)
-    defaults = {"meta_batch_size": 4, "update_lr": 0.01, "num_updates": 5, "num_filters": 32, "max_pool": True}
-    return MINIIMAGENET._replace(defaults=defaults, images=images)
+    defaults = {"meta_batch": 4, "inner_lr": 0.01, "inner_steps": 5, "filters": 32, "max_pool": True}
+    paper_updates = MINIIMAGENET.paper_updates if published else {}
+    return MINIIMAGENET._replace(defaults=defaults, images=images, paper_updates=paper_updates)
 
 
 DATASETS = {
     # Paper section 5.1. The original's default norm crashes here; its documented commands say --norm=None.
     "sinusoid": Dataset(
-        defaults={"norm": "None"},
-        hidden=(40, 40),
+        defaults={"norm": None},
+        network="sinusoid",
         clip=None,
         curve_steps=5,
         paper_updates={5: (1, 5, 10)},
@@ -98,7 +71,7 @@ DATASETS = {
     # Paper section 5.2 and appendix A.1.
     "omniglot": Dataset(
         defaults={},
-        hidden=(256, 128, 64, 64),
+        network="omniglot",
         clip=None,
         curve_steps=10,
         paper_updates={5: (3,), 20: (5,)},
@@ -110,13 +83,12 @@ DATASETS = {
             rotations=True,
             invert=True,
             train_query=None,
-            mean_head=True,
             split_list="omniglot.json",
         ),
     ),
     "miniimagenet": MINIIMAGENET,
-    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32),
-    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32),
+    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True),
+    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True),
     "cub": _photographs("data/cub", "data/cub/prepare.py"),
     "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py"),
     "folder": _photographs(None, "README.md (Your own images)", any_size=True),
@@ -146,16 +118,24 @@ class SinusoidTasks:
 
 
 class ImageTasks:
-    """N-way K-shot classification tasks of the images in a folder (paper section 5.2).
+    """N-way K-shot classification tasks of images (paper section 5.2)."""
 
-    Raises InputError where the folder, a split, a class or an image is not as `images` says, before anything is drawn.
-    """
+    def __init__(self, images: Images, classes: dict[str, Classes], way: int, shot: int, query: int):
+        """Takes the classes of every split that tasks will be drawn from."""
+        self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
 
-    def __init__(self, images: Images, folder: Path, splits: tuple[str, ...], way: int, shot: int, query: int):
-        self.images, self.way, self.shot, self.query = images, way, shot, query
-        self.classes = _load_splits(images, folder, splits)
-        for split, classes in self.classes.items():
-            classes.check(split, folder, way, shot + query)
+    @classmethod
+    def from_folder(
+        cls, images: Images, folder: Path, splits: tuple[str, ...], way: int, shot: int, query: int
+    ) -> "ImageTasks":
+        """Reads the images of a folder.
+
+        Raises InputError where the folder, a split, a class or an image is not as `images` says.
+        """
+        classes = load_splits(images, folder, splits)
+        for split in splits:
+            classes[split].check(split, folder, way, shot + query)
+        return cls(images, classes, way, shot, query)
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
         """Tasks first .. first + count - 1 of a split's stream, as NumPy arrays.
@@ -213,292 +193,3 @@ def _without_replacement(words: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         j = i + (words[:, i] % (sizes - i).astype(np.uint64)).astype(np.int64)
         pool[row, i], pool[row, j] = pool[row, j], pool[row, i]
     return pool[:, :k]
-
-
-class Classes(NamedTuple):
-    """The classes of one split, in order of their names: class c is pixels[starts[c] : starts[c] + counts[c]]."""
-
-    names: list[str]
-    starts: np.ndarray  # [classes]
-    counts: np.ndarray  # [classes]
-    pixels: np.ndarray  # uint8 [images, height, width, channels], shared by the splits of one folder
-
-    def check(self, split: str, folder: Path, way: int, examples: int) -> None:
-        """Raises InputError where an N-way task of K + Q = `examples` images a class cannot be drawn."""
-        if len(self.names) < way:
-            raise InputError(
-                f"--num_classes={way}, but the {split} split of {folder} has {len(self.names)} classes: "
-                "lower it, or add classes"
-            )
-        smallest = int(np.argmin(self.counts))
-        if self.counts[smallest] < examples:
-            raise InputError(
-                f"class {self.names[smallest]} ({split}) in {folder} has {self.counts[smallest]} images, but a task "
-                f"takes {examples} of each class (support and query): add images, remove that class, or lower "
-                "--update_batch_size or --num_query"
-            )
-
-    def named(self, names: list[str]) -> "Classes":
-        """These classes alone, in order of their names."""
-        chosen = set(names)
-        index = [i for i, name in enumerate(self.names) if name in chosen]
-        return Classes([self.names[i] for i in index], self.starts[index], self.counts[index], self.pixels)
-
-
-def _load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[str, Classes]:
-    if not os.path.isdir(folder):
-        raise InputError(
-            f"no data folder {folder}: prepare it as {images.prepare} says, or name another with --data_path"
-            " (--test_data_path for --test_datasource)"
-        )
-    if images.split_sizes is None and images.split_list is None:
-        return {split: _load_classes(images, folder, split) for split in splits}
-    if images.split_sizes and (images.split_list or any(os.path.isdir(folder / split) for split in SPLITS)):
-        raise InputError(
-            f"--split={_listed(images.split_sizes)} is for class folders that are not split yet, but {folder} has "
-            f"{'a published split' if images.split_list else 'the folders train, val or test'}: leave --split out"
-        )
-    classes = _load_classes(images, folder, ".")
-    if images.split_sizes:
-        if sum(images.split_sizes) != len(classes.names):
-            raise InputError(
-                f"--split={_listed(images.split_sizes)} is {sum(images.split_sizes)} classes, but {folder} has "
-                f"{len(classes.names)}: give three numbers of that sum"
-            )
-        named = _cut(classes.names, images.split_sizes)
-    else:
-        named = _published_splits(classes.names, ROOT / "data" / "splits" / images.split_list, folder)
-    return {split: classes.named(named[split]) for split in splits}
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ",".join(map(str, numbers))
-
-
-def _cut(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:
-    """The sorted names, shuffled and cut into splits (the original's data_generator.py, and its seed).
-
-    Always in the same way: runs of other seeds are tested on the same classes.
-    """
-    shuffled = sorted(names)
-    Random(1).shuffle(shuffled)
-    train, val, _ = sizes
-    return {"train": shuffled[:train], "val": shuffled[train : train + val], "test": shuffled[train + val :]}
-
-
-def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[str, list[str]]:
-    """Which class belongs to which split; another set of classes than the published one is said aloud."""
-    published = json.loads(split_list.read_text())
-    published = {split: published[split] for split in SPLITS}
-    known = set().union(*published.values())
-    if set(names) == known:
-        return published
-    if set(names) <= known:
-        print(
-            f"{folder} has {len(names):,} of the {len(known):,} published classes: each stays in its published split."
-        )
-        return published
-    # The published list is itself cut by this rule.
-    train, val = (round(len(names) * len(published[split]) / len(known)) for split in ("train", "val"))
-    sizes = (train, val, len(names) - train - val)
-    shown = "/".join(map(str, sizes))
-    print(f"{folder} has {len(names):,} classes, not the {len(known):,} published: split {shown} by a seed-1 shuffle.")
-    return _cut(names, sizes)
-
-
-def _load_classes(images: Images, folder: Path, split: str) -> Classes:
-    """The class folders below folder/split ('.': the folder itself), decoded once and kept in folder/.cache."""
-    root = os.path.normpath(folder / split)
-    files = dict(_class_folders(root)) if os.path.isdir(root) else {}
-    if not any(files.values()):
-        raise InputError(
-            f"no images in {root}: expected class folders of images there, as {images.prepare} says"
-            + ("" if images.split_list or split == "." else f"; if they lie directly in {folder}, give --split")
-        )
-    names = sorted(files)  # Differs: the original takes the disk's order, and its split and tasks with it
-    paths = [f"{name}/{file}" for name in names for file in files[name]]
-    pixels, broken = _cached(images, folder, root, paths, "all" if split == "." else split)
-    if broken:
-        shown = ", ".join(broken[:10]) + (f" and {len(broken) - 10:,} more" if len(broken) > 10 else "")
-        shown = shown.encode(errors="replace").decode()  # a name may be no text
-        print(f"Left out of {root}, {len(broken):,} of {len(paths):,} images, which cannot be read: {shown}")
-    left_out = Counter(path.rpartition("/")[0] for path in broken)
-    counts = np.array([len(files[name]) - left_out[name] for name in names])
-    return Classes(names, np.cumsum(counts) - counts, counts, pixels)
-
-
-def _class_folders(root: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, sorted file names of its images) of every class folder below `root`; hidden ones are passed over.
-
-    A class folder holds images, or nothing at all: that its class is too small is told later.
-    """
-    pending = [(root, "", frozenset())]
-    while pending:
-        folder, name, above = pending.pop()
-        real = os.path.realpath(folder)
-        if real in above:
-            raise InputError(f"{folder} is a link to {real}, a folder above it: remove it")
-        try:
-            entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
-            folders = [entry for entry in entries if entry.is_dir()]
-            files = sorted(entry.name for entry in entries if _is_image(entry))
-        except OSError as error:
-            raise InputError(
-                f"cannot read {error.filename} ({error.strerror}): make it readable, or remove it"
-            ) from error
-        if name and (files or not folders):
-            yield name, files
-        pending += [(entry.path, f"{name}/{entry.name}".lstrip("/"), above | {real}) for entry in folders]
-
-
-def _is_image(entry: os.DirEntry) -> bool:
-    """By its name; a link that leads nowhere counts, so that it is told where images are read."""
-    ending = os.path.splitext(entry.name)[1].lower()
-    return ending in _endings() and (entry.is_file() or not os.path.exists(entry.path))
-
-
-@functools.cache
-def _formats() -> list[str]:
-    """The image formats that Pillow reads by itself: not EPS, for which it would start another program."""
-    Image.init()
-    return [format for format in Image.OPEN if Image.MIME.get(format, "").startswith("image/")]
-
-
-@functools.cache
-def _endings() -> frozenset[str]:
-    formats = _formats()
-    return frozenset(ending for ending, format in Image.registered_extensions().items() if format in formats)
-
-
-def _cached(images: Images, folder: Path, root: str, paths: list[str], name: str) -> tuple[np.ndarray, list[str]]:
-    """Pixels of root/path for all paths, from folder/.cache where they are still true, else decoded.
-
-    Returns uint8 [paths, height, width, channels], mapped from the disk where it can be written, and the paths that
-    cannot be read. Their rows are missing; the rest has moved up, and the last rows mean nothing.
-    """
-    cache = folder / ".cache"
-    if images.any_size:
-        name += "_{}x{}x{}".format(*images.size, images.channels)
-    array_file, index_file = cache / f"{name}.npy", cache / f"{name}.json"
-    shape = (len(paths), *images.size, images.channels)
-    index = {"format": CACHE_FORMAT, "shape": list(shape), "files": _digest(root, paths)}
-
-    try:
-        kept = json.loads(index_file.read_text())
-        broken = kept.pop("broken")
-        if kept == index and (images.skip_broken or not broken):
-            return _mapped(array_file, shape), broken
-    except Exception:  # no cache yet, or a damaged one, which raises nearly every kind there is: it is made anew
-        pass
-
-    try:
-        cache.mkdir(exist_ok=True)
-        broken = []
-
-        def decode(file):
-            _write_array(file, images, root, paths, shape, broken)
-            index_file.unlink(missing_ok=True)  # never an index beside an array that it does not describe
-
-        write_whole(array_file, decode)
-        record = json.dumps(index | {"broken": broken})
-        write_whole(index_file, lambda file: file.write(record.encode()))
-        return _mapped(array_file, shape), broken
-    except OSError as error:
-        _tell_once(f"The image cache {cache} cannot be written ({error.strerror or error})")
-    pixels = np.zeros(shape, np.uint8)
-    row = iter(pixels)
-    return pixels, _decode(images, root, paths, lambda image: np.copyto(next(row), image))
-
-
-def _digest(root, paths):
-    """Of the names, sizes and times of all files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            status = os.stat(f"{root}/{path}")
-            digest.update(b"%s %d %d\n" % (os.fsencode(path), status.st_size, status.st_mtime_ns))
-        except OSError:  # told where it is decoded
-            digest.update(b"%s\n" % os.fsencode(path))
-    return digest.hexdigest()
-
-
-def _mapped(file, shape):
-    pixels = np.load(file, mmap_mode="r", allow_pickle=False)
-    if pixels.shape != shape or pixels.dtype != np.uint8:
-        raise ValueError(f"{file} is another array")
-    return pixels
-
-
-@functools.cache
-def _tell_once(reason):
-    """One line, though each split has an array of its own."""
-    print(f"{reason}: the images are decoded anew at every start.")
-
-
-def _write_array(file, images, root, paths, shape, broken):
-    """An .npy file, an image at a time: a data set may be larger than the memory."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    end = file.tell() + math.prod(shape)
-    broken += _decode(images, root, paths, file.write)
-    file.truncate(end)
-
-
-class _Unreadable(InputError):
-    """An image that --skip_broken leaves out."""
-
-
-def _decode(images: Images, root: str, paths: list[str], put: Callable[[np.ndarray], object]) -> list[str]:
-    """Puts all images in order. Returns the paths of those that cannot be read, if --skip_broken, else raises."""
-
-    def decode(path):
-        try:
-            return _image(f"{root}/{path}", images)
-        except _Unreadable:
-            if images.skip_broken:
-                return None
-            raise
-
-    broken = []
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(desc="Decoding images", total=len(paths), disable=None, unit=" images") as bar,
-    ):
-        for first in range(0, len(paths), DECODED_AT_ONCE):
-            some = paths[first : first + DECODED_AT_ONCE]
-            for path, image in zip(some, pool.map(decode, some), strict=True):
-                bar.update()
-                if image is None:
-                    broken.append(path)
-                else:
-                    put(image)
-    return broken
-
-
-def _image(path: str | Path, images: Images) -> np.ndarray:
-    """uint8 [height, width, channels]: upright, grey or RGB, and white where it is transparent."""
-    try:
-        with Image.open(path, formats=_formats()) as opened:
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion would cut at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"its mode {image.mode} has no white; save it with 8 or 16 bits a channel")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if images.channels == 1 else "RGB")
-    except Exception as error:  # on damaged files the decoders raise nearly every kind there is
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise _Unreadable(
-            f"cannot read image {path} of class {os.path.basename(os.path.dirname(path))}: {reason}; "
-            "replace or delete it, or leave out all such images with --skip_broken"
-        ) from error
-    height, width = images.size
-    if image.size != (width, height):
-        if not images.any_size:
-            raise InputError(
-                f"image {path} is {image.height}x{image.width} pixels, not {height}x{width}: prepare the folder as "
-                f"{images.prepare} says, or have all images resized with --image_size"
-            )
-        image = image.resize((width, height), Image.LANCZOS)
-    return np.asarray(image).reshape(*images.size, images.channels)

@@ -1,9 +1,10 @@
-"""TensorBoard: what a run shows while it trains, and how the events of a resumed run go on.
+"""TensorBoard: what a run writes for it while it trains, and how the events of a resumed run go on.
 
-Tags: the original's (metatrain_ and metaval_, its maml.py), and ours: mean loss per example, norm of the meta-gradient,
-milliseconds per step, the run's flags, and pictures of a validation task.
+Tags are the original's (metatrain_ and metaval_, its maml.py), and ours: mean loss per example, norm of the
+meta-gradient, milliseconds per step, the run's flags, and pictures of a validation task.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,23 +16,31 @@ from tensorboard.plugins.hparams import api as hparams
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util import event_pb2
 
-from maml import Curve
-from utils import Tasks, writing
+from utils import Curve, Tasks, writing
 
+VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
 RIGHT, WRONG, WHITE = (40, 170, 60), (220, 50, 40), (255, 255, 255)  # frames, red green blue
 MOST_SIDE = 84  # pixels to which small images are enlarged
 
 
 class Events:
-    """A run folder's events from iteration `start` on. Raises InputError where they cannot be written."""
+    """Writes a run folder's events from some iteration on. Raises InputError where they cannot be written."""
 
-    def __init__(self, folder: Path, start: int, log: bool = True):
-        """Later events, of a killed run that is resumed, are dropped. log: False writes nothing."""
+    def __init__(self, folder: Path, start: int, log: bool = True, validated: int | None = None):
+        """Opens a new file of events, and removes the events that a resumed run will write again.
+
+        Args:
+            folder: the run folder.
+            start: the first iteration that will be written.
+            log: False writes nothing.
+            validated: the latest iteration whose validation the run knows of; None: all that it has had. The events of
+                a later validation are removed too, since the run makes that validation again.
+        """
         self.folder, self.writer = folder, tf.summary.create_noop_writer()
         if log:
             with writing(folder):
-                _drop_from(folder, start)
+                _drop_from(folder, start, math.inf if validated is None else validated)
                 self.writer = tf.summary.create_file_writer(str(folder))
 
     def __enter__(self) -> "Events":
@@ -42,12 +51,12 @@ class Events:
             self.writer.close()
 
     def flush(self) -> None:
-        """On disk from now on."""
+        """Hands all events to the file system. A run that goes on from a later checkpoint keeps them."""
         with writing(self.folder):
             self.writer.flush()
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Values by tag, in one event: a call of tf.summary.scalar for each would take ten times as long."""
+        """Writes values by tag, in one event: a call of tf.summary.scalar for each would take ten times as long."""
         summary = Summary()
         for tag, value in values.items():
             summary.MergeFrom(scalar_pb(tag, value))
@@ -55,20 +64,20 @@ class Events:
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
 
     def flags(self, iteration: int, flags: Mapping) -> None:
-        """The run's flags, as text and as the hyperparameters of TensorBoard's table of runs."""
+        """Writes the run's flags, as text and as the hyperparameters of TensorBoard's table of runs."""
         rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
             hparams.hparams({name: "None" if value is None else value for name, value in flags.items()})
 
     def picture(self, iteration: int, tag: str, pixels: np.ndarray) -> None:
-        """An image, uint8 [height, width, 3]."""
+        """Writes an image, uint8 [height, width, 3]."""
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.image(tag, pixels[None])
 
 
 def curve_scalars(prefix: str, curve: Curve) -> dict[str, float]:
-    """A curve's means under the original's tags."""
+    """Names the means of a curve over its tasks by the original's tags."""
     values = {}
     for metric, columns in (("loss", curve.losses), ("accuracy", curve.accuracies)):
         for updates, mean in enumerate(np.mean(columns, axis=0)):
@@ -78,9 +87,9 @@ def curve_scalars(prefix: str, curve: Curve) -> dict[str, float]:
 
 
 def task_picture(task: Tasks, scores: np.ndarray) -> np.ndarray:
-    """A row for each class: support images, a gap, and query images in a frame, green where they are recognised.
+    """Draws a task: a row for each class, with its support images, a gap, and the query images that were taken for it.
 
-    A wrong one, framed red, stands in the row of the class that it was taken for.
+    A query image has a green frame where that is right, and a red one where it is wrong.
     Args: one task of images, scores [N * Q, N]. Returns uint8 [height, width, 3].
     """
     support_row, query_row, taken_for = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))
@@ -106,18 +115,20 @@ def _framed(image, colour):
     return framed
 
 
-def _drop_from(folder, start):
+def _drop_from(folder, start, validated):
+    """Rewrites the files that have events from iteration `start` on, or of validations after `validated`."""
     for path in folder.glob("events.out.tfevents.*"):
         kept, dropped = [], False
         try:
             for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
                 event = event_pb2.Event.FromString(record)
-                if event.step < start or event.file_version:
+                validation = any(value.tag.startswith(VALIDATION_TAGS) for value in event.summary.value)
+                if event.file_version or (event.step < start and not (validation and event.step > validated)):
                     kept.append(record)
                 else:
                     dropped = True
         except tf.errors.DataLossError:
-            dropped = True  # the kill cut the last record
+            dropped = True  # a kill cut the last record
         if dropped:
             beside = str(path.with_name(".events"))
             with tf.io.TFRecordWriter(beside) as writer:

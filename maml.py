@@ -1,18 +1,10 @@
 """MAML: the inner loop, the meta-gradient, one training step and evaluation (Algorithms 1 and 2 of the paper)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import tensorflow as tf
 
-from utils import Network, Tasks, Weights
-
-
-class Curve(NamedTuple):
-    """What adaptation does to each task. Column 0: support set before any update; j: query set after j updates."""
-
-    losses: tf.Tensor  # [T, 1 + steps]
-    accuracies: tf.Tensor  # [T, 1 + steps], 0 to 1; [T, 0] where there are no classes
+from utils import Curve, InputError, Network, Tasks, Weights
 
 
 class MAML(tf.Module):
@@ -40,6 +32,9 @@ class MAML(tf.Module):
         first_order: the inner gradients are constants to the outer one (paper section 5.2).
         clip: bound on the absolute value of each element of the meta-gradient, or None.
         parallel_tasks: tasks computed side by side; one a core is fastest.
+
+        Every public step is one graph, which is traced at its first call:
+        train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps).
         """
         super().__init__(name="maml")
         self.network, self.loss, self.accuracy = network, loss, accuracy
@@ -49,6 +44,27 @@ class MAML(tf.Module):
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
         self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
+        # Each graph belongs to its object. As a decorator of the class, tf.function holds the object weakly, and
+        # MAML(...).train_step(tasks) would fail in one expression.
+        self.train_step = tf.function(self._train_step, autograph=False)
+        self.pretrain_step = tf.function(self._pretrain_step, autograph=False)
+        self.many_steps = tf.function(self._many_steps, autograph=False, jit_compile=True)
+        self.evaluate = tf.function(self._evaluate, autograph=False)
+
+    @property
+    def state(self) -> dict[str, object]:
+        """All that a step changes, by the names that a checkpoint gives it."""
+        return {
+            "weights": self.weights,
+            "meta_optimizer": self.meta_optimizer,
+            "pretrain_optimizer": self.pretrain_optimizer,
+            "step": self.step,
+        }
+
+    @property
+    def tf1_names(self) -> dict[str, str]:
+        """The names of the weights in checkpoints of the original."""
+        return self.network.tf1_names
 
     def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
         """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.
@@ -76,30 +92,37 @@ class MAML(tf.Module):
         """What pretraining minimises, for one task: the loss on its support set before any update. A scalar."""
         return self.loss(self.network.apply(weights, task.support_x), task.support_y)
 
-    @tf.function(autograph=False)
-    def train_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
-        """One step of Adam on the tasks' mean query_loss, clipped if asked for.
+    def _train_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
+        """Takes one step of Adam on the tasks' mean query_loss, clipped if asked for.
 
         Returns that loss and the norm of its gradient before the clip, scalars.
         """
         return self._step(tasks, pretrain=False)
 
-    @tf.function(autograph=False)
-    def pretrain_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
-        """One step of Adam, with moments of its own, on the tasks' mean support_loss, never clipped. As train_step."""
+    def _pretrain_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
+        """Takes one step of Adam, with moments of its own, on the tasks' mean support_loss, never clipped.
+
+        Returns what train_step returns.
+        """
         return self._step(tasks, pretrain=True)
 
-    @tf.function(autograph=False, jit_compile=True)
-    def many_steps(self, tasks: Tasks, count: tf.Tensor, pretrain: bool) -> tf.Tensor:
-        """The first `count` of a stack of meta-batches, a train_step or pretrain_step on each, as one compiled program.
+    def _many_steps(self, tasks: Tasks, first: tf.Tensor, count: tf.Tensor, pretrain: bool) -> tf.Tensor:
+        """Takes a train_step or pretrain_step on each of some meta-batches of a stack, as one compiled program.
 
-        For tiny networks, whose operations cost less than Python and dispatch. tasks: as Tasks, with a leading axis of
-        count or more steps. count: an integer tensor, so that one program serves them all. Returns the norm of the last
-        step's gradient.
+        It is for tiny networks, whose operations cost less than Python and the start of an operation.
+
+        Args:
+            tasks: as Tasks, with one more leading axis: the stack.
+            first, count: the first meta-batch that is used and how many are, integer scalars. They are tensors, so that
+                one program serves them all.
+            pretrain: take pretrain_steps.
+        Returns the norm of the first step's gradient, a scalar.
         """
 
-        def body(i, _):
-            return i + 1, self._step(tf.nest.map_structure(lambda x: x[i], tasks), pretrain)[1]
+        def body(i, norm):
+            meta_batch = tf.nest.map_structure(lambda x: x[first + i], tasks)
+            _, this_norm = self._step(meta_batch, pretrain)
+            return i + 1, tf.where(i == 0, this_norm, norm)
 
         start = tf.zeros([], count.dtype), tf.zeros([], tasks.query_x.dtype)
         return tf.while_loop(lambda i, _: i < count, body, start)[1]
@@ -113,12 +136,12 @@ class MAML(tf.Module):
         self.step.assign_add(1)
         return loss, norm
 
-    @tf.function(autograph=False)
-    def evaluate(self, tasks: Tasks, steps: int) -> Curve:
-        """Loss and accuracy of every task before and after each of `steps` updates. Changes nothing.
+    def _evaluate(self, tasks: Tasks, steps: int) -> Curve:
+        """Computes loss and accuracy of every task before and after each of `steps` updates. Changes nothing.
 
         Under batch norm it is transductive: a query image is normalised together with its task's other query images.
         """
+        self._check(tasks)
         weights, dtype = self._values(), tasks.query_x.dtype
 
         def curve(task):
@@ -136,6 +159,7 @@ class MAML(tf.Module):
         Each task differentiates its own loss inside the loop over tasks: no backward pass through the loop, and the
         memory of one task a core.
         """
+        self._check(tasks)
         weights = self._values()
 
         def gradient_and_loss(task):
@@ -151,12 +175,28 @@ class MAML(tf.Module):
     def _values(self):
         return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
+    def _check(self, tasks):
+        """Raises InputError where a part of the tasks has another dtype or rank than the weights need.
+
+        It runs while a graph is traced, so it costs a step nothing.
+        """
+        (dtype,) = {weight.dtype for weight in self.weights.values()}
+        ranks = tasks.support_x.shape.rank, 3, tasks.query_x.shape.rank, 3
+        for name, part, rank in zip(Tasks._fields, tasks, ranks, strict=True):
+            if part.dtype != dtype:
+                raise InputError(f"{name} is {part.dtype.name}, but the weights are {dtype.name}: convert it to that")
+            if part.shape.rank != rank or rank < 3:
+                raise InputError(
+                    f"{name} has the shape {list(part.shape)}: tasks [T], examples [n] and at least one more axis are "
+                    f"expected{', one-hot for classes' if name.endswith('y') else ''}"
+                )
+
     def _over_tasks(self, function, tasks, outputs):
         """function of each task, stacked. The one place that knows how tasks are laid out on the machine.
 
         outputs: the dtypes of what function returns, in its structure.
         """
-        if self.network.batched:
+        if self.network.tasks_in_one_operation:
             return tf.vectorized_map(function, tasks)
         return tf.map_fn(function, tasks, fn_output_signature=outputs, parallel_iterations=self.parallel_tasks)
 

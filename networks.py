@@ -1,12 +1,13 @@
 """The paper's networks: initial weights and forward functions, as pure functions over a dict of weights.
 
 Weights carry the original's names: convolutions conv1..conv4 (fully connected layers w1, w2, ...), biases b1, b2, ...,
-the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one a hidden layer.
+the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one for each hidden layer.
 """
 
 import functools
-from collections.abc import Sequence
-from itertools import pairwise
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -14,6 +15,37 @@ import special_grads
 from utils import InputError, Network, Weights
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
+STEPS_A_CALL = 100  # of a network so small that starting an operation costs more than the operation
+
+
+class Weight(NamedTuple):
+    """One array of weights, as a network declares it."""
+
+    shape: tuple[int, ...]
+    initial: Callable[[tuple[int, ...], tuple[int, int]], tf.Tensor]  # shape, seed of this array -> float32 values
+    tf1_name: str  # the variable's name in checkpoints of the original
+    adapted: bool = True  # the inner loop changes it; else only the outer loop does
+
+
+def network(weights: dict[str, Weight], apply: Callable[[Weights, tf.Tensor], tf.Tensor], **more: object) -> Network:
+    """Makes the Network of declared weights and a forward function.
+
+    Args: weights by name, in the order that numbers their seeds; apply(weights, inputs) -> outputs; more fields of
+    Network.
+    """
+
+    def init(seed: int) -> Weights:
+        return {
+            name: weight.initial(weight.shape, (seed, number)) for number, (name, weight) in enumerate(weights.items())
+        }
+
+    return Network(
+        init=init,
+        apply=apply,
+        adapted=tuple(name for name, weight in weights.items() if weight.adapted),
+        tf1_names={name: weight.tf1_name for name, weight in weights.items()},
+        **more,
+    )
 
 
 def conv4(
@@ -26,12 +58,19 @@ def conv4(
     norm: str | None,
     mean_head: bool,
 ) -> Network:
-    """Four times [3x3 convolution, norm, ReLU], halved each time by stride or pooling; then a linear layer to N scores.
+    """Builds four times [3x3 convolution, norm, ReLU], halved each time, and a linear layer to N scores.
 
-    Inputs [n, height, width, channels]. Halving: stride 2 with SAME padding, or with max_pool stride 1 and 2x2 VALID
-    pooling. The last layer sees the mean over height and width (mean_head: Omniglot, its weights ~ N(0, 1)), or all
-    height * width * filters numbers in that order (MiniImagenet, Xavier uniform, as all convolutions).
-    Args: size (height, width) in pixels; norm 'batch_norm', 'layer_norm' or None.
+    Inputs are [n, height, width, channels]. They are halved by stride 2 with SAME padding, or with max_pool by 2x2
+    VALID pooling after a convolution of stride 1. With mean_head the last layer sees the mean over height and width,
+    and its weights begin as N(0, 1) (Omniglot). Without, it sees all height * width * filters numbers in that order,
+    and its weights begin Xavier uniform, as those of all convolutions (MiniImagenet).
+
+    Args:
+        size: height and width of an image in pixels.
+        channels: of an image.
+        way: N, the number of scores.
+        filters: of each convolution.
+        norm: 'batch_norm', 'layer_norm' or None.
     Raises InputError where pooling leaves nothing: with max_pool, below 16 pixels.
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
@@ -42,77 +81,117 @@ def conv4(
             f"images of {size[0]}x{size[1]} pixels are too small for --max_pool, which halves them four times: "
             "give --image_size=16 or more, or --max_pool=False"
         )
-    shapes = {}
-    for layer in range(1, 5):
-        shapes[f"conv{layer}"] = (3, 3, channels if layer == 1 else filters, filters)
-        shapes[f"b{layer}"] = (filters,)
-    shapes["w5"] = (filters if mean_head else height * width * filters, way)
-    shapes["b5"] = (way,)
-    norms = _norm_shapes([filters] * 4, norm)
-
-    def init(seed: int) -> Weights:
-        weights = {}
-        for index, (name, shape) in enumerate(shapes.items()):
-            if name.startswith("b"):
-                weights[name] = tf.zeros(shape)
-            elif name == "w5" and mean_head:
-                weights[name] = tf.random.stateless_normal(shape, (seed, index), alg="philox")
-            else:
-                weights[name] = _xavier_uniform(shape, (seed, index))
-        return weights | _norm_init(norms)
+    layers = range(1, 5)
+    weights = {}
+    for layer in layers:
+        shape = (3, 3, channels if layer == 1 else filters, filters)
+        weights[f"conv{layer}"] = Weight(shape, xavier_uniform, f"model/conv{layer}")
+        weights[f"b{layer}"] = Weight((filters,), zeros, _unnamed(layer - 1))
+    if mean_head:
+        weights["w5"] = Weight((filters, way), normal, "model/w5")
+    else:
+        weights["w5"] = Weight((height * width * filters, way), xavier_uniform, "model/w5")
+    weights["b5"] = Weight((way,), zeros, "model/b5")
+    for layer in layers:
+        weights |= _norm_weights(norm, layer, filters, tf1_scope=layer - 1)
 
     def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        for layer in range(1, 5):
+        for layer in layers:
             x = tf.nn.conv2d(x, weights[f"conv{layer}"], strides=1 if max_pool else 2, padding="SAME")
             x = _normalized(x, weights, layer, norm)
             if max_pool:  # before the ReLU: the two commute, and the ReLU is left a quarter of the work
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
-        x = tf.reduce_mean(x, [1, 2]) if mean_head else tf.reshape(x, [-1, shapes["w5"][0]])
+        x = tf.reduce_mean(x, [1, 2]) if mean_head else tf.reshape(x, [-1, height * width * filters])
         return tf.linalg.matmul(x, weights["w5"]) + weights["b5"]
 
-    anonymous = [f"b{layer}" for layer in range(1, 5)]
-    tf1_names = _tf1_names(shapes, anonymous, norms, norm_scopes=[0, 1, 2, 3])
-    return Network(init, apply, tuple(shapes), tf1_names, batched=False)
+    return network(weights, apply)
 
 
-def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None) -> Network:
-    """Fully connected layers with a norm (if any) and a ReLU after each hidden one.
+def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
+    """Builds fully connected layers, with a norm (if any) and a ReLU after each hidden one.
 
-    Inputs [n, ...], flattened to [n, inputs]. Weights begin as normals of stddev 0.01 cut at two stddevs, biases at 0.
+    Inputs are [n, ...], and are flattened to [n, inputs]. Weights begin as
+    normals of stddev 0.01 cut at two stddevs, biases at 0.
+
+    Args:
+        inputs: numbers in one input.
+        hidden: widths of the hidden layers.
+        outputs: scores, or numbers that are predicted.
+        norm: 'batch_norm', 'layer_norm' or None.
+        tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. In ms a step on two
+            cores, all tasks in one operation or task by task, without XLA: the sinusoid's 1,761 weights 0.5 or 2.2,
+            Omniglot's 246,597 weights 17 or 13 (benchmarks/NOTES.md).
     Source: paper sections 5.1 (hidden 40, 40) and 5.2 (256, 128, 64, 64); the original's maml.py (construct_fc_weights,
     forward_fc).
     """
     widths = [inputs, *hidden, outputs]
-    layers = range(1, len(widths))
-    shapes = {}
-    for layer in layers:
-        shapes[f"w{layer}"] = (widths[layer - 1], widths[layer])
-        shapes[f"b{layer}"] = (widths[layer],)
-    norms = _norm_shapes(hidden, norm)
-
-    def init(seed: int) -> Weights:
-        weights = {}
-        for index, (name, shape) in enumerate(shapes.items()):
-            if name.startswith("b"):
-                weights[name] = tf.zeros(shape)
-            else:
-                weights[name] = tf.random.stateless_truncated_normal(shape, (seed, index), 0.0, 0.01, alg="philox")
-        return weights | _norm_init(norms)
+    last = len(hidden) + 1
+    weights = {}
+    for layer in range(1, last + 1):
+        shape = (widths[layer - 1], widths[layer])
+        weights[f"w{layer}"] = Weight(shape, truncated_normal, _unnamed(2 * layer - 2))
+        weights[f"b{layer}"] = Weight((widths[layer],), zeros, _unnamed(2 * layer - 1))
+    for layer in range(1, last):
+        # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
+        weights |= _norm_weights(norm, layer, widths[layer], tf1_scope=0 if layer == 1 else layer)
 
     def apply(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
-        x = tf.reshape(x, [-1, inputs])
-        for layer in layers[:-1]:
+        x = tf.reshape(x, [-1, widths[0]])
+        for layer in range(1, last):
             x = tf.nn.relu(_normalized(product(x, weights[f"w{layer}"]), weights, layer, norm))
-        return product(x, weights[f"w{layers[-1]}"]) + weights[f"b{layers[-1]}"]
+        return product(x, weights[f"w{last}"]) + weights[f"b{last}"]
 
-    # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
-    tf1_names = _tf1_names(shapes, list(shapes), norms, norm_scopes=[0, *range(2, len(hidden) + 1)])
-    # All tasks in one operation, or task by task, in ms a step on two cores: the sinusoid's 1,761 weights 0.5 or 2.2,
-    # without XLA; Omniglot's 246,597 weights 17 or 13. The bound lies between.
-    batched = sum(before * after for before, after in pairwise(widths)) < 10_000
-    inner_apply = functools.partial(apply, product=special_grads.matmul) if batched else None
-    return Network(init, apply, tuple(shapes), tf1_names, batched, inner_apply)
+    if not tiny:
+        return network(weights, apply)
+    inner_apply = functools.partial(apply, product=special_grads.matmul)
+    return network(weights, apply, inner_apply=inner_apply, tasks_in_one_operation=True, steps_a_call=STEPS_A_CALL)
+
+
+def _conv_row(mean_head: bool) -> Callable[..., Network]:
+    def build(shape, outputs, norm, filters, max_pool):
+        *size, channels = shape
+        return conv4(tuple(size), channels, outputs, filters, max_pool=max_pool, norm=norm, mean_head=mean_head)
+
+    return build
+
+
+def _fc_row(hidden: tuple[int, ...], tiny: bool = False) -> Callable[..., Network]:
+    def build(shape, outputs, norm, filters, max_pool):  # it has no filters, and nothing to pool
+        return fc(math.prod(shape), hidden, outputs, norm=norm, tiny=tiny)
+
+    return build
+
+
+# name -> function of (shape of one input, outputs, norm, filters, max_pool). The paper's, sections 5.1 and 5.2.
+NETWORKS = {
+    "sinusoid": _fc_row((40, 40), tiny=True),
+    "omniglot": _conv_row(mean_head=True),
+    "miniimagenet": _conv_row(mean_head=False),
+    "no_conv": _fc_row((256, 128, 64, 64)),
+}
+
+
+def zeros(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
+    return tf.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
+    return tf.ones(shape)
+
+
+def normal(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
+    return tf.random.stateless_normal(shape, seed, alg="philox")
+
+
+def truncated_normal(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
+    return tf.random.stateless_truncated_normal(shape, seed, 0.0, 0.01, alg="philox")
+
+
+def xavier_uniform(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
+    """Uniform within sqrt(6 / (fan in + fan out)), where a filter's fans count its pixels too."""
+    limit = (6.0 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1]))) ** 0.5
+    return tf.random.stateless_uniform(shape, seed, -limit, limit, alg="philox")
 
 
 def _halved(pixels: int, max_pool: bool) -> int:
@@ -122,24 +201,21 @@ def _halved(pixels: int, max_pool: bool) -> int:
     return pixels
 
 
-def _xavier_uniform(shape, seed):
-    receptive_field = 1
-    for extent in shape[:-2]:
-        receptive_field *= extent
-    limit = (6.0 / (receptive_field * (shape[-2] + shape[-1]))) ** 0.5
-    return tf.random.stateless_uniform(shape, seed, -limit, limit, alg="philox")
+def _unnamed(number: int) -> str:
+    """What TensorFlow 1 calls a variable that the original gave no name: Variable, Variable_1, ..."""
+    return f"model/Variable_{number}" if number else "model/Variable"
 
 
-def _norm_shapes(widths, norm):
-    names = {None: (), "batch_norm": ("beta",), "layer_norm": ("beta", "gamma")}[norm]
-    return {f"{name}{layer}": (width,) for layer, width in enumerate(widths, 1) for name in names}
+def _norm_weights(norm: str | None, layer: int, width: int, tf1_scope: int) -> dict[str, Weight]:
+    """The weights of one hidden layer's norm, which are meta-learned and not adapted."""
+    begin = {None: {}, "batch_norm": {"beta": zeros}, "layer_norm": {"beta": zeros, "gamma": ones}}[norm]
+    return {
+        f"{name}{layer}": Weight((width,), initial, f"model/{tf1_scope}/{name}", adapted=False)
+        for name, initial in begin.items()
+    }
 
 
-def _norm_init(norms):
-    return {name: tf.ones(shape) if name.startswith("gamma") else tf.zeros(shape) for name, shape in norms.items()}
-
-
-def _normalized(x, weights, layer, norm):
+def _normalized(x: tf.Tensor, weights: Weights, layer: int, norm: str | None) -> tf.Tensor:
     """A hidden layer's bias and norm. Under batch norm the bias cancels: it is not added, its gradient is exactly 0."""
     if norm == "batch_norm":
         return special_grads.batch_norm(x, weights[f"beta{layer}"])
@@ -148,16 +224,6 @@ def _normalized(x, weights, layer, norm):
         axes = list(range(1, x.shape.rank))  # all but the batch
         centred = x - tf.reduce_mean(x, axes, keepdims=True)
         variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
-        normal = centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON)
-        x = normal * weights[f"gamma{layer}"] + weights[f"beta{layer}"]
+        x = centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON)
+        x = x * weights[f"gamma{layer}"] + weights[f"beta{layer}"]
     return x
-
-
-def _tf1_names(shapes, anonymous, norms, norm_scopes):
-    """`anonymous` are those that the original left unnamed; TensorFlow 1 called them Variable, Variable_1, ..."""
-    names = {name: f"model/{name}" for name in shapes}
-    for index, name in enumerate(anonymous):
-        names[name] = f"model/Variable_{index}" if index else "model/Variable"
-    for name in norms:
-        names[name] = f"model/{norm_scopes[int(name[-1]) - 1]}/{name[:-1]}"
-    return names

@@ -7,7 +7,10 @@
 What is drawn is given as label=path. Each figure is written as <output>.png and <output>.svg.
 """
 
+import devices  # noqa: F401, isort: skip (it comes first, since it imports TensorFlow without its notices)
+
 import argparse
+import dataclasses
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,8 +30,9 @@ except ImportError:
         sys.exit("plot.py needs matplotlib: pip install -r requirements-plot.txt")
     raise
 
+import recipe
 import runs
-from data_generator import DATASETS, SinusoidTasks
+from data_generator import SinusoidTasks
 from maml import MAML
 from utils import InputError, Tasks, write_whole
 
@@ -95,6 +99,10 @@ def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
     """
     if len(tests) > len(LINES):
         raise InputError(f"{len(tests)} labels, but there are colours for {len(LINES)}: give fewer")
+    metrics = {label: {test["metric"] for test in entries} for label, entries in tests.items()}
+    if len(set().union(*metrics.values())) > 1:
+        listed = "; ".join(f"{label}: {', '.join(sorted(found))}" for label, found in metrics.items())
+        raise InputError(f"an error and an accuracy do not share an axis ({listed}): draw a figure of each")
     shots = sorted({test["support_examples_a_class_K"] for entries in tests.values() for test in entries})
     figure = Figure(figsize=(0.8 + 3.2 * len(shots), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shots), squeeze=False, sharey=True)[0]
@@ -128,7 +136,7 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
     figure = Figure(figsize=(0.8 + 5.4 * len(folders), 3.8), layout="constrained")
     axes = figure.subplots(1, len(folders), squeeze=False)[0]
     for panel, (label, folder) in zip(axes, folders.items(), strict=True):
-        curves, updates = scalars(folder), _flags(folder)["num_updates"]
+        curves, updates = scalars(folder), recipe.from_flags(_flags(folder)).inner_steps
         metric, percent = ("accuracy", 100) if "metatrain_Pre-update_accuracy" in curves else ("loss", 1)
         after = f"Post-update_{metric}__step_{updates}"
         times = f"{updates} update" + "s" * (updates > 1)
@@ -204,12 +212,12 @@ def save(figure: Figure, output: Path) -> None:
 
 def trained(folder: Path, update_lr: float | None = None) -> MAML:
     """The model in a run folder, its inner step size replaced if given."""
-    from main import build  # not above: main.py itself imports this module, and runs under another name
-
-    flags = _flags(folder)
-    if flags.get("datasource") != "sinusoid":
-        raise InputError(f"{folder} is a run of {flags.get('datasource')}: name one of the sinusoid")
-    maml = build(flags | ({"update_lr": update_lr} if update_lr else {}), DATASETS[flags["datasource"]])
+    trained_with = recipe.from_flags(_flags(folder))
+    if trained_with.data_set != "sinusoid":
+        raise InputError(f"{folder} is a run of {trained_with.data_set}: name one of the sinusoid")
+    if update_lr:
+        trained_with = dataclasses.replace(trained_with, inner_lr=update_lr)
+    maml = recipe.build(trained_with)
     run = runs.Run(folder)
     run.restore(maml, run.checkpoint())
     return maml

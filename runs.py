@@ -1,4 +1,4 @@
-"""The run folder: its name, the flags it was made with, its lock, checkpoints and results.
+"""The run folder: the flags it was made with, its lock, its checkpoints and results.
 
 <logdir>/<run name>/flags.json                              the flags that this run's numbers depend on
                     model<i>.index, model<i>.data-...       state after i + 1 outer steps;   the ten latest and the best
@@ -12,7 +12,7 @@ Any of these may come from a stranger. Only JSON, checkpoints and events are rea
 
 import contextlib
 import csv
-import fcntl
+import errno
 import io
 import json
 import math
@@ -21,17 +21,19 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
 
-from utils import InputError, statistics, write_whole, writing
+from utils import InputError, move_in, statistics, write_whole, writing
 
-if TYPE_CHECKING:
-    from maml import MAML
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations")
@@ -39,36 +41,14 @@ VALIDATION = "validation/.ATTRIBUTES/VARIABLE_VALUE"  # what a checkpoint calls 
 MOST_JSON = 10_000_000  # bytes; ours have some thousands
 
 
-def run_name(flags: Mapping) -> str:
-    """The run folder's name: the original's (its main.py), with suffixes for what that leaves out, if not at default.
+class Model(Protocol):
+    """What a checkpoint needs to know of a model. MAML is one."""
 
-    flags: the original's flags by name, as in training, and our seed, image_size and image_channels.
-    Example: cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm, or the same with .seed3
-    """
-    name = (
-        f"cls_{flags['num_classes']}.mbs_{flags['meta_batch_size']}.ubs_{flags['update_batch_size']}"
-        f".numstep{flags['num_updates']}.updatelr{flags['update_lr']}"
-    )
-    if flags["num_filters"] != 64:
-        name += f"hidden{flags['num_filters']}"
-    if flags["max_pool"]:
-        name += "maxpool"
-    if flags["stop_grad"]:
-        name += "stopgrad"
-    name += flags["baseline"] or ""
-    name += {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}[flags["norm"]]
-    if not flags["conv"] and flags["datasource"] != "sinusoid":
-        name += ".fc"
-    if flags["pretrain_iterations"] and not flags["baseline"]:
-        name += f".pretrain{flags['pretrain_iterations']}" if flags["metatrain_iterations"] else ".pretrain"
-    if flags["meta_lr"] != 0.001:
-        name += f".metalr{flags['meta_lr']}"
-    for flag, suffix in (("image_size", "size"), ("image_channels", "channels")):
-        if flags[flag]:
-            name += f".{suffix}{flags[flag]}"
-    if flags["seed"]:
-        name += f".seed{flags['seed']}"
-    return name
+    weights: dict[str, tf.Variable]
+    step: tf.Variable  # outer steps done
+    variables: Sequence[tf.Variable]  # all that a step changes
+    state: dict[str, object]  # the same as trackable objects, by the names that a checkpoint gives them
+    tf1_names: dict[str, str]  # name of a weight -> the variable's name in checkpoints of the original
 
 
 class Validation(NamedTuple):
@@ -80,7 +60,7 @@ class Validation(NamedTuple):
     tasks: int = 0  # of the best
 
     def then(self, iteration: int, accuracy: float, tasks: int) -> "Validation":
-        """With one more. Of equals the first stays the best; one on another number of tasks is compared with none."""
+        """Adds one more. Of equals the first stays the best; one on another number of tasks is compared with none."""
         if accuracy > (self.accuracy if tasks == self.tasks else -math.inf):
             return Validation(iteration, iteration, accuracy, tasks)
         return self._replace(last=iteration)
@@ -110,7 +90,7 @@ class Run:
         check_writable(self.folder, "--logdir")
         with open(self.folder / ".lock", "ab") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file, wait=False)
             except BlockingIOError:
                 raise InputError(
                     f"{self.folder} is in use, another process trains in it: stop that one, or give another --logdir"
@@ -119,7 +99,7 @@ class Run:
                 print(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains in it.")
             yield
 
-    def check(self, flags: Mapping, resume: bool) -> None:
+    def check(self, flags: Mapping, defaults: Mapping, resume: bool) -> None:
         """Raises InputError where the folder has a run that is another than that of `flags`, or not to be resumed."""
         held = self.iterations()
         if held and not resume:
@@ -128,23 +108,25 @@ class Run:
                 "give another --logdir, or delete the folder"
             )
         if held:
-            self.check_flags(flags)
+            self.check_flags(flags, defaults)
 
     def record(self, flags: Mapping) -> None:
-        """Makes the folder that of the run with these flags."""
+        """Records in the folder that its run is the one with these flags."""
         path, text = self.folder / "flags.json", json.dumps(dict(flags), indent=1).encode()
         with writing(self.folder):
             if not path.exists() or path.read_bytes() != text:
                 write_whole(path, lambda file: file.write(text))
 
-    def check_flags(self, flags: Mapping, training: bool = True) -> None:
+    def check_flags(self, flags: Mapping, defaults: Mapping, training: bool = True) -> None:
         """Raises InputError listing the flags in which the folder's run differs from `flags`.
 
-        The number of iterations may differ, except that training may not change where pretraining ended once it has.
-        A folder without a record (the original's released model) may be tested, not trained into.
+        A flag that the folder's record lacks, since it is older than the flag, has its default there. The number of
+        iterations may differ, except that training may not change where pretraining ended once it has. A folder without
+        a record (the original's released model) may be tested, not trained into.
         """
         try:
-            recorded = read_json(self.folder / "flags.json", dict, "put a copy in its place, or give another --logdir")
+            damaged = "put a copy in its place, or give another --logdir"
+            recorded = {**defaults, **read_json(self.folder / "flags.json", dict, damaged)}
         except FileNotFoundError:
             if training:
                 raise InputError(
@@ -176,21 +158,23 @@ class Run:
     def _data(self, iteration):
         return Path(self.prefix(iteration) + ".data-00000-of-00001")
 
-    def save(self, maml: "MAML") -> str:
+    def save(self, model: Model) -> str:
         """Writes model<step - 1>: weights, optimizers, step, validation. Beside its place, the index moved in last.
 
         Returns its prefix. All checkpoints but the ten latest and the best on validation are removed. Raises InputError
         where something in it is not finite, or it cannot be written; what was saved before stays.
         """
-        iteration = int(maml.step) - 1
-        if not all(np.isfinite(variable).all() for variable in maml.variables):
+        iteration = int(model.step) - 1
+        if not all(np.isfinite(variable).all() for variable in model.variables):
             raise self.diverged(f"after iteration {iteration} the weights, or Adam's moments, are not finite")
         beside, prefix = self.folder / ".saving", self.prefix(iteration)
+        validation = tf.Variable(self.validation, dtype=tf.float64)
         with writing(self.folder):
             shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed here
-            _checkpoint(maml, validation=tf.Variable(self.validation, dtype=tf.float64)).write(str(beside / "model"))
-            os.replace(beside / "model.data-00000-of-00001", self._data(iteration))
-            os.replace(beside / "model.index", prefix + ".index")
+            # Differs: the original saves the weights alone, so that a resumed run begins with fresh moments.
+            tf.train.Checkpoint(**model.state, validation=validation).write(str(beside / "model"))
+            move_in(beside / "model.data-00000-of-00001", self._data(iteration))
+            move_in(beside / "model.index", Path(prefix + ".index"))
             beside.rmdir()
             for old in self.iterations()[:-KEPT_CHECKPOINTS]:
                 if old != self.validation.best:
@@ -199,7 +183,7 @@ class Run:
         return prefix
 
     def diverged(self, what: str) -> InputError:
-        """The error for a run whose loss or weights are no numbers any more."""
+        """Makes the error for a run whose loss or weights are no numbers any more."""
         held = self.iterations()
         kept = f"{self.prefix(held[-1])} is from before that" if held else "nothing was saved"
         return InputError(f"training diverged, {what} ({kept}): try a smaller --meta_lr or --update_lr")
@@ -230,19 +214,19 @@ class Run:
             )
         return self.prefix(held[-1] if iteration == -1 else iteration)
 
-    def restore(self, maml: "MAML", prefix: str) -> None:
-        """Reads a checkpoint into maml; of one that the original wrote, the weights, which is all it has.
+    def restore(self, model: Model, prefix: str) -> None:
+        """Reads a checkpoint into the model; of one that the original wrote, the weights, which is all it has.
 
         Raises InputError where its variables are not those of this network, DamagedError where it cannot be read.
         """
-        self.validation = self._reading(prefix, _read_into, maml)
+        self.validation = self._reading(prefix, _read_into, model)
 
-    def restore_newest(self, maml: "MAML") -> str:
-        """The same from the newest checkpoint that can be read, and aloud where it is not the newest. Its prefix."""
+    def restore_newest(self, model: Model) -> str:
+        """Reads the newest checkpoint that can be read, with a warning for each that cannot. Returns its prefix."""
         for iteration in reversed(self.iterations()):
             prefix = self.prefix(iteration)
             try:
-                self.restore(maml, prefix)
+                self.restore(model, prefix)
                 return prefix
             except DamagedError as error:
                 print(f"WARNING: {error}. The one before it is taken.", file=sys.stderr)
@@ -321,14 +305,20 @@ def write_results(
 
 @contextlib.contextmanager
 def _folder_lock(folder):
-    """Waits for others that hold it. Where the disk has no locks, there is none."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
+    """Waits for others that hold it. Where the system or the disk has no locks, there is none."""
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
+            held = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, held)
+            _lock(held, wait=True)
         yield
-    finally:
-        os.close(held)
+
+
+def _lock(file, wait):
+    """Locks an open file for this process. Raises BlockingIOError where another has it, OSError without locks."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "this system has no file locks")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -341,30 +331,19 @@ def check_writable(folder: Path, flag: str) -> None:
         raise InputError(f"cannot write to {folder} ({error.strerror}): give another {flag}") from None
 
 
-def _checkpoint(maml, **more):
-    # Differs: the original saves the weights alone, so that a resumed run begins with fresh moments.
-    return tf.train.Checkpoint(
-        weights=maml.weights,
-        meta_optimizer=maml.meta_optimizer,
-        pretrain_optimizer=maml.pretrain_optimizer,
-        step=maml.step,
-        **more,
-    )
-
-
-def _read_into(prefix, reader, maml):
+def _read_into(prefix, reader, model):
     """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation."""
     stored = reader.get_variable_to_shape_map()
     if "_CHECKPOINTABLE_OBJECT_GRAPH" in stored:
         suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
-        names = {name: f"weights/{name}{suffix}" for name in maml.weights}
+        names = {name: f"weights/{name}{suffix}" for name in model.weights}
         stored = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{suffix}", key)}
-        _check_shapes(prefix, {names[name]: weight.shape for name, weight in maml.weights.items()}, stored)
-        _checkpoint(maml).read(prefix).expect_partial().assert_existing_objects_matched()
+        _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, stored)
+        tf.train.Checkpoint(**model.state).read(prefix).expect_partial().assert_existing_objects_matched()
     else:
-        names = maml.network.tf1_names
-        _check_shapes(prefix, {names[name]: weight.shape for name, weight in maml.weights.items()}, stored)
-        for name, weight in maml.weights.items():
+        names = model.tf1_names
+        _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, stored)
+        for name, weight in model.weights.items():
             weight.assign(reader.get_tensor(names[name]))
     return _validation(prefix, reader)
 

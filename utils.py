@@ -1,4 +1,4 @@
-"""What two or more modules need: the records, losses, accuracy, the interval, whole files, the user's error."""
+"""What two or more modules need: records, losses, accuracy, statistics, files written whole, the user's error."""
 
 import contextlib
 import os
@@ -30,14 +30,25 @@ Weights = dict[str, tf.Tensor]
 
 
 class Network(NamedTuple):
-    """One model: how its weights begin, what it computes, and which of them the inner loop changes."""
+    """One model: how its weights begin, what it computes, and which of them the inner loop changes.
+
+    The last three fields make tiny networks fast, and change what is computed by rounding alone.
+    """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
     apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O], of one task
     adapted: tuple[str, ...]  # names that the inner loop changes; the norms' beta and gamma are only meta-learned
     tf1_names: dict[str, str]  # our name -> the variable's name in checkpoints of the original
-    batched: bool  # so small that all tasks are computed in one operation, rather than one task a core
     inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
+    tasks_in_one_operation: bool = False  # an operation computes all tasks of a meta-batch; else one task a core
+    steps_a_call: int = 1  # outer steps in one compiled program; above 1 only where the network is tiny
+
+
+class Curve(NamedTuple):
+    """What adaptation does to each task. Column 0: support set before any update; j: query set after j updates."""
+
+    losses: tf.Tensor  # [T, 1 + steps]
+    accuracies: tf.Tensor  # [T, 1 + steps], 0 to 1; [T, 0] where there are no classes
 
 
 def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
@@ -89,11 +100,24 @@ def _unwritable(folder, reason):
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """The whole file or none: `fill` writes it beside its place, and it is moved in."""
+    """Writes the whole file or none: `fill` writes it beside its place, and it is moved in."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(beside, "wb") as file:
             fill(file)
-        os.replace(beside, path)
+        move_in(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def move_in(beside: Path, path: Path) -> None:
+    """Moves a finished file into its place, so that a power cut leaves the old one or the new one, whole."""
+    with open(beside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    with contextlib.suppress(OSError):  # some systems cannot open a folder, and some disks cannot flush one
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -78,14 +78,12 @@ def ours(flags: str):
     from utils import Tasks
 
     main.FLAGS(["main.py", *flags.split()])
-    main.set_threads()
-    dataset = main.run_data_set()
-    identity = main.run_identity(dataset)
-    maml = main.build(identity, dataset)
-    tasks, way, shot, images = main.FLAGS.meta_batch_size, identity["num_classes"], main.FLAGS.update_batch_size, None
-    if dataset.images:
-        images = dataset.images
-        batches = [random_images(images.size, images.channels, tasks, way, shot, images.train_query or shot)]
+    main.start_devices()
+    recipe = main.recipe_of(main.FLAGS)
+    dataset, maml = recipe.dataset, main.build(recipe)
+    tasks, way, shot, images = recipe.meta_batch, recipe.way, recipe.shot, dataset.images
+    if images:
+        batches = [random_images(images.size, images.channels, tasks, way, shot, recipe.query_examples(True))]
     else:
         drawn = SinusoidTasks(shot, shot).draw(0, "train", 0, BLOCK * tasks)
         batches = list(zip(*(part.reshape(BLOCK, tasks, *part.shape[1:]) for part in drawn), strict=True))
@@ -93,13 +91,13 @@ def ours(flags: str):
     problem = Problem(
         weights={name: value.numpy() for name, value in maml.weights.items() if name not in cancelled},
         batches=batches,
-        inner_lr=identity["update_lr"],
-        inner_steps=identity["num_updates"],
-        meta_lr=identity["meta_lr"],
+        inner_lr=recipe.inner_lr,
+        inner_steps=recipe.inner_steps,
+        meta_lr=recipe.meta_lr,
         clip=dataset.clip,
         shot=shot if images else None,
-        max_pool=identity["max_pool"],
-        mean_head=bool(images and images.mean_head),
+        max_pool=recipe.max_pool,
+        mean_head=dataset.network == "omniglot",
     )
     first = Tasks(*map(tf.constant, batches[0]))
     stacked = Tasks(*(tf.constant(np.stack(part)) for part in zip(*batches, strict=True)))
@@ -107,7 +105,7 @@ def ours(flags: str):
     def step(count):
         if count == 1:
             return float(maml.train_step(first)[0])
-        maml.many_steps(stacked, tf.constant(count), False)
+        maml.many_steps(stacked, tf.constant(0), tf.constant(count), False)
         maml.step.numpy()  # waits
         return None
 

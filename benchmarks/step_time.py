@@ -1,4 +1,4 @@
-"""Times main.py's own training step: tasks drawn, inner loops, meta-gradient, Adam.
+"""Times the training loop's own steps: tasks drawn, inner loops, meta-gradient, Adam.
 
     python benchmarks/step_time.py [--configs omniglot_5way ...] [--first_order] [--steps 30] [--json times.json]
     python benchmarks/step_time.py --configs omniglot_5way --flags="--meta_batch_size=64"
@@ -14,18 +14,22 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # as main.cores
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
 
 import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # The paper's commands (README.md).
 CONFIGS = {
@@ -95,42 +99,36 @@ def resident_mb() -> float:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if status.exists() else math.nan
 
 
-def random_images(images, split_classes: int = 100, per_class: int = 40):
-    """A stand-in for ImageTasks' data where none is prepared."""
-    from data_generator import Classes
+def random_images(recipe, count: int = 100, per_class: int = 40):
+    """Tasks of random images, for a data set that is not prepared."""
+    from data_generator import ImageTasks
+    from images import Classes
 
-    count = split_classes * per_class
-    pixels = np.random.default_rng(0).integers(0, 256, (count, *images.size, images.channels), np.uint8)
-    starts = np.arange(0, count, per_class)
-    return Classes([f"class{i}" for i in range(split_classes)], starts, np.full(split_classes, per_class), pixels)
+    images = recipe.dataset.images
+    pixels = np.random.default_rng(0).integers(0, 256, (count * per_class, *images.size, images.channels), np.uint8)
+    starts = np.arange(0, count * per_class, per_class)
+    classes = Classes([f"class{i}" for i in range(count)], starts, np.full(count, per_class), pixels)
+    return ImageTasks(images, {"train": classes}, recipe.way, recipe.shot, recipe.query_examples(True))
 
 
 def measure(name: str, flags: str, steps: int) -> dict:
     """One configuration, in this process."""
-    from tqdm import tqdm
-
-    import data_generator
     import main
+    import train
     from utils import InputError
 
     main.FLAGS(["main.py", *flags.split()])
-    main.set_threads()
-    dataset = main.run_data_set()
-    identity = main.run_identity(dataset)
+    main.start_devices()
+    recipe = main.recipe_of(main.FLAGS)
     source = "generated"
     try:
-        data = main.open_data(dataset, ("train",), training=True)
-        source = "real" if dataset.images else "generated"
+        data = main.open_data(main.trained_data_set(recipe), ("train",), recipe, training=True)
+        source = "real" if recipe.dataset.images else "generated"
     except InputError:
-        data_generator._load_splits = lambda images, folder, splits: {"train": random_images(images)}
-        data = main.open_data(dataset, ("train",), training=True)
-    maml = main.build(identity, dataset)
-
-    class NoStop:
-        signal = None
-
-    with main._Steps(maml, data, identity, NoStop, tqdm(disable=True)) as stepper:
-        size, batch = stepper.size, stepper.batch
+        data = random_images(recipe)
+    maml = main.build(recipe)
+    with train.Steps(maml, data, recipe, train.Stop()) as stepper:
+        size, batch = stepper.block, recipe.meta_batch
         stepper.advance(2 * size)  # traced and warm
         resident, times = resident_mb(), []
         for done in range(2 * size, (2 + steps) * size, size):
@@ -138,11 +136,12 @@ def measure(name: str, flags: str, steps: int) -> dict:
             stepper.advance(done + size)
             maml.step.numpy()
             times.append((time.perf_counter() - start) / size)
-        memory = [resident, resident_mb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MB]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MB if resource else math.nan
+        memory = [resident, resident_mb(), peak]
         tasks = stepper.meta_batch(stepper.done)
     maml.network = maml.network._replace(inner_apply=None)  # the products that it writes as sums count too
     graph = maml.train_step.get_concrete_function(tasks).graph
-    flops, peak = product_flops(graph, batch), matmul_peak()
+    flops, matmul = product_flops(graph, batch), matmul_peak()
     median = float(np.median(times))
     return {
         "configuration": name,
@@ -151,8 +150,8 @@ def measure(name: str, flags: str, steps: int) -> dict:
         "ms_5th_to_95th_percentile": [1e3 * float(np.percentile(times, q)) for q in (5, 95)],
         "steps_timed": len(times) * size,
         "gflop": flops / 1e9,
-        "peak_gflop_per_s": peak / 1e9,
-        "times_floor": median / (flops / peak),
+        "peak_gflop_per_s": matmul / 1e9,
+        "times_floor": median / (flops / matmul),
         "tasks_per_s": batch / median,
         "memory_mb_warm_end_peak": memory,
     }
@@ -171,7 +170,7 @@ def main() -> None:
         print(json.dumps(measure(*args.one, args.steps)))
         return
     rows = []
-    print(f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}")
+    print(f"{platform.machine()}, {devices.cores()} cores, Python {platform.python_version()}")
     print(
         "configuration            ms/step (5..95 %)            GFLOP  peak GFLOP/s  x floor  tasks/s  "
         "MB warm, end, peak"

@@ -20,9 +20,8 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorflow.core.util import event_pb2
 
-import main
+import recipe
 import runs
-from data_generator import DATASETS
 from utils import InputError
 
 EVENT_INTERVAL = 1000
@@ -36,7 +35,7 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}: train and test the run first")
     flags = json.loads((folder / "flags.json").read_text())
-    maml = main.build(flags, DATASETS[flags["datasource"]])
+    maml = recipe.build(recipe.from_flags(flags))
     run.restore(maml, str(prefix))
     copy.mkdir(parents=True, exist_ok=True)
     for name in ("flags.json", "results.json"):
@@ -52,7 +51,7 @@ def write_weights(maml, prefix: Path) -> None:
     The index is moved in last, as in runs.Run.save.
     """
     beside = str(prefix.with_name(".saving"))
-    names = [maml.network.tf1_names[name] for name in maml.weights]
+    names = [maml.tf1_names[name] for name in maml.weights]
     tf.raw_ops.SaveV2(
         prefix=beside, tensor_names=names, shape_and_slices=[""] * len(names), tensors=list(maml.weights.values())
     )

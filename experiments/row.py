@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+import devices
 import main
 from utils import write_whole
 
@@ -34,7 +35,8 @@ from utils import write_whole
 def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     """Does all of the above; returns the path of what it wrote. Ends the program where main.py fails or is stopped."""
     _main_program(training)
-    run, results_dir = main.run_of(training)
+    values = main.parsed(training)
+    run, results_dir = main.run_folder(values), values.results_dir
     flags = json.loads((run.folder / "flags.json").read_text())
     tested = Path(results_dir or run.folder) / "results.json"
     entries = []
@@ -104,7 +106,7 @@ def machine() -> dict:
     gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
     return {
         "processor": processor,
-        "cores": main.cores(),
+        "cores": devices.cores(),
         "gpus": [details.get("device_name") for details in gpus],
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -11,7 +11,7 @@ from PIL import Image
 
 import main
 
-main.set_threads()
+main.start_devices()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -16,7 +16,6 @@ from itertools import permutations, product
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,8 +25,10 @@ from PIL import Image
 from scipy import stats
 
 import data_generator
+import images
 import utils
-from data_generator import DATASETS, ROOT, SPLITS, Classes, ImageTasks, SinusoidTasks
+from data_generator import DATASETS, ImageTasks, SinusoidTasks
+from images import ROOT, SPLITS, Classes, load_splits
 from utils import InputError, Tasks
 
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
@@ -88,8 +89,7 @@ def numbered_tasks(counts, way, shot, query, names=None, images=OMNIGLOT) -> Ima
     pixels = np.stack(corners, 1).astype(np.uint8).reshape(-1, 2, 2, 1)
     names = names or [f"class{c:04}" for c in range(len(counts))]
     classes = Classes(names, np.cumsum(counts) - counts, counts, pixels)
-    with mock.patch.object(data_generator, "_load_splits", return_value=dict.fromkeys(SPLITS, classes)):
-        return ImageTasks(images, Path("numbered"), SPLITS, way, shot, query)
+    return ImageTasks(images, dict.fromkeys(SPLITS, classes), way, shot, query)
 
 
 def drawn(tasks: Tasks, counts, way: int, images=OMNIGLOT) -> Drawn:
@@ -247,7 +247,7 @@ def assert_drawn_from(tasks: Tasks, way: int, images: data_generator.Images, fol
 
 
 def test_omniglot_pixels_are_those_of_the_files(omniglot_like):
-    source = ImageTasks(OMNIGLOT, omniglot_like, ("train", "test"), 5, 2, 3)
+    source = ImageTasks.from_folder(OMNIGLOT, omniglot_like, ("train", "test"), 5, 2, 3)
     for split in ("train", "test"):
         folders = {name: omniglot_like / name for name in source.classes[split].names}
         tasks = source.draw(0, split, 0, 20)
@@ -256,7 +256,7 @@ def test_omniglot_pixels_are_those_of_the_files(omniglot_like):
 
 
 def test_miniimagenet_pixels_are_those_of_the_files(miniimagenet_like):
-    source = ImageTasks(MINIIMAGENET, miniimagenet_like, ("train", "test"), 5, 1, 4)
+    source = ImageTasks.from_folder(MINIIMAGENET, miniimagenet_like, ("train", "test"), 5, 1, 4)
     for split in ("train", "test"):
         folders = {folder.name: folder for folder in (miniimagenet_like / split).iterdir()}
         tasks = source.draw(0, split, 0, 4)
@@ -272,7 +272,7 @@ def test_every_grey_value(tmp_path, invert):
         Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / name)
     shutil.copytree(folder, folder.with_name("other"))
     images = MINIIMAGENET._replace(size=(16, 16), channels=1, invert=invert)
-    x = ImageTasks(images, tmp_path, ("train",), 2, 1, 1).draw(0, "train", 0, 1).support_x
+    x = ImageTasks.from_folder(images, tmp_path, ("train",), 2, 1, 1).draw(0, "train", 0, 1).support_x
     assert x.dtype == np.float32
     expected = [np.float32(u8) / np.float32(255) for u8 in range(256)]
     expected = [np.float32(1) - value for value in expected] if invert else expected
@@ -280,7 +280,7 @@ def test_every_grey_value(tmp_path, invert):
 
 
 def test_ink_is_one(omniglot_like):
-    x = ImageTasks(OMNIGLOT, omniglot_like, ("train",), 5, 1, 1).draw(0, "train", 0, 20).support_x
+    x = ImageTasks.from_folder(OMNIGLOT, omniglot_like, ("train",), 5, 1, 1).draw(0, "train", 0, 20).support_x
     assert set(np.unique(x)) == {0, 1}
     assert 0 < x.mean() < 0.2
 
@@ -291,7 +291,7 @@ def test_ink_is_one(omniglot_like):
 def test_order_of_the_listing_does_not_matter(omniglot_like, tmp_path, monkeypatch, images):
     folder = tmp_path / "data"
     shutil.copytree(omniglot_like, folder, ignore=shutil.ignore_patterns(".cache"))
-    source = ImageTasks(images, folder, ("train", "test"), 5, 1, 1)
+    source = ImageTasks.from_folder(images, folder, ("train", "test"), 5, 1, 1)
     expected = [source.draw(0, split, 0, 50) for split in ("train", "test")]
     shutil.rmtree(folder / ".cache")
 
@@ -303,7 +303,7 @@ def test_order_of_the_listing_does_not_matter(omniglot_like, tmp_path, monkeypat
 
     for function in ("walk", "listdir", "scandir"):
         monkeypatch.setattr(os, function, functools.partial(shuffled, getattr(os, function)))
-    source = ImageTasks(images, folder, ("train", "test"), 5, 1, 1)
+    source = ImageTasks.from_folder(images, folder, ("train", "test"), 5, 1, 1)
     for split, tasks in zip(("train", "test"), expected, strict=True):
         assert_same(source.draw(0, split, 0, 50), tasks)
 
@@ -339,7 +339,7 @@ def opened(monkeypatch) -> list[Path]:
 
 
 def tiny_tasks(folder: Path, images=TINY, way=2) -> Tasks:
-    return ImageTasks(images, folder, ("test",), way, 1, 1).draw(0, "test", 0, 40)
+    return ImageTasks.from_folder(images, folder, ("test",), way, 1, 1).draw(0, "test", 0, 40)
 
 
 def uncached_tasks(folder: Path) -> Tasks:
@@ -363,7 +363,7 @@ def test_what_is_no_image_is_passed_over(tiny):
 @pytest.mark.parametrize("name", ["4.PNG", "4.jpg", "4.JPEG"])
 def test_other_endings_are_images_too(tiny, name):
     save_image(tiny / "test" / "a" / name, seed=0)
-    assert list(ImageTasks(TINY, tiny, ("test",), 2, 1, 1).classes["test"].counts) == [5, 4, 4]
+    assert list(ImageTasks.from_folder(TINY, tiny, ("test",), 2, 1, 1).classes["test"].counts) == [5, 4, 4]
 
 
 def test_a_stray_image_beside_the_class_folders_is_no_class(tiny):
@@ -497,7 +497,7 @@ def test_unwritable_cache_is_told_in_one_line(tiny, monkeypatch, capsys, module,
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(module, function, refuse(error), raising=False)
-        source = ImageTasks(TINY, tiny, ("train", "test"), 2, 1, 1)
+        source = ImageTasks.from_folder(TINY, tiny, ("train", "test"), 2, 1, 1)
     assert_same(source.draw(0, "test", 0, 40), expected[0])
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
@@ -552,7 +552,7 @@ def test_killed_while_the_cache_is_written(tiny, monkeypatch, moved):
 
 def error_of(folder: Path, images=TINY, splits=("test",), way=2, shot=1, query=1) -> str:
     with pytest.raises(InputError) as raised:
-        ImageTasks(images, folder, splits, way, shot, query)
+        ImageTasks.from_folder(images, folder, splits, way, shot, query)
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -602,7 +602,7 @@ def test_too_few_images_in_a_class(tiny):
     assert f"class c (test) in {tiny} has 1 images, but a task takes 4 of each class" in message
     assert "--update_batch_size" in message
     assert "--num_query" in message
-    ImageTasks(TINY, tiny, ("train",), 2, 2, 2)  # 4 are enough, and the split with too few is not asked for
+    ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2)  # 4 are enough, and the split with too few is not asked for
     assert "class a (train)" in error_of(tiny, splits=("train", "test"), shot=2, query=3)
 
 
@@ -618,7 +618,7 @@ def test_truncated_image_is_never_taken_for_a_whole_one(tmp_path, ending):
     for length in range(len(content)):
         file.write_bytes(content[:length])
         try:
-            pixels = data_generator._image(file, images)
+            pixels = images.read_image(file, images)
         except InputError as error:
             refused += 1
             assert f"cannot read image {file} of class a:" in str(error)
@@ -693,15 +693,15 @@ def test_kinds_of_images(tmp_path, ending, image, options, colours):
     file = tmp_path / f"image.{ending}"
     image.save(file, **options)
     shape = OWN._replace(size=(2, 2 * len(colours)))
-    np.testing.assert_array_equal(data_generator._image(file, shape), np.asarray(squares(*colours)))
-    grey = data_generator._image(file, shape._replace(channels=1))
+    np.testing.assert_array_equal(images.read_image(file, shape), np.asarray(squares(*colours)))
+    grey = images.read_image(file, shape._replace(channels=1))
     np.testing.assert_array_equal(grey[:, :, 0], squares(*colours, mode="L"))
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bits(tmp_path, ending):
     SIXTEEN_BITS.save(tmp_path / f"image.{ending}")
-    grey = data_generator._image(tmp_path / f"image.{ending}", OWN._replace(size=(1, 4), channels=1))
+    grey = images.read_image(tmp_path / f"image.{ending}", OWN._replace(size=(1, 4), channels=1))
     assert list(grey.ravel()) == [0, 1, 127, 255]
 
 
@@ -713,7 +713,7 @@ def test_images_of_any_size_are_resized(tiny):
         halves.paste("lime", (0, 0, size[0] // 2, size[1]))
         halves.save(tiny / "test" / name / "0.png")
         halves.save(tiny / "test" / name / "1.png")
-    classes = ImageTasks(OWN._replace(size=(2, 2)), tiny, ("test",), 2, 1, 1).classes["test"]
+    classes = ImageTasks.from_folder(OWN._replace(size=(2, 2)), tiny, ("test",), 2, 1, 1).classes["test"]
     for name in ("wide", "high", "small"):
         pixels = classes.pixels[classes.starts[classes.names.index(name)]]
         np.testing.assert_allclose(pixels, [[GREEN, RED]] * 2, atol=30)
@@ -726,7 +726,7 @@ def test_images_of_any_size_are_resized(tiny):
 def test_decoded_images_stay_on_the_disk(tiny, monkeypatch):
     """From the first start on; they may be more than the memory holds."""
     monkeypatch.setattr(data_generator, "DECODED_AT_ONCE", 5)  # so that 12 come in three parts
-    source = ImageTasks(TINY, tiny, ("test",), 2, 1, 1)
+    source = ImageTasks.from_folder(TINY, tiny, ("test",), 2, 1, 1)
     assert isinstance(source.classes["test"].pixels, np.memmap)
     np.testing.assert_array_equal(source.classes["test"].pixels, np.load(tiny / ".cache" / "test.npy"))
     assert_same(source.draw(0, "test", 0, 40), uncached_tasks(tiny))
@@ -884,7 +884,7 @@ def test_split_is_always_the_same_shuffle(letters):
 
     def names(*sizes):
         images = OWN._replace(split_sizes=sizes)
-        classes = data_generator._load_splits(images, letters, SPLITS)
+        classes = load_splits(images, letters, SPLITS)
         return ["".join(classes[split].names) for split in SPLITS]
 
     assert names(6, 2, 2) == ["dfghij", "ae", "bc"]
@@ -940,7 +940,7 @@ def blank_omniglot(folder: Path, names) -> Path:
 
 def test_complete_omniglot_has_the_published_split(tmp_path, capsys):
     folder = blank_omniglot(tmp_path / "omniglot", CHARACTERS)
-    classes = ImageTasks(OMNIGLOT, folder, SPLITS, 20, 1, 1).classes
+    classes = ImageTasks.from_folder(OMNIGLOT, folder, SPLITS, 20, 1, 1).classes
     assert {split: classes[split].names for split in SPLITS} == {split: sorted(PUBLISHED[split]) for split in SPLITS}
     assert capsys.readouterr().out == ""
 
@@ -949,7 +949,7 @@ def test_part_of_omniglot_keeps_its_places_and_says_so(tmp_path, capsys):
     part = {split: [name for name in PUBLISHED[split] if name < "C"] for split in SPLITS}
     total = sum(map(len, part.values()))
     folder = blank_omniglot(tmp_path / "omniglot", [name for split in SPLITS for name in part[split]])
-    classes = ImageTasks(OMNIGLOT, folder, SPLITS, 5, 1, 1).classes
+    classes = ImageTasks.from_folder(OMNIGLOT, folder, SPLITS, 5, 1, 1).classes
     assert {split: classes[split].names for split in SPLITS} == {split: sorted(part[split]) for split in SPLITS}
     assert capsys.readouterr().out == (
         f"{folder} has {total} of the 1,623 published classes: each stays in its published split.\n"
@@ -958,7 +958,7 @@ def test_part_of_omniglot_keeps_its_places_and_says_so(tmp_path, capsys):
 
 def test_split_without_classes(tmp_path):
     folder = blank_omniglot(tmp_path / "omniglot", PUBLISHED["train"][:10])
-    ImageTasks(OMNIGLOT, folder, ("train",), 5, 1, 1)
+    ImageTasks.from_folder(OMNIGLOT, folder, ("train",), 5, 1, 1)
     assert "the test split of" in error_of(folder, OMNIGLOT, ("train", "test"), way=5)
 
 
@@ -966,7 +966,7 @@ def test_split_without_classes(tmp_path):
 def test_one_foreign_name_splits_all_by_the_rule(tmp_path, capsys, stranger):
     names = [*PUBLISHED["train"][:28], stranger, *PUBLISHED["test"][:11]]
     folder = blank_omniglot(tmp_path / "omniglot", names)
-    classes = ImageTasks(OMNIGLOT, folder, SPLITS, 2, 1, 1).classes
+    classes = ImageTasks.from_folder(OMNIGLOT, folder, SPLITS, 2, 1, 1).classes
     shuffled = sorted(names)
     Random(1).shuffle(shuffled)
     assert classes["train"].names == sorted(shuffled[:27])  # 40 * 1,100 / 1,623
@@ -975,14 +975,14 @@ def test_one_foreign_name_splits_all_by_the_rule(tmp_path, capsys, stranger):
     assert capsys.readouterr().out == (
         f"{folder} has 40 classes, not the 1,623 published: split 27/2/11 by a seed-1 shuffle.\n"
     )
-    assert ImageTasks(OMNIGLOT, folder, ("test",), 2, 1, 1).classes["test"].names == classes["test"].names
+    assert ImageTasks.from_folder(OMNIGLOT, folder, ("test",), 2, 1, 1).classes["test"].names == classes["test"].names
 
 
 def test_tasks_of_real_omniglot(shared, tmp_path, capsys):
     """Five alphabets from the published archive, through the script that prepares them."""
     archive, folder = shared / "data" / "omniglot" / "images_background_small1.zip", tmp_path / "omniglot"
     subprocess.run([sys.executable, ROOT / OMNIGLOT.prepare, archive, "--out", folder], check=True, capture_output=True)
-    source = ImageTasks(OMNIGLOT, folder, SPLITS, 5, 1, 1)
+    source = ImageTasks.from_folder(OMNIGLOT, folder, SPLITS, 5, 1, 1)
     assert "has 136 of the 1,623 published classes" in capsys.readouterr().out
     assert [len(source.classes[split].names) for split in SPLITS] == [93, 10, 33]
     for split in SPLITS:

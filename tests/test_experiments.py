@@ -20,7 +20,6 @@ from tensorflow.core.util import event_pb2
 import main
 import publish
 import row
-import runs
 import table
 from utils import InputError
 
@@ -38,7 +37,7 @@ class InThisProcess:
     def wait(self) -> int:
         with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
             try:
-                main._run(main._parse(self.command[1:]))
+                main.run(main.parse(self.command[1:]))
             except SystemExit as end:
                 return end.code
         return 0
@@ -63,10 +62,7 @@ def called(script: Path, folder: Path, *arguments: str) -> tuple[list[str], list
 
 
 def run_folder(flags: list[str]) -> str:
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
-        main.FLAGS(["main.py", *flags])
-        name = runs.run_name(main.run_identity(main.run_data_set()))
-        return os.path.join(main.FLAGS.logdir, name)
+    return str(main.run_folder(main.parsed(flags)).folder)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -93,10 +89,8 @@ def test_tables_have_every_test_of_every_script(tmp_path):
     for script in SCRIPTS:
         training, tests = called(script, tmp_path)
         for flags in tests:
-            with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
-                main.FLAGS(["main.py", *training, *flags])
-                main.run_data_set()  # brings its defaults
-                tested.add((script.stem, main.FLAGS.update_batch_size, main.FLAGS.update_lr))
+            recipe = main.recipe_of(main.parsed([*training, *flags]))
+            tested.add((script.stem, recipe.shot, recipe.inner_lr))
     rows = [(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES]
     assert sorted(rows) == sorted(tested)
 

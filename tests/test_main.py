@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import functools
 import io
 import json
@@ -28,9 +29,13 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 import main
 import networks
 import runs
-from data_generator import DATASETS, SPLITS, ImageTasks, SinusoidTasks
-from maml import MAML, Curve
-from utils import accuracy, mse, xent
+import train
+from data_generator import DATASETS, ImageTasks, SinusoidTasks
+from evaluate import Protocol
+from events import Events
+from images import SPLITS
+from maml import MAML
+from utils import Curve, accuracy, mse, xent
 
 PROGRAM = Path(main.__file__)
 NUMBER = r"-?\d\S*"
@@ -47,7 +52,7 @@ def start(*arguments: object) -> Ended:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main._run(main._parse(["main.py", *map(str, arguments)]))
+            main.run(main.parse(["main.py", *map(str, arguments)]))
         except SystemExit as end:
             code = end.code
     return Ended(code, out.getvalue(), err.getvalue())
@@ -76,10 +81,9 @@ def spawn(*command: object, **options) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> Ended:
-    """Waits for it. TensorFlow's own lines about how it starts are left out."""
+    """Waits for it. TensorFlow's own lines about how it starts are not among what it writes."""
     out, err = process.communicate(timeout=300)
-    err = [line for line in err.splitlines() if not re.match(r"[IWE]\d{4} |WARNING: All log messages before", line)]
-    return Ended(process.returncode, out, "\n".join(err))
+    return Ended(process.returncode, out, err)
 
 
 def only_run(logdir: Path) -> Path:
@@ -168,8 +172,9 @@ def omniglot(omniglot_like, tmp_path_factory) -> Path:
 @pytest.fixture
 def few_test_tasks():
     """Four tasks at test, not 600, where their number does not matter."""
-    with flagsaver.flagsaver():
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         main.FLAGS.set_default("test_tasks", 4)
+        patch.setitem(Protocol._field_defaults, "tasks", 4)
         yield
 
 
@@ -177,7 +182,8 @@ def few_test_tasks():
 def not_compiled():
     """For runs of a few steps: to compile them would take longer than to take them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MAML, "many_steps", tf.function(MAML.many_steps.python_function, autograph=False))
+        function = tf.function
+        patch.setattr(tf, "function", lambda *args, jit_compile=None, **options: function(*args, **options))
         yield
 
 
@@ -407,7 +413,7 @@ def test_the_events_of_an_image_run(omniglot_run):
 
 def test_the_norm_of_the_meta_gradient(uninterrupted):
     """Of the step that the summary's iteration takes, and of its tasks."""
-    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+    maml = MAML(networks.fc(1, (40, 40), 1, norm=None, tiny=True), mse, inner_lr=0.001, inner_steps=1)
     runs.Run(uninterrupted.folder).restore(maml, str(uninterrupted.folder / "model299"))
     tasks = SinusoidTasks(5, 5).draw(0, "train", 25 * 300, 25)
     gradient, _ = maml.mean_gradient(maml.support_loss, tasks)  # of 330 iterations of pretraining
@@ -418,7 +424,9 @@ def test_the_norm_of_the_meta_gradient(uninterrupted):
 def evaluated(run: Finished, model: str, split: str, shot: int, inner_lr: float, count: int, steps: int) -> Curve:
     """What main has to find on tasks 0 .. count - 1 of the small Omniglot, put together by hand."""
     (folder,) = (Path(flag.split("=")[1]) for flag in run.flags if flag.startswith("--data_path="))
-    tasks = ImageTasks(DATASETS["omniglot"].images, folder, (split,), 5, shot, shot).draw(0, split, 0, count)
+    tasks = ImageTasks.from_folder(DATASETS["omniglot"].images, folder, (split,), 5, shot, shot).draw(
+        0, split, 0, count
+    )
     return evaluated_on(tasks, run, model, shot, inner_lr, steps)
 
 
@@ -486,6 +494,39 @@ def test_two_models_in_one_results_dir(sinusoid_run, uninterrupted, few_test_tas
     assert [entry["run"] for entry in entries] == [uninterrupted.folder.name, sinusoid_run.folder.name]
 
 
+def test_two_models_of_own_images_tested_on_other_ones(own_run, miniimagenet_like, few_test_tasks, tmp_path):
+    """Their run folders have one name; each test has its entry and its files."""
+    moved = shutil.copytree(miniimagenet_like, tmp_path / "moved")
+    other = finished(tmp_path / "logs", *own_run.flags[1:], f"--data_path={moved}")
+    assert other.folder.name == own_run.folder.name
+    for one in (own_run, other, own_run):
+        tested = (
+            "--test_datasource=cub",
+            f"--test_data_path={miniimagenet_like}",
+            f"--results_dir={tmp_path / 'results'}",
+        )
+        run(*one.flags, "--train=False", "--test_set=True", *tested)
+    entries = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert [entry["trained_on_folder"] for entry in entries] == [str(moved), str(miniimagenet_like)]
+    assert len(list((tmp_path / "results").glob("test_ubs1_stepsize0.01_cub_trained-*.csv"))) == 2
+
+
+def test_a_test_prints_one_table(omniglot_run, own_run, few_test_tasks, tmp_path):
+    """A line for every update, beside the original's line; the paper's column only where the paper has the data."""
+    flags = "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
+    printed = run(*omniglot_run.flags, *flags)
+    rows = re.findall(r"^ +(\d+) +(\S+) \+- +(\S+) +(\S+) +(query|support) set", printed, re.MULTILINE)
+    _, (means, _, ci95) = read_csv(tmp_path / "test_ubs1_stepsize0.4.csv")
+    median = np.median(read_pickle(tmp_path / "test_ubs1_stepsize0.4.pkl"), 0)
+    assert [int(row[0]) for row in rows] == list(range(11))
+    np.testing.assert_allclose(np.array(rows)[:, 1:4].astype(float).T, [means, ci95, median], rtol=1e-2, atol=1e-4)
+    assert "The paper's column, update3: accuracy" in printed
+    assert "The paper's column" not in run(*own_run.flags, *flags)
+    own_images = own_run.flags[2].removeprefix("--data_path=")
+    cross = "--test_datasource=miniimagenet", f"--test_data_path={own_images}"
+    assert "The paper's column" not in run(*omniglot_run.flags, *flags, *cross)
+
+
 def test_other_tasks_at_test(omniglot_run, miniimagenet_like, tmp_path):
     """An Omniglot model on photographs, which are read as its own images: 28x28, grey and inverted.
 
@@ -505,7 +546,7 @@ def test_other_tasks_at_test(omniglot_run, miniimagenet_like, tmp_path):
     assert written[0] != written[1]
 
     images = DATASETS["folder"].images._replace(size=(28, 28), channels=1, invert=True, split_sizes=(0, 0, 6))
-    tasks = ImageTasks(images, tmp_path / "a" / "images", ("test",), 5, 1, 2).draw(3, "test", 0, 6)
+    tasks = ImageTasks.from_folder(images, tmp_path / "a" / "images", ("test",), 5, 1, 2).draw(3, "test", 0, 6)
     curve = evaluated_on(tasks, omniglot_run, "model509", shot=1, inner_lr=0.4, steps=10)
     np.testing.assert_allclose(read_pickle(Path(f"{written[0]}.pkl")), curve.accuracies, atol=1e-6)
     entries = json.loads((tmp_path / "results" / "results.json").read_text())
@@ -526,7 +567,7 @@ def test_omniglot_tasks_for_a_model_of_photographs(omniglot, own_run, few_test_t
     network = networks.conv4((16, 16), 3, 5, 4, max_pool=True, norm="batch_norm", mean_head=False)
     maml = MAML(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.01, inner_steps=1)
     runs.Run(own_run.folder).restore(maml, str(own_run.folder / "model0"))
-    tasks = ImageTasks(images, omniglot, ("val",), 5, 1, 1).draw(0, "val", 0, 4)
+    tasks = ImageTasks.from_folder(images, omniglot, ("val",), 5, 1, 1).draw(0, "val", 0, 4)
     found = read_pickle(own_run.folder / "val_ubs1_stepsize0.01_omniglot.pkl")
     np.testing.assert_allclose(found, maml.evaluate(tasks, 10).accuracies, atol=1e-6)
 
@@ -570,7 +611,9 @@ def test_the_released_model(shared, miniimagenet_like, few_test_tasks, tmp_path)
     network = networks.conv4((84, 84), 3, 5, 32, norm="batch_norm", max_pool=True, mean_head=False)
     maml = MAML(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.01, inner_steps=5)
     runs.Run(only_run(models)).restore(maml, str(only_run(models) / "model59000"))
-    tasks = ImageTasks(DATASETS["miniimagenet"].images, miniimagenet_like, ("val",), 5, 1, 1).draw(0, "val", 0, 4)
+    tasks = ImageTasks.from_folder(DATASETS["miniimagenet"].images, miniimagenet_like, ("val",), 5, 1, 1).draw(
+        0, "val", 0, 4
+    )
     means = [column["mean"] for column in entry["results"]]
     np.testing.assert_allclose(means, np.mean(maml.evaluate(tasks, 10).accuracies, 0), rtol=1e-6)
 
@@ -624,13 +667,13 @@ def uninterrupted(tmp_path_factory) -> Finished:
 def test_kill_and_resume(uninterrupted, tmp_path):
     """kill -9 at the summary of iteration 500, when model299 is the latest: the second run ends as if it were one."""
     killed = (
-        "import os, signal, sys, main\n"
-        "scalars = main.Events.scalars\n"
+        "import os, signal, sys, main, events\n"
+        "scalars = events.Events.scalars\n"
         "def kill(events, iteration, values):\n"
         "    if iteration == 500: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    scalars(events, iteration, values)\n"
-        "main.Events.scalars = kill\n"
-        "main._run(main._parse(sys.argv))\n"
+        "events.Events.scalars = kill\n"
+        "main.run(main.parse(sys.argv))\n"
     )
     flags = f"--logdir={tmp_path}", *BOTH_PHASES
     assert end(spawn("-c", killed, *flags, cwd=PROGRAM.parent)).code == -signal.SIGKILL
@@ -647,16 +690,16 @@ def test_kill_and_resume(uninterrupted, tmp_path):
 
 
 KILLED_AT_RANDOM = """
-import os, random, signal, sys, time, main, runs
-main.SUMMARY_INTERVAL = main.PRINT_INTERVAL = 20
-main.VALIDATION_INTERVAL = 10
+import os, random, signal, sys, time, main, runs, train
+train.SUMMARY_INTERVAL = train.PRINT_INTERVAL = 20
+train.VALIDATION_INTERVAL = 10
 main.DATASETS["omniglot"] = main.DATASETS["omniglot"]._replace(curve_steps=1)
 kills, logdir, *flags = sys.argv[1:]
 
 def start(name):
     process = os.fork()  # TensorFlow is imported once, and each process starts it for itself
     if process == 0:
-        main._run(main._parse(["main.py", f"--logdir={logdir}/{name}", *flags]))
+        main.run(main.parse(["main.py", f"--logdir={logdir}/{name}", *flags]))
         os._exit(0)
     return process
 
@@ -692,7 +735,7 @@ def test_kill_at_random_moments(small, tmp_path):
 def signal_at(monkeypatch, iteration: int, *numbers: int, when: str = "scalars") -> None:
     """These signals arrive while the summary of an iteration is written; or when="flags": before any."""
 
-    original = getattr(main.Events, when)
+    original = getattr(Events, when)
 
     def write(events, at, values):
         if at == iteration:
@@ -700,7 +743,7 @@ def signal_at(monkeypatch, iteration: int, *numbers: int, when: str = "scalars")
                 signal.raise_signal(number)
         original(events, at, values)
 
-    monkeypatch.setattr(main.Events, when, write)
+    monkeypatch.setattr(Events, when, write)
 
 
 def saved_by(number: signal.Signals, stopped: Ended) -> Path:
@@ -721,7 +764,7 @@ def test_stop_and_resume(uninterrupted, monkeypatch, tmp_path, number, iteration
     assert signal.getsignal(number) is before
     folder = only_run(tmp_path)
     assert str(prefix) == runs.Run(folder).checkpoint()
-    assert prefix.name in (f"model{iteration - 1}", f"model{iteration}")
+    assert prefix.name in (f"model{iteration - 1}", f"model{iteration + 99}")  # a hundred steps are one program
     assert f"Restoring model weights from {prefix}\n" in run(*flags)
     assert_same_ending(folder, uninterrupted.folder)
     assert scalars(folder) == scalars(uninterrupted.folder)
@@ -778,6 +821,40 @@ def test_stop_in_a_validation(omniglot_run, monkeypatch, tmp_path):
     assert "Validation results" in run(*flags)
     assert_same_ending(only_run(tmp_path), omniglot_run.folder)  # what is the best is a part of it
     assert scalars(only_run(tmp_path)) == scalars(omniglot_run.folder)
+
+
+def test_a_validation_made_up_for_stands_once_in_the_events(small, monkeypatch, tmp_path):
+    """Stopped in a validation that finds no new best; made up for and killed; and gone on with: one point, not two."""
+    monkeypatch.setattr(train, "VALIDATION_INTERVAL", 10)
+    flags = *small, "--metatrain_iterations=40", f"--logdir={tmp_path}"
+
+    def draw(data, seed, split, first, count, draw=ImageTasks.draw):
+        if split == "val" and signals:
+            signal.raise_signal(signals.pop())
+        return draw(data, seed, split, first, count)
+
+    validated = []
+
+    def then(validation, iteration, accuracy, tasks, then=runs.Validation.then):
+        validated.append(iteration)
+        return then(validation, iteration, 0.5, tasks)  # so the first is the best, and stays it
+
+    monkeypatch.setattr(ImageTasks, "draw", draw)
+    monkeypatch.setattr(runs.Validation, "then", then)
+    signals = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "SUMMARY_INTERVAL", 20)
+        signal_at(patch, 20, signal.SIGTERM)
+        saved_by(signal.SIGTERM, start(*flags))  # at 20, and then the validation of 20 is asked to stop at once
+    assert validated == [10]
+    with monkeypatch.context() as patch:
+        patch.setattr(Events, "flush", lambda events: events.writer.flush() or sys.exit(9))  # as killed before it saves
+        assert start(*flags).code == 9
+    assert validated == [10, 20]
+    run(*flags)
+    assert validated == [10, 20, 20, 30]
+    points = scalars(only_run(tmp_path))["metaval_Post-update_accuracy__step_1"]
+    assert [step for step, _ in points] == [10, 20, 30]
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch, tmp_path):
@@ -876,7 +953,7 @@ def test_a_flag_reaches_the_training(flag, three_steps, uncompiled, tmp_path):
 def test_a_step_takes_the_next_tasks_of_the_stream(uncompiled, tmp_path):
     """Iteration t is of tasks t * T .. t * T + T - 1: put together by hand."""
     found = variables(finished(tmp_path, "--metatrain_iterations=3", "--seed=3").folder, "model2")
-    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1, seed=3)
+    maml = MAML(networks.fc(1, (40, 40), 1, norm=None, tiny=True), mse, inner_lr=0.001, inner_steps=1, seed=3)
     for t in range(3):
         maml.train_step(SinusoidTasks(5, 5).draw(3, "train", 25 * t, 25))
     for name, weight in maml.weights.items():
@@ -886,7 +963,7 @@ def test_a_step_takes_the_next_tasks_of_the_stream(uncompiled, tmp_path):
 @pytest.mark.parametrize(("iteration", "updates"), [(0, 5), (300, 1)])
 def test_a_summary_is_of_the_tasks_at_hand(uninterrupted, iteration, updates):
     """Of its iteration's tasks, by the weights that the steps before left; the whole curve every 1,000 iterations."""
-    maml = MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+    maml = MAML(networks.fc(1, (40, 40), 1, norm=None, tiny=True), mse, inner_lr=0.001, inner_steps=1)
     if iteration:
         runs.Run(uninterrupted.folder).restore(maml, str(uninterrupted.folder / f"model{iteration - 1}"))
     tasks = SinusoidTasks(5, 5).draw(0, "train", 25 * iteration, 25)
@@ -896,6 +973,26 @@ def test_a_summary_is_of_the_tasks_at_hand(uninterrupted, iteration, updates):
     points = {tag: dict(points) for tag, points in scalars(uninterrupted.folder).items()}
     found = {tag: points[tag][iteration] for tag in points if "update_loss" in tag and iteration in points[tag]}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_threads_reach_tensorflow(tmp_path):
+    """In a process of its own, as TensorFlow takes them once."""
+    program = (
+        "import sys, main, tensorflow as tf\n"
+        "main.FLAGS(sys.argv)\n"
+        "main.start_devices()\n"
+        "threading = tf.config.threading\n"
+        "print(threading.get_inter_op_parallelism_threads(), threading.get_intra_op_parallelism_threads(),\n"
+        "      main.build(main.recipe_of(main.FLAGS)).parallel_tasks)\n"
+    )
+    ended = end(spawn("-c", program, "--threads=3", "--op_threads=2", cwd=PROGRAM.parent))
+    assert ended.out.split() == ["3", "2", "3"]
+
+
+def test_threads_change_no_number(small, tmp_path):
+    """Tasks side by side are computed as one after the other. (--op_threads does change numbers, and says so.)"""
+    folders = [finished(tmp_path / n, *small, "--metatrain_iterations=3", f"--threads={n}").folder for n in "14"]
+    assert_same_ending(*folders)
 
 
 def test_training_is_the_same_every_time(three_steps, uncompiled, tmp_path):
@@ -1218,6 +1315,43 @@ class Stranger:
         return os.mkdir, (str(self.folder),)
 
 
+def test_a_system_without_file_locks(tmp_path):
+    """As Windows, whose Python has no fcntl: training and testing work, and say that nothing is locked."""
+    program = "import sys\nsys.modules['fcntl'] = None\nimport main\nmain.run(main.parse(sys.argv))"
+    flags = "--metatrain_iterations=0", f"--logdir={tmp_path}"
+    ended = end(spawn("-c", program, *flags, cwd=PROGRAM.parent))
+    assert (ended.code, ended.err) == (0, "")
+    assert "cannot be locked (this system has no file locks)" in ended.out
+
+
+@pytest.mark.parametrize(("error", "one_line"), [(errno.ENOSPC, True), (errno.EACCES, True), (errno.ENOENT, False)])
+def test_only_what_the_user_can_mend_is_one_line(monkeypatch, error, one_line):
+    """A fault of the program itself has its traceback, also where it is an OSError."""
+
+    def main_(argv):
+        raise OSError(error, os.strerror(error), "somewhere")
+
+    monkeypatch.setattr(main, "main", main_)
+    if one_line:
+        assert "somewhere" in refusal()
+    else:
+        with pytest.raises(OSError, match="somewhere"):
+            start()
+
+
+def test_events_are_written_before_the_checkpoint_that_counts_on_them(monkeypatch, uncompiled, tmp_path):
+    """A run that goes on from a checkpoint does not write the events before it again."""
+    kept = {}
+
+    def save(run, model, save=runs.Run.save):
+        kept[int(model.step)] = [step for step, _ in scalars(run.folder).get("metatrain_Pre-update_loss", [])]
+        return save(run, model)
+
+    monkeypatch.setattr(runs.Run, "save", save)
+    run("--metatrain_iterations=202", "--save_interval=100", f"--logdir={tmp_path}")
+    assert kept == {101: [0, 100], 201: [0, 100, 200], 202: [0, 100, 200]}
+
+
 def test_a_strangers_files_run_no_code(held, few_test_tasks, tmp_path):
     for name in ("val_ubs5_stepsize0.001.pkl", "model5.pkl", "model5.index", "model5.data-00000-of-00001"):
         (held.folder / name).write_bytes(pickle.dumps(Stranger(tmp_path / "made")))
@@ -1286,7 +1420,7 @@ def test_the_progress_line_on_a_terminal(uncompiled, tmp_path):
     flags = "--norm=None", "--metatrain_iterations=3", f"--logdir={tmp_path}"
     out, err = io.StringIO(), Terminal()
     with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        main._run(main._parse(["main.py", *flags]))
+        main.run(main.parse(["main.py", *flags]))
     last = err.getvalue().strip().split("\r")[-1]
     assert re.search(r"100%.* 3/3 \[00:\d\d<00:00, .*(iterations/s|s/ iterations), loss [\d.]+ -> [\d.]+\]", last)
     assert out.getvalue().splitlines()[-1].startswith("Done: 3 iterations")
@@ -1307,12 +1441,12 @@ def test_a_process_ends_as_it_should(tmp_path):
     """Exit codes and all of stderr, from any folder; --help names every flag with the paper's symbols."""
     arguments = ["--update_lr=nan"], ["--train=False", "--logdir=none"], ["--help"]
     wrong_flag, no_model, help_ = map(end, [spawn(PROGRAM, *each, cwd=tmp_path) for each in arguments])
-    assert (wrong_flag.code, no_model.code, help_.code) == (1, 1, 1)  # absl's own for --help
+    assert (wrong_flag.code, no_model.code, help_.code) == (1, 1, 0)
     assert re.fullmatch(r"main\.py: .*--update_lr=nan: must be a number above 0.*", wrong_flag.err)
     assert re.fullmatch(r"main\.py: no checkpoint .* in none/cls_\S+: train first, .*", no_model.err)
     assert help_.err == ""
     for flag in main.FLAGS.get_flags_for_module(main):
-        assert re.search(rf"--(\[no\])?{flag.name}:\s", help_.out)
+        assert len(re.findall(rf"^  --(?:\[no\])?{flag.name}: ", help_.out, re.MULTILINE)) == 1
     for word in ("alpha", "beta", "transductive", "(shot)", "(way)"):
         assert word in help_.out
     assert list(tmp_path.iterdir()) == []

@@ -11,14 +11,13 @@ from data_generator import SinusoidTasks
 from maml import MAML, Adam
 from tests import reference
 from tests.test_oracle import meta_gradient
-from utils import Network, Tasks, accuracy, mse, statistics, xent
+from utils import InputError, Network, Tasks, accuracy, mse, statistics, xent
 
 LINE = Network(  # y = w x, one weight
     init=lambda seed: {"w": tf.constant(1.5)},
     apply=lambda weights, x: weights["w"] * x,
     adapted=("w",),
     tf1_names={"w": "model/Variable"},
-    batched=False,
 )
 
 
@@ -26,10 +25,10 @@ def one_task(support_x, support_y, query_x, query_y) -> Tasks:
     return Tasks(*(np.array(part, np.float32).reshape(1, -1, 1) for part in (support_x, support_y, query_x, query_y)))
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("in_one_operation", [False, True])
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_meta_gradient_derived_by_hand(steps, first_order, batched):
+def test_meta_gradient_derived_by_hand(steps, first_order, in_one_operation):
     """One weight, one support point (a, y), one query point (b, z), loss (w a - y)^2.
 
     An inner step maps w to w' = w - 2 alpha a (w a - y), so dw'/dw = 1 - 2 alpha a^2, and after J steps the
@@ -37,7 +36,8 @@ def test_meta_gradient_derived_by_hand(steps, first_order, batched):
     """
     w, a, y, b, z, alpha = 1.5, 0.8, -0.4, 1.3, 0.7, 0.05
     tasks = one_task([a], [y], [b], [z])
-    maml = MAML(LINE._replace(batched=batched), mse, inner_lr=alpha, inner_steps=steps, first_order=first_order)
+    line = LINE._replace(tasks_in_one_operation=in_one_operation)
+    maml = MAML(line, mse, inner_lr=alpha, inner_steps=steps, first_order=first_order)
     for _ in range(steps):
         w = w - 2 * alpha * a * (w * a - y)
     expected = 2 * b * (w * b - z) * (1 if first_order else (1 - 2 * alpha * a**2) ** steps)
@@ -70,7 +70,7 @@ def in_float64(network: Network) -> Network:
 
 CASES = {
     "conv": ((17, 16, 2), functools.partial(networks.conv4, (17, 16), 2, 3, 4), functools.partial(reference.conv4)),
-    "fc": ((9,), functools.partial(networks.fc, 9, (8, 7), 3), reference.fc),
+    "fc": ((9,), functools.partial(networks.fc, 9, (8, 7), 3, tiny=True), reference.fc),
 }
 
 
@@ -193,7 +193,7 @@ def test_adam_is_the_formula():
 
 
 def sinusoid_maml() -> MAML:
-    return MAML(networks.fc(1, (40, 40), 1, norm=None), mse, inner_lr=0.001, inner_steps=1)
+    return MAML(networks.fc(1, (40, 40), 1, norm=None, tiny=True), mse, inner_lr=0.001, inner_steps=1)
 
 
 @pytest.mark.parametrize("pretrain", [False, True])
@@ -203,13 +203,38 @@ def test_one_compiled_program_takes_the_same_steps(pretrain):
     stack = Tasks(*(part.reshape(20, 25, *part.shape[1:]) for part in drawn))
     compiled, single = sinusoid_maml(), sinusoid_maml()
     for first, count in ((0, 5), (5, 5), (10, 2)):
-        compiled.many_steps(Tasks(*(part[first : first + 10] for part in stack)), tf.constant(count), pretrain)
+        compiled.many_steps(stack, tf.constant(first), tf.constant(count), pretrain)
     for i in range(12):
         (single.pretrain_step if pretrain else single.train_step)(Tasks(*(part[i] for part in stack)))
     assert int(compiled.step) == int(single.step) == 12
     assert compiled.many_steps.experimental_get_tracing_count() == 1
     for name, weight in single.weights.items():
         np.testing.assert_allclose(compiled.weights[name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_model_lives_through_an_expression():
+    """tf.function as a decorator holds its object weakly, and this would fail."""
+    network = networks.conv4((16, 16), 1, 3, 4, max_pool=False, norm="batch_norm", mean_head=True)
+    loss, _ = MAML(network, functools.partial(xent, shot=1), inner_lr=0.4, inner_steps=1).train_step(SMALL())
+    assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("support_x", lambda x: x.astype(np.float64), "support_x is float64, but the weights are float32"),
+        ("query_x", lambda x: (255 * x).astype(np.uint8), "query_x is uint8, but the weights are float32"),
+        ("query_y", lambda y: y.argmax(-1), "query_y is int64, but the weights are float32"),
+        ("support_y", lambda y: y.argmax(-1).astype(np.float32), r"support_y has the shape \[4, 3\].* one-hot"),
+        ("support_x", lambda x: x[0], "query_x has the shape|support_x has the shape"),
+    ],
+)
+def test_tasks_of_a_wrong_kind_are_named(part, change, message):
+    tasks = SMALL()
+    tasks = tasks._replace(**{part: change(getattr(tasks, part))})
+    for step in (small_maml().train_step, functools.partial(small_maml().evaluate, steps=1)):
+        with pytest.raises(InputError, match=message):
+            step(tasks)
 
 
 def test_a_graph_is_traced_once():

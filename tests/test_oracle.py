@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import main
 import networks
+import recipe
 import runs
 from data_generator import DATASETS
 from maml import MAML
@@ -52,7 +52,7 @@ class Record:
                 support_x, query_x = 1 - support_x, 1 - query_x
         self.tasks = Tasks(support_x, self.arrays["labela"], query_x, self.arrays["labelb"])
         norm = None if flags["norm"] == "None" else flags["norm"]
-        self.maml = main.build(flags | {"norm": norm, "seed": 0, "image_size": None, "image_channels": None}, dataset)
+        self.maml = recipe.build(recipe.from_flags(flags | {"norm": norm}))
         for name, weight in self.maml.weights.items():
             weight.assign(self.recorded("weights", name))
         # Under batch norm the gradient of a hidden layer's bias is exactly zero; the record holds its rounding noise.
@@ -164,9 +164,9 @@ def test_parameter_counts():
         (32_645, 128): conv((84, 84), 3, 5, 32, max_pool=True, mean_head=False),
         (111_749, 256): conv((28, 28), 1, 5, 64, max_pool=False, mean_head=True),
         (112_724, 256): conv((28, 28), 1, 20, 64, max_pool=False, mean_head=True),
-        (246_597, 512): networks.fc(784, DATASETS["omniglot"].hidden, 5, norm="batch_norm"),
-        (1_761, 0): networks.fc(1, DATASETS["sinusoid"].hidden, 1, norm=None),
-        (1_841, 0): networks.fc(3, DATASETS["sinusoid"].hidden, 1, norm=None),
+        (246_597, 512): networks.NETWORKS["no_conv"]((28, 28, 1), 5, "batch_norm", 64, False),
+        (1_761, 0): networks.NETWORKS["sinusoid"]((1,), 1, None, 64, False),
+        (1_841, 0): networks.NETWORKS["sinusoid"]((3,), 1, None, 64, False),
     }
     for (adapted, meta_only), network in counts.items():
         sizes = {name: math.prod(value.shape) for name, value in network.init(0).items()}

@@ -11,9 +11,9 @@ from PIL import Image
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -r requirements-plot.txt")
 
-import main
 import plot
-from data_generator import DATASETS, SinusoidTasks
+import recipe
+from data_generator import SinusoidTasks
 from utils import InputError
 
 ROOT = Path(plot.__file__).parent
@@ -49,7 +49,7 @@ def test_sinusoid_figure_shows_that_maml_adapts():
 def test_sinusoid_figure_of_an_oracle():
     """Its model sees amplitude and phase; here a model that reads the amplitude alone from them, before any update."""
     flags = json.loads((RUN / "flags.json").read_text()) | {"baseline": "oracle"}
-    maml = main.build(flags, DATASETS["sinusoid"])
+    maml = recipe.build(recipe.from_flags(flags))
     for weight in maml.weights.values():
         weight.assign(tf.zeros_like(weight))
     maml.weights["w1"][1, 0].assign(1.0)
@@ -85,6 +85,12 @@ def test_updates_figure_has_a_panel_for_each_shot():
 def test_more_labels_than_colours_are_refused():
     with pytest.raises(InputError, match="6 labels, but there are colours for 5"):
         plot.updates_figure({str(i): [entry(5, "mean squared error", [3, 0.6])] for i in range(6)})
+
+
+def test_an_error_and_an_accuracy_do_not_share_an_axis():
+    tests = {"Sine": [entry(5, "mean squared error", [3, 0.6])], "Omniglot": [entry(5, "accuracy", [0.2, 0.9])]}
+    with pytest.raises(InputError, match="Sine: mean squared error; Omniglot: accuracy"):
+        plot.updates_figure(tests)
 
 
 @pytest.mark.parametrize(

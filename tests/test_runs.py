@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import main
 import networks
+import recipe
 import runs
 from maml import MAML
 from utils import InputError, accuracy, mse
@@ -86,7 +86,7 @@ def assert_same(one: list[np.ndarray], other: list[np.ndarray]) -> None:
 def claim(run: runs.Run, flags: dict, resume: bool = True) -> None:
     """As main does before it trains."""
     with run.locked():
-        run.check(flags, resume)
+        run.check(flags, recipe.DEFAULTS, resume)
         run.record(flags)
 
 
@@ -146,7 +146,7 @@ def run(tmp_path) -> runs.Run:
     ],
 )
 def test_run_name(flags, name):
-    assert runs.run_name(flags) == name
+    assert recipe.from_flags(flags).run_name == name
 
 
 # -- whose it is ------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_claim_lists_the_flags_of_another_run(run):
     assert contents(run.folder) == before
 
 
-@pytest.mark.parametrize("name", sorted({*main.IDENTITY} - {"pretrain_iterations", "metatrain_iterations"}))
+@pytest.mark.parametrize("name", sorted({*recipe.DEFAULTS} - {"pretrain_iterations", "metatrain_iterations"}))
 def test_every_flag_tells_runs_apart(run, name):
     claim(run, FLAGS)
     run.save(line_model_at(100))
@@ -225,7 +225,7 @@ def test_pretraining_may_not_end_elsewhere_once_past(run, recorded, done, now, a
     else:
         with pytest.raises(InputError, match=rf"\(--pretrain_iterations={recorded[0]} there, {now[0]} here\)"):
             claim(run, flags(now))
-    run.check_flags(flags(now), training=False)  # a test changes nothing
+    run.check_flags(flags(now), recipe.DEFAULTS, training=False)  # a test changes nothing
 
 
 def test_a_folder_without_a_record_is_tested_not_trained(run):
@@ -234,7 +234,7 @@ def test_a_folder_without_a_record_is_tested_not_trained(run):
     with pytest.raises(InputError, match=r"can be tested but not trained further: give another --logdir"):
         claim(run, FLAGS)
     assert contents(run.folder) == before
-    run.check_flags(FLAGS, training=False)
+    run.check_flags(FLAGS, recipe.DEFAULTS, training=False)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +529,7 @@ def test_a_checkpoint_from_before_there_was_validation(run):
     """It held weights, both optimizers and the step."""
     maml = line_model()
     expected = filled(maml, seed=1, step=1001)
-    runs._checkpoint(maml).write(run.prefix(1000))
+    tf.train.Checkpoint(**maml.state).write(run.prefix(1000))
     restored = line_model()
     assert run.restore_newest(restored) == run.prefix(1000)
     assert_same(values(restored), expected)

@@ -1,0 +1,61 @@
+"""How TensorFlow starts here: without its notices, and with a task on each processor core.
+
+Programs import this module before all others, since TensorFlow reads its settings once, when it is imported.
+"""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# What TensorFlow's libraries write to stderr at their start, before that level is read, and without a GPU.
+NOTICES = re.compile(rb"WARNING: All log messages before absl|[IW]0000 |E0000 .*failed call to cuInit")
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """Holds back the lines that C++ code writes to stderr, and writes all but the notices afterwards."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed, so nobody reads the notices
+        yield
+        return
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held_back.seek(0)
+            for line in held_back:
+                if not NOTICES.match(line):
+                    os.write(2, line)
+
+
+with _without_notices():
+    import tensorflow as tf
+
+    tf.config.list_physical_devices()
+
+
+def cores() -> int:
+    """Counts the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def start(parallel_tasks: int | None = None, op_threads: int = 1) -> None:
+    """Sets TensorFlow's threads, which it takes once, before its first operation, and lets it find its devices.
+
+    Args:
+        parallel_tasks: tasks that are computed side by side, one a core; None: as many as there are cores.
+        op_threads: cores for one operation of a task. Another number gives other roundings, so other weights.
+    """
+    tf.config.threading.set_intra_op_parallelism_threads(op_threads)
+    tf.config.threading.set_inter_op_parallelism_threads(parallel_tasks or cores())
+    with _without_notices():
+        tf.config.list_logical_devices()
+        tf.function(lambda: tf.zeros([]), jit_compile=True, autograph=False)()  # XLA looks for a GPU of its own

@@ -1,0 +1,154 @@
+"""Evaluation of a model on many tasks, and the files and lines of a test."""
+
+import zlib
+from collections.abc import Callable
+from os import fsencode
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from data_generator import ImageTasks, SinusoidTasks
+from maml import MAML
+from recipe import Recipe
+from runs import Run, write_results
+from utils import Curve, statistics
+
+TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
+CHUNK = 2  # tasks for each core that are in memory at once; a stop waits for so many
+TITLE = "Mean validation accuracy/loss, stddev, and confidence intervals"  # the original's line
+
+
+class Protocol(NamedTuple):
+    """How a trained model is tested, as far as the recipe of its training leaves that open."""
+
+    split: str  # "test" or "val"
+    shot: int  # K
+    inner_lr: float  # alpha
+    query: int = -1  # Q, query examples a class; -1: as many as K
+    other_data_set: str | None = None  # tasks are drawn from this one, not from the one of the training
+    data_folder: str | None = None  # of a user's own images; None: the data set's name says it
+    class_split: str | None = None  # "64,16,20" where the folders do not say which classes are which
+    tasks: int = 600  # the paper's
+    task_seed: int = 0
+
+    def name(self, recipe: Recipe) -> str:
+        """The name of a test's files: the original's, with suffixes for what that leaves out, if not at its default."""
+        name = f"{self.split}_ubs{self.shot}_stepsize{self.inner_lr}"
+        if self.other_data_set:
+            name += f"_{self.other_data_set}{_folder_suffix(self.data_folder)}"
+            if self.class_split:
+                name += f"_split{self.class_split}"
+            if recipe.data_path:  # runs on two folders of images have one name, and may share a --results_dir
+                name += f"_trained{_folder_suffix(recipe.data_path)}"
+        for field, suffix in (("query", "query"), ("tasks", "tasks"), ("task_seed", "evalseed")):
+            if getattr(self, field) != self._field_defaults[field]:
+                name += f"_{suffix}{getattr(self, field)}"
+        return name
+
+
+def _folder_suffix(folder):
+    """With a checksum of the whole path, since many a folder has the name "images"."""
+    return f"-{Path(folder).name}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
+
+
+def evaluate(
+    maml: MAML,
+    data: SinusoidTasks | ImageTasks,
+    split: str,
+    count: int,
+    updates: int,
+    seed: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Curve | None:
+    """Evaluates tasks 0 .. count - 1 of a split, some at a time.
+
+    Args: the model; where its tasks are drawn from; "val" or "test"; how many tasks; inner steps; the seed of the
+    tasks; stopped() is asked before every chunk of tasks.
+    Returns a Curve of arrays [count, 1 + updates], or None where it was stopped.
+    """
+    size, chunks = min(count, CHUNK * maml.parallel_tasks), []
+    for first in range(0, count, size):
+        if stopped():
+            return None
+        tasks = data.draw(seed, split, first, size)
+        chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
+    # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
+    return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
+
+
+def test(
+    maml: MAML,
+    data: SinusoidTasks | ImageTasks,
+    recipe: Recipe,
+    protocol: Protocol,
+    run: Run,
+    prefix: str,
+    results: Path,
+) -> None:
+    """Tests a model, prints its numbers, and writes the original's files and results.json.
+
+    Args: the model with the weights of checkpoint `prefix` of the run; where the tasks are drawn from; the recipe of
+    its training; the protocol; the run's folder; the folder of the results.
+    """
+    updates = max(recipe.inner_steps, TEST_UPDATES)
+    curve = evaluate(maml, data, protocol.split, protocol.tasks, updates, protocol.task_seed)
+    dataset = recipe.dataset
+    values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
+    print(TITLE)
+    print(statistics(values))
+    metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
+    _print_table(values, metric, protocol)
+
+    best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
+    is_best = iteration == best.best
+    paper = () if protocol.other_data_set not in (None, recipe.data_set) else dataset.paper_updates.get(recipe.way, ())
+    entry = {
+        "run": run.folder.name,
+        "data_set": protocol.other_data_set or recipe.data_set,
+        "data_folder": protocol.data_folder,
+        "classes_train_val_test": protocol.class_split,
+        "trained_on": recipe.data_set,
+        "trained_on_folder": recipe.data_path,
+        "split": protocol.split,
+        "metric": metric,
+        "classes_N": recipe.way if dataset.images else None,
+        "support_examples_a_class_K": protocol.shot,
+        "query_examples_a_class_Q": data.query,
+        "inner_step_size_alpha": protocol.inner_lr,
+        "inner_updates_in_training_J": recipe.inner_steps,
+        "checkpoint": Path(prefix).name,
+        "iteration": iteration,
+        "training_seed": recipe.seed,
+        "tasks": protocol.tasks,
+        "task_seed": protocol.task_seed,
+        "norm": recipe.norm,
+        "transductive": recipe.norm == "batch_norm",  # a task's query examples are normalised together
+    }
+    known = {
+        "best_on_validation": is_best,
+        "validation_accuracy": best.accuracy if is_best else None,
+        "validation_tasks": best.tasks if is_best else None,
+    }
+    name = protocol.name(recipe)
+    write_results(results, name, values, entry, known, paper)
+    means, _, ci95 = statistics(values)
+    for update in paper:
+        shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
+        if dataset.images:
+            shown = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
+        print(f"The paper's column, update{update}: {metric} {shown} over {protocol.tasks} {protocol.split} tasks.")
+    print(f"Written: {results / name}.csv, .pkl and results.json.")
+
+
+def _print_table(values, metric, protocol):
+    """A line for every number of updates, for people."""
+    means, _, ci95 = statistics(values)
+    medians = np.median(np.nan_to_num(values, nan=np.inf), axis=0)
+    print(f"\n{metric}, {protocol.tasks} {protocol.split} tasks\n")
+    print("updates       mean       95 %     median   of")
+    for update, (mean, half_width, median) in enumerate(zip(means, ci95, medians, strict=True)):
+        examples = "query set" if update else "support set, before any update"
+        print(f"{update:7} {mean:10.4g} +- {half_width:7.3g} {median:10.4g}   {examples}")
+    print()

@@ -1,0 +1,185 @@
+"""The recipe of a run: everything that its numbers depend on, and the model that it describes."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from data_generator import DATASETS, Dataset
+from images import Images
+from maml import MAML
+from networks import NETWORKS
+from utils import InputError, accuracy, mse, xent
+
+NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
+
+
+def _flag(name: str, default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"flag": name})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that a run's numbers depend on, in the field's words, each beside the flag that sets it.
+
+    The defaults are those of the flags, the original's where it has the flag. They stand for every key that is missing
+    from an older flags.json.
+    """
+
+    data_set: str = _flag("datasource", "sinusoid")  # of data_generator.DATASETS
+    way: int = _flag("num_classes", 5)  # N, classes in a task
+    baseline: str | None = _flag("baseline", None)  # "oracle": the sinusoid's amplitude and phase are inputs too
+    pretrain_steps: int = _flag("pretrain_iterations", 0)  # outer steps on the support loss, before all others
+    metatrain_steps: int = _flag("metatrain_iterations", 15000)  # outer steps of MAML
+    meta_batch: int = _flag("meta_batch_size", 25)  # T, tasks in an outer step
+    meta_lr: float = _flag("meta_lr", 0.001)  # beta, the rate of Adam
+    shot: int = _flag("update_batch_size", 5)  # K, support examples a class
+    inner_lr: float = _flag("update_lr", 0.001)  # alpha, the size of an inner step
+    inner_steps: int = _flag("num_updates", 1)  # J, inner steps in training
+    norm: str | None = _flag("norm", "batch_norm")  # a key of NORMS
+    filters: int = _flag("num_filters", 64)  # of each convolution
+    conv: bool = _flag("conv", True)  # else image data has a fully connected network
+    max_pool: bool = _flag("max_pool", False)  # else convolutions of stride 2
+    first_order: bool = _flag("stop_grad", False)  # no second derivatives
+    query: int = _flag("num_query", -1)  # Q, query examples a class; -1: see query_examples
+    seed: int = _flag("seed", 0)  # of the initial weights and the training tasks
+    data_path: str | None = _flag("data_path", None)  # folder of a user's own images; None: the data set's name says it
+    split: str | None = _flag("split", None)  # "64,16,20": classes in train, val and test, where no folders say it
+    image_size: int | None = _flag("image_size", None)  # pixels; None: the data set's own
+    image_channels: int | None = _flag("image_channels", None)  # 1 or 3; None: the data set's own
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data set's row, its images as this recipe has them."""
+        row = DATASETS[self.data_set]
+        if row.images is None:
+            return row
+        own = row.images
+        return row._replace(
+            images=own._replace(
+                folder=self.data_path or own.folder,
+                size=(self.image_size,) * 2 if self.image_size else own.size,
+                channels=self.image_channels or own.channels,
+                split_sizes=sizes_of_split(self.split),
+            )
+        )
+
+    @property
+    def steps(self) -> int:
+        """Outer steps in all."""
+        return self.pretrain_steps + self.metatrain_steps
+
+    def query_examples(self, training: bool) -> int:
+        """Q: as many as K, and 15 in the training on photographs and its validation, unless it is given."""
+        if self.query != -1:
+            return self.query
+        images: Images | None = DATASETS[self.data_set].images
+        return (training and images and images.train_query) or self.shot
+
+    @property
+    def run_name(self) -> str:
+        """The run folder's name: the original's (its main.py), with suffixes for what that leaves out.
+
+        A suffix stands only where a value is not at its default.
+        Example: cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm, or the same with .seed3
+        """
+        name = f"cls_{self.way}.mbs_{self.meta_batch}.ubs_{self.shot}.numstep{self.inner_steps}.updatelr{self.inner_lr}"
+        if self.filters != 64:
+            name += f"hidden{self.filters}"
+        if self.max_pool:
+            name += "maxpool"
+        if self.first_order:
+            name += "stopgrad"
+        name += (self.baseline or "") + NORMS[self.norm]
+        if not self.conv and self.data_set != "sinusoid":
+            name += ".fc"
+        if self.pretrain_steps and not self.baseline:
+            name += f".pretrain{self.pretrain_steps}" if self.metatrain_steps else ".pretrain"
+        if self.meta_lr != 0.001:
+            name += f".metalr{self.meta_lr}"
+        if self.image_size:
+            name += f".size{self.image_size}"
+        if self.image_channels:
+            name += f".channels{self.image_channels}"
+        if self.seed:
+            name += f".seed{self.seed}"
+        return name
+
+
+FIELDS = {field.metadata["flag"]: field for field in dataclasses.fields(Recipe)}  # by the flag's name
+FLAGS = {field.name: flag for flag, field in FIELDS.items()}  # name of a field -> its flag
+
+
+def from_flags(flags: Mapping[str, Any]) -> Recipe:
+    """Makes the recipe of a flags.json. A missing key means its flag's default; keys that are no recipe's are ignored.
+
+    Raises InputError where a value is of another type, or not one that its flag can have.
+    """
+    values = {field.name: flags[flag] for flag, field in FIELDS.items() if flag in flags}
+    recipe = Recipe(**values)
+    choices = {"datasource": DATASETS, "norm": NORMS, "baseline": (None, "oracle")}
+    for flag, field in FIELDS.items():
+        value = getattr(recipe, field.name)
+        if not _is_a(value, field.type) or (flag in choices and value not in choices[flag]):
+            raise InputError(
+                f"flags.json has --{flag}={_shown(value)}, which that flag cannot be: put a right one there"
+            )
+    sizes_of_split(recipe.split)
+    return recipe
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """As isinstance, but a bool is no number, and a whole number may stand for a float."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def to_flags(recipe: Recipe) -> dict[str, Any]:
+    """Makes the content of flags.json, by the flags' names."""
+    return {flag: getattr(recipe, field.name) for flag, field in FIELDS.items()}
+
+
+DEFAULTS = to_flags(Recipe())
+
+
+def build(recipe: Recipe, parallel_tasks: int = 1) -> MAML:
+    """Makes the model with its initial weights.
+
+    Args: the recipe, with the K and alpha at hand; how many tasks are computed side by side, best one a core.
+    Raises InputError where its images are too small for its network.
+    """
+    row = recipe.dataset
+    if row.images is None:
+        shape, outputs, loss, score = (3 if recipe.baseline else 1,), 1, mse, None
+    else:
+        shape, outputs = (*row.images.size, row.images.channels), recipe.way
+        loss, score = functools.partial(xent, shot=recipe.shot), accuracy
+    network = row.network if recipe.conv or row.images is None else "no_conv"
+    return MAML(
+        NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool),
+        loss,
+        score,
+        inner_lr=recipe.inner_lr,
+        inner_steps=recipe.inner_steps,
+        meta_lr=recipe.meta_lr,
+        first_order=recipe.first_order,
+        clip=row.clip,
+        seed=recipe.seed,
+        parallel_tasks=parallel_tasks,
+    )
+
+
+def sizes_of_split(split: str | None) -> tuple[int, int, int] | None:
+    """Reads numbers of classes in train, val and test, as "64,16,20". Raises InputError on anything else."""
+    if split is None:
+        return None
+    try:
+        train, val, test = map(int, split.split(","))
+    except ValueError:
+        raise InputError(f"--split={_shown(split)} must be three numbers of classes, e.g. 64,16,20") from None
+    return train, val, test
+
+
+def _shown(value: object) -> str:
+    return repr(str(value))[1:-1][:60]

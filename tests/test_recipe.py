@@ -1,0 +1,91 @@
+"""The recipe: to and from flags.json, and that nothing in the process remembers an earlier one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import main
+import recipe
+from data_generator import DATASETS
+from recipe import NORMS, Recipe
+from utils import InputError
+
+ROOT = Path(main.__file__).parent
+PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))
+
+whole, numbers = st.integers(1, 10**6), st.floats(1e-6, 1e6)
+recipes = st.builds(
+    Recipe,
+    data_set=st.sampled_from(list(DATASETS)),
+    way=whole,
+    meta_batch=whole,
+    meta_lr=numbers,
+    shot=whole,
+    inner_lr=numbers,
+    norm=st.sampled_from(list(NORMS)),
+    conv=st.booleans(),
+    query=st.just(-1) | whole,
+    data_path=st.none() | st.text(),
+    split=st.none() | st.just("64,16,20"),
+    image_size=st.none() | whole,
+)
+
+
+@given(recipes)
+def test_flags_json_holds_all_of_a_recipe(one):
+    assert recipe.from_flags(json.loads(json.dumps(recipe.to_flags(one)))) == one
+
+
+def test_a_missing_key_means_the_flags_default():
+    """So a run that is older than a flag stays what it was."""
+    assert recipe.from_flags({}) == Recipe()
+    assert recipe.from_flags({"num_classes": 20, "a_flag_of_another_version": 1}) == Recipe(way=20)
+    assert {flag: main.FLAGS[flag].default for flag in recipe.DEFAULTS} == recipe.DEFAULTS
+
+
+def test_every_field_has_a_flag_of_its_own():
+    assert len(recipe.FIELDS) == len(dataclasses.fields(Recipe))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_a_published_models_flags_name_its_folder(path):
+    assert recipe.from_flags(json.loads(path.read_text())).run_name == path.parent.name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_classes": "5"},
+        {"num_classes": 5.0},
+        {"num_classes": True},
+        {"num_classes": None},
+        {"update_lr": "0.1"},
+        {"conv": 1},
+        {"norm": "group_norm"},
+        {"datasource": "mnist"},
+        {"datasource": ["omniglot"]},
+        {"baseline": "random"},
+        {"split": "64,16"},
+        {"split": "a,b,c"},
+        {"data_path": 7},
+    ],
+    ids=str,
+)
+def test_a_value_that_its_flag_cannot_have(wrong):
+    ((flag, _),) = wrong.items()
+    with pytest.raises(InputError, match=flag):
+        recipe.from_flags(wrong)
+
+
+def test_one_resolution_leaves_no_trace_in_the_next():
+    """The sinusoid's norm is None; an Omniglot command after it has the original's default again."""
+    commands = ["--datasource=sinusoid"], ["--datasource=omniglot"], ["--datasource=cub"], ["--datasource=omniglot"]
+    found = [main.recipe_of(main.parsed(arguments)) for arguments in commands]
+    assert [one.norm for one in found] == [None, "batch_norm", "batch_norm", "batch_norm"]
+    assert [one.meta_batch for one in found] == [25, 25, 4, 25]
+    assert found[1] == found[3]
+    assert main.FLAGS["norm"].default == "batch_norm"

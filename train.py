@@ -1,0 +1,354 @@
+"""The training loop: its clocks, its steps, and what it prints and writes on the way."""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from data_generator import ImageTasks, SinusoidTasks
+from evaluate import evaluate
+from events import Events, curve_scalars, task_picture
+from maml import MAML
+from recipe import Recipe, to_flags
+from runs import Run
+from utils import Curve, InputError, Tasks
+
+# The original's (its main.py), in iterations.
+SUMMARY_INTERVAL = 100
+PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000
+VALIDATION_INTERVAL = 500
+
+CURVE_INTERVAL = 1000  # of summaries beyond J updates. Differs: every 100 in the original, 3 % of an Omniglot run
+
+
+class Stop:
+    """A wish that training ends. Training looks at it after every step, and every few tasks of a validation.
+
+    Anybody may set it: a signal handler, another thread, a notebook.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None  # such as "SIGTERM"; None: training goes on
+
+
+class Settings(NamedTuple):
+    """What training does besides its steps. No weight depends on it, but which checkpoint is the best does."""
+
+    val_split: str = "val"  # "test": the test classes, which choose no best checkpoint
+    val_tasks: int = 200
+    eval_seed: int = 0  # of the validation tasks
+    save_interval: int = 1000  # iterations
+    log: bool = True  # write TensorBoard events
+
+
+class Clock(NamedTuple):
+    """The iterations at which something is due: `first`, and every `interval` after it, below `end`."""
+
+    first: int
+    interval: int
+    end: int
+
+    def due(self, iteration: int) -> bool:
+        """Tells whether it is due at this iteration."""
+        return self.first <= iteration < self.end and (iteration - self.first) % self.interval == 0
+
+    def next(self, iteration: int) -> float:
+        """Finds the first iteration at which it is due, from this one on; infinity if there is none."""
+        intervals = max(0, math.ceil((iteration - self.first) / self.interval))
+        due = self.first + intervals * self.interval
+        return due if due < self.end else math.inf
+
+
+class Schedule(NamedTuple):
+    """When a training run does more than a step. A summary is made before the step of its iteration, the rest after."""
+
+    summary: Clock  # the training tasks at hand are evaluated
+    validation: Clock  # the validation tasks are evaluated, and may choose a new best checkpoint
+    checkpoint: Clock  # besides, one is saved after the last iteration, at every new best, and when training is stopped
+
+    @classmethod
+    def of(cls, total: int, save_interval: int, validates: bool) -> "Schedule":
+        """Makes the schedule of `total` iterations."""
+        return cls(
+            summary=Clock(0, SUMMARY_INTERVAL, total),
+            validation=Clock(VALIDATION_INTERVAL, VALIDATION_INTERVAL, total if validates else 0),
+            checkpoint=Clock(save_interval, save_interval, total),
+        )
+
+
+def train(
+    recipe: Recipe,
+    run: Run,
+    maml: MAML,
+    data: SinusoidTasks | ImageTasks,
+    settings: Settings,
+    stop: Stop | None = None,
+    last_picture: Callable[[MAML], np.ndarray | None] | None = None,
+) -> bool:
+    """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files.
+
+    Args:
+        recipe: of the run.
+        run: its folder, locked by the caller, who has checked that it is a run of this recipe.
+        maml: the model with its initial weights.
+        data: where the training tasks and the validation tasks are drawn from.
+        settings: what is done besides the steps.
+        stop: training ends after the step at hand, and saves, once its `reason` is set.
+        last_picture: makes the picture, uint8 [height, width, 3], that ends the events of a sinusoid run.
+    Returns True when all iterations are done, False when it was stopped.
+    Raises InputError where the folder holds weights alone, the run diverges, or a file cannot be written.
+    """
+    stop, total, images = stop or Stop(), recipe.steps, recipe.dataset.images
+    prefix = None
+    if run.iterations():
+        prefix = run.restore_newest(maml)
+        if maml.step == 0:
+            raise InputError(
+                f"{prefix} holds weights alone, to be tested and not trained further: give another --logdir"
+            )
+        print("Restoring model weights from", prefix)
+    start = saved = int(maml.step)
+    if start <= total:  # else the folder has more than this recipe says
+        run.record(to_flags(recipe))
+    schedule = Schedule.of(total, settings.save_interval, validates=images is not None)
+    # A stop may have cut the validation of the newest checkpoint short.
+    missed = schedule.validation.due(start - 1) and run.validation.last != start - 1
+    if start >= total and not missed:
+        more = "--metatrain_iterations" if recipe.metatrain_steps else "--pretrain_iterations"
+        print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
+        return True
+
+    print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
+    value = "accuracy" if images else "mean squared error"
+    print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")
+    print("Done initializing, starting training.", flush=True)
+    with (
+        Events(run.folder, start, settings.log, run.validation.last if missed else None) as events,
+        tqdm(total=total, initial=start, unit=" iterations", disable=None) as progress,
+        Steps(maml, data, recipe, stop, progress) as steps,
+    ):
+        events.flags(start, to_flags(recipe))
+        report = Report(data, recipe, events, progress)
+
+        def save() -> None:
+            nonlocal prefix, saved
+            events.flush()  # a run that goes on from this checkpoint will not write them again
+            prefix, saved = run.save(maml), steps.done
+
+        def validate(iteration: int) -> bool:
+            """Validates the weights at hand; returns whether it came to its end."""
+            # Differs: the original validates on one meta-batch.
+            curve = evaluate(
+                maml,
+                data,
+                settings.val_split,
+                settings.val_tasks,
+                recipe.inner_steps,
+                settings.eval_seed,
+                lambda: stop.reason is not None,
+            )
+            if curve is None:
+                return False
+            report.validation(iteration, curve)
+            # The test classes choose no best.
+            accuracy = before_and_after(curve, recipe.inner_steps)[1] if settings.val_split == "val" else -math.inf
+            run.validation = run.validation.then(iteration, accuracy, settings.val_tasks)
+            if run.validation.best == iteration:
+                picture = _validation_picture(maml, data, settings.eval_seed, recipe.inner_steps)
+                events.picture(iteration, "validation_task", picture)
+            return True
+
+        if missed and validate(start - 1):
+            save()  # with what validation has found
+        while steps.done < total and not stop.reason:
+            iteration, curve = steps.done, None
+            if schedule.summary.due(iteration):
+                curve = report.curve(iteration, maml, steps.meta_batch(iteration))
+                if not math.isfinite(loss := report.loss(iteration, curve)):
+                    raise run.diverged(f"the loss at iteration {iteration} is {loss}")
+            end = min(
+                schedule.summary.next(iteration + 1),
+                schedule.validation.next(iteration) + 1,
+                schedule.checkpoint.next(iteration) + 1,
+                iteration + maml.network.steps_a_call if curve else total,  # a summary is told at once
+                total,
+            )
+            gradient_norm = steps.advance(end)
+            if steps.done == iteration:
+                break  # it was stopped before a step
+            if curve:
+                report.training(iteration, curve, gradient_norm, steps.milliseconds())
+            latest = steps.done - 1
+            validated = schedule.validation.due(latest) and validate(latest)
+            best = validated and run.validation.best == latest
+            if best or schedule.checkpoint.due(latest) or steps.done == total or stop.reason:
+                save()
+        if stop.reason:
+            when = "before the first step, nothing to save"
+            if saved > start:
+                when = f"after iteration {saved - 1}, saved in {prefix}"
+            tell(f"Stopped by {stop.reason} {when}. The same command goes on from there.")
+            return False
+        if settings.log and last_picture and (picture := last_picture(maml)) is not None:
+            events.picture(total - 1, "test_task", picture)
+    print(f"Done: {total} iterations, the last saved in {prefix}.")
+    if (best := run.validation).best >= 0:
+        print(f"Best on validation: model{best.best}, accuracy {best.accuracy:.6g} on {best.tasks} tasks.")
+    return True
+
+
+class Steps:
+    """Takes the outer steps, on tasks that are drawn while the steps before run.
+
+    Tasks are drawn a block at a time. A block is the meta-batches of as many iterations as the network takes in one
+    call: one, or a hundred of a tiny network.
+    """
+
+    def __init__(
+        self, maml: MAML, data: SinusoidTasks | ImageTasks, recipe: Recipe, stop: Stop, progress: tqdm | None = None
+    ):
+        self.maml, self.data, self.recipe, self.stop, self.progress = maml, data, recipe, stop, progress
+        self.done = int(maml.step)  # outer steps
+        self.block = maml.network.steps_a_call
+        self.drawn = {}  # number of a block -> a Future of its tasks
+        self.timed, self.seconds = 0, 0.0  # steps, and what they took, since the last call of milliseconds()
+
+    def __enter__(self) -> "Steps":
+        self.background = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *exception):
+        self.background.shutdown(cancel_futures=True)
+
+    def meta_batch(self, iteration: int) -> Tasks:
+        """Gives the meta-batch of an iteration, as NumPy arrays."""
+        number, place = divmod(iteration, self.block)
+        return Tasks(*(part[place] for part in self._block(number)))
+
+    def milliseconds(self) -> float:
+        """Gives the mean time of a step, in ms, since the last call."""
+        mean = 1000 * self.seconds / self.timed
+        self.timed, self.seconds = 0, 0.0
+        return mean
+
+    def advance(self, end: int) -> float | None:
+        """Takes the steps up to iteration end - 1, unless it is stopped.
+
+        Returns the norm of the first one's meta-gradient before the clip; None where no step was taken.
+        """
+        first_norm = None
+        while self.done < end and not self.stop.reason:
+            began = time.perf_counter()
+            number, place = divmod(self.done, self.block)
+            pretrain = self.done < self.recipe.pretrain_steps
+            bounds = [end, (number + 1) * self.block] + [self.recipe.pretrain_steps] * pretrain
+            count = min(bounds) - self.done
+            tasks = self._block(number)
+            following = (self.done + count) // self.block
+            self.drawn = {number: self.drawn[number]}
+            self._draw(following)
+            if self.block > 1:
+                norm = self.maml.many_steps(tasks, tf.constant(place), tf.constant(count), pretrain)
+            else:
+                step = self.maml.pretrain_step if pretrain else self.maml.train_step
+                _, norm = step(Tasks(*(part[0] for part in tasks)))
+            first_norm = norm if first_norm is None else first_norm
+            self.timed += count
+            self.seconds += time.perf_counter() - began
+            self.done += count
+            if self.progress is not None:
+                self.progress.update(count)
+        return None if first_norm is None else float(first_norm)
+
+    def _block(self, number):
+        """The tasks of a block: Tasks with one more leading axis."""
+        self._draw(number)
+        return self.drawn[number].result()
+
+    def _draw(self, number):
+        if number not in self.drawn:
+            self.drawn[number] = self.background.submit(self._drawn_tasks, number)
+
+    def _drawn_tasks(self, number):
+        batch = self.recipe.meta_batch
+        tasks = self.data.draw(self.recipe.seed, "train", number * self.block * batch, self.block * batch)
+        return Tasks(*(part.reshape(self.block, batch, *part.shape[1:]) for part in tasks))
+
+
+class Report:
+    """What a training run tells: the original's lines, the progress line, and TensorBoard's curves."""
+
+    def __init__(self, data: SinusoidTasks | ImageTasks, recipe: Recipe, events: Events, progress: tqdm):
+        self.data, self.recipe, self.events, self.progress = data, recipe, events, progress
+        self.images = recipe.dataset.images is not None
+        self.sampled = []  # (before, after) of each summary since the last printed line
+
+    def curve(self, iteration: int, maml: MAML, tasks: Tasks) -> Curve:
+        """Evaluates the training tasks of an iteration, before its step."""
+        further = 0 if iteration % CURVE_INTERVAL else self.recipe.dataset.curve_steps
+        return maml.evaluate(tasks, max(self.recipe.inner_steps, further))
+
+    def loss(self, iteration: int, curve: Curve) -> float:
+        """Gives the mean over tasks of the loss that the iteration's step minimises."""
+        updates = 0 if iteration < self.recipe.pretrain_steps else self.recipe.inner_steps
+        return float(np.mean(curve.losses[:, updates]))
+
+    def training(self, iteration: int, curve: Curve, gradient_norm: float, milliseconds: float) -> None:
+        """Tells the summary of an iteration, once its step is taken."""
+        values = {
+            **self._scalars("metatrain", curve),
+            "metatrain_gradient_norm": gradient_norm,
+            "metatrain_step_milliseconds": milliseconds,
+        }
+        self.events.scalars(iteration, values)
+        self.progress.set_postfix_str("loss {:.4g} -> {:.4g}".format(*self._mean_losses(curve)), refresh=False)
+        self.sampled.append(before_and_after(curve, self.recipe.inner_steps))
+        if iteration and iteration % (PRINT_INTERVAL if self.images else SINUSOID_PRINT_INTERVAL) == 0:
+            pretrain = self.recipe.pretrain_steps
+            name = f"Iteration {iteration - pretrain}" if iteration >= pretrain else f"Pretrain Iteration {iteration}"
+            tell("{}: {:.6g}, {:.6g}".format(name, *np.mean(self.sampled, axis=0)))
+            self.sampled = []
+
+    def validation(self, iteration: int, curve: Curve) -> None:
+        """Tells the curve of the validation tasks."""
+        self.events.scalars(iteration, self._scalars("metaval", curve))
+        tell("Validation results: {:.6g}, {:.6g}".format(*before_and_after(curve, self.recipe.inner_steps)))
+
+    def _scalars(self, prefix, curve):
+        values = curve_scalars(prefix, curve)
+        if self.images:  # the mean squared error is a mean as it is
+            tags = "Pre-update_mean_loss", f"Post-update_mean_loss__step_{self.recipe.inner_steps}"
+            values |= {f"{prefix}_{tag}": mean for tag, mean in zip(tags, self._mean_losses(curve), strict=True)}
+        return values
+
+    def _mean_losses(self, curve):
+        """Losses per example, before any update and after J."""
+        before, after = (float(np.mean(curve.losses[:, j])) for j in (0, self.recipe.inner_steps))
+        if self.images:  # xent is a sum over N * K support or N * Q query examples, divided by K
+            before /= self.data.way
+            after *= self.data.shot / (self.data.way * self.data.query)
+        return before, after
+
+
+def before_and_after(curve: Curve, updates: int) -> tuple[float, float]:
+    """Gives the means over tasks before any update and after `updates`: accuracies, or losses in regression."""
+    values = curve.accuracies if curve.accuracies.shape[1] else curve.losses
+    return float(np.mean(values[:, 0])), float(np.mean(values[:, updates]))
+
+
+def tell(line: str) -> None:
+    """Prints a line, above the progress line where there is one."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
+
+
+def _validation_picture(maml, data, seed, updates):
+    """The first validation task, and what its query images are taken for after so many updates."""
+    task = Tasks(*(part[0] for part in data.draw(seed, "val", 0, 1)))
+    adapted = maml.adapt(maml.weights, task, updates)[-1]
+    return task_picture(task, maml.network.apply(adapted, task.query_x).numpy())
