@@ -814,7 +814,7 @@ def only_text(folder: Path) -> None:
 
 
 HOSTILE = {
-    "gone": (shutil.rmtree, "no data folder {0}: prepare it as README.md .*--data_path"),
+    "gone": (shutil.rmtree, "no data folder {0}: prepare it as docs/data.md .*--data_path"),
     "a file": (lambda folder: shutil.rmtree(folder) or folder.write_text(""), "no data folder {0}: .*--data_path"),
     "empty": (of_nothing, "no images in {0}/test: expected class folders of images there"),
     "only text": (only_text, "no images in {0}/test: expected class folders of images there"),
