@@ -165,6 +165,7 @@ def train(
 
         if missed and validate(start - 1):
             save()  # with what validation has found
+            missed = False
         while steps.done < total and not stop.reason:
             iteration, curve = steps.done, None
             if schedule.summary.due(iteration):
@@ -184,11 +185,14 @@ def train(
             if curve:
                 report.training(iteration, curve, gradient_norm, steps.milliseconds())
             latest = steps.done - 1
-            validated = schedule.validation.due(latest) and validate(latest)
-            best = validated and run.validation.best == latest
-            if best or schedule.checkpoint.due(latest) or steps.done == total or stop.reason:
+            if schedule.validation.due(latest):
+                missed = not validate(latest)
+            best = run.validation.best == latest
+            if best or schedule.checkpoint.due(latest) or steps.done == total:
                 save()
-        if stop.reason:
+        if stop.reason and (steps.done < total or missed):
+            if steps.done > saved:
+                save()
             when = "before the first step, nothing to save"
             if saved > start:
                 when = f"after iteration {saved - 1}, saved in {prefix}"

@@ -1,6 +1,7 @@
 """The training loop's schedule, and training as a library calls it."""
 
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -37,9 +38,14 @@ def test_training_is_called_without_main_and_stopped_from_outside(from_thread, t
     """By a notebook, say, in any thread: no signal handler, no flag, and it is saved."""
     one = Recipe(norm=None, metatrain_steps=10**8, shot=5)
     maml, run, stop = recipe.build(one), runs.Run(tmp_path / one.run_name), train.Stop()
-    timer = threading.Timer(1.0, setattr, (stop, "reason", "the user"))
-    timer.start()
     finished = []
+
+    def stop_after_some_steps():
+        while int(maml.step) < 200:
+            time.sleep(0.01)
+        stop.reason = "the user"
+
+    threading.Thread(target=stop_after_some_steps).start()
 
     def call():
         with run.locked():
