@@ -47,6 +47,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def gpus() -> int:
+    """Counts the GPUs that TensorFlow can use."""
+    return len(tf.config.list_physical_devices("GPU"))
+
+
 def start(parallel_tasks: int | None = None, op_threads: int = 1) -> None:
     """Sets TensorFlow's threads, which it takes once, before its first operation, and lets it find its devices.
 

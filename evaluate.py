@@ -16,7 +16,8 @@ from runs import Run, write_results
 from utils import Curve, statistics
 
 TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
-CHUNK = 2  # tasks for each core that are in memory at once; a stop waits for so many
+CHUNK = 2  # tasks for each core, or groups, that are in memory at once; a stop waits for so many
+GROUP = 32  # tasks in a group where training has a whole meta-batch in one
 TITLE = "Mean validation accuracy/loss, stddev, and confidence intervals"  # the original's line
 
 
@@ -68,7 +69,7 @@ def evaluate(
     tasks; stopped() is asked before every chunk of tasks.
     Returns a Curve of arrays [count, 1 + updates], or None where it was stopped.
     """
-    size, chunks = min(count, CHUNK * maml.parallel_tasks), []
+    size, chunks = _chunk_size(maml, count), []
     for first in range(0, count, size):
         if stopped():
             return None
@@ -76,6 +77,14 @@ def evaluate(
         chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
     # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
+
+
+def _chunk_size(maml, count):
+    """Tasks that are evaluated in one call: whole groups, so that one traced graph serves all."""
+    if maml.tasks_at_once == 0:
+        return min(count, GROUP)
+    size = CHUNK * maml.parallel_tasks * maml.tasks_at_once
+    return min(count, size) if maml.tasks_at_once == 1 else size
 
 
 def test(

@@ -145,6 +145,12 @@ flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (i
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
 flags.DEFINE_integer("threads", 0, "Tasks that are computed side by side, a core each; 0: as many as there are cores.")
 flags.DEFINE_integer(
+    "tasks_at_once",
+    0,
+    "Tasks in a group, which one operation computes together; it divides meta_batch_size. The groups come one after "
+    "the other, or one a core. 0: one task on a CPU, the whole meta-batch on a GPU. Lower it where memory runs out.",
+)
+flags.DEFINE_integer(
     "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
 )
 flags.DEFINE_string("data_path", None, "Folder of the images, if not the data set's own below data/.")
@@ -188,7 +194,7 @@ for _name in (
     "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval op_threads test_tasks image_size"
 ).split():
     _number(_name, lambda value: value >= 1, "1 or more")
-for _name in ("pretrain_iterations", "metatrain_iterations", "threads"):
+for _name in ("pretrain_iterations", "metatrain_iterations", "threads", "tasks_at_once"):
     _number(_name, lambda value: value >= 0, "0 or more")
 for _name in ("train_update_batch_size", "num_query"):
     _number(_name, lambda value: value == -1 or value >= 1, "1 or more, or -1")
@@ -208,7 +214,7 @@ _number("train_update_lr", lambda value: value == -1 or value > 0, "a number abo
 
 # How --help groups the flags. Those of the original come first in each group.
 GROUPS = {
-    "The run": "datasource logdir resume train log save_interval seed threads op_threads",
+    "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once",
     "The method": "meta_batch_size meta_lr update_batch_size update_lr num_updates metatrain_iterations "
     "pretrain_iterations baseline stop_grad norm num_filters conv max_pool",
     "The data": "num_classes num_query data_path split image_size image_channels skip_broken val_tasks",
@@ -367,8 +373,13 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, trainin
 
 
 def build(recipe: Recipe) -> MAML:
-    """The model of a recipe, with as many tasks side by side as the flags say."""
-    return recipes.build(recipe, parallel_tasks=FLAGS.threads or devices.cores())
+    """The model of a recipe, with as many tasks side by side, and in a group, as the flags say."""
+    at_once = FLAGS.tasks_at_once or (0 if devices.gpus() else 1)
+    if FLAGS.train and at_once and recipe.meta_batch % at_once:
+        raise InputError(
+            f"--tasks_at_once={at_once} does not divide --meta_batch_size={recipe.meta_batch}: give a number that does"
+        )
+    return recipes.build(recipe, FLAGS.threads or devices.cores(), at_once)
 
 
 # -- the two things that the program does ------------------------------------------------------------------------------

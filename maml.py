@@ -1,5 +1,6 @@
 """MAML: the inner loop, the meta-gradient, one training step and evaluation (Algorithms 1 and 2 of the paper)."""
 
+import functools
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -23,6 +24,7 @@ class MAML(tf.Module):
         clip: float | None = None,
         seed: int = 0,
         parallel_tasks: int = 1,
+        tasks_at_once: int = 1,
     ):
         """Initial weights by `seed`, moments and step at 0.
 
@@ -31,7 +33,9 @@ class MAML(tf.Module):
         inner_lr: alpha, size of an inner step. inner_steps: J. meta_lr: beta, Adam's rate.
         first_order: the inner gradients are constants to the outer one (paper section 5.2).
         clip: bound on the absolute value of each element of the meta-gradient, or None.
-        parallel_tasks: tasks computed side by side; one a core is fastest.
+        parallel_tasks: groups of tasks computed side by side; on a CPU one a core is fastest.
+        tasks_at_once: G, the size of a group, whose tasks an operation computes together; 0: all tasks of a meta-batch.
+            On a CPU one task a group is fastest.
 
         Every public step is one graph, which is traced at its first call:
         train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps).
@@ -40,6 +44,7 @@ class MAML(tf.Module):
         self.network, self.loss, self.accuracy = network, loss, accuracy
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.clip, self.parallel_tasks = clip, parallel_tasks
+        self.tasks_at_once = tasks_at_once
         self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
@@ -69,6 +74,8 @@ class MAML(tf.Module):
     def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
         """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.
 
+        A group of tasks is adapted as one task is: weights and tasks have a leading axis G. Each task's loss depends on
+        its own weights alone, so the gradient of the sum of the losses [G] holds each task's own gradient.
         Returns 1 + steps dicts; the first is `weights` itself. Differentiable to `weights`.
         """
         path, apply = [weights], self.network.inner_apply or self.network.apply
@@ -84,12 +91,12 @@ class MAML(tf.Module):
         return path
 
     def query_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
-        """What meta-training minimises, for one task: the loss on its query set after J updates. A scalar."""
+        """What meta-training minimises, for one task: the loss on its query set after J updates. A scalar, or [G]."""
         adapted = self.adapt(weights, task, self.inner_steps)[-1]
         return self.loss(self.network.apply(adapted, task.query_x), task.query_y)
 
     def support_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
-        """What pretraining minimises, for one task: the loss on its support set before any update. A scalar."""
+        """What pretraining minimises, for one task: the loss on its support set before any update. A scalar, or [G]."""
         return self.loss(self.network.apply(weights, task.support_x), task.support_y)
 
     def _train_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
@@ -145,28 +152,31 @@ class MAML(tf.Module):
         weights, dtype = self._values(), tasks.query_x.dtype
 
         def curve(task):
-            before, *after = self.adapt(weights, task, steps)
+            before, *after = self.adapt(self._of_each(weights, task), task, steps)
             scored = [(self.network.apply(before, task.support_x), task.support_y)]
             scored += [(self.network.apply(adapted, task.query_x), task.query_y) for adapted in after]
-            accuracies = [self.accuracy(*pair) for pair in scored] if self.accuracy else tf.zeros([0], dtype)
-            return Curve(tf.stack([self.loss(*pair) for pair in scored]), tf.stack(accuracies))
+            losses = tf.stack([self.loss(*pair) for pair in scored], -1)
+            if not self.accuracy:
+                return Curve(losses, losses[..., :0])
+            return Curve(losses, tf.stack([self.accuracy(*pair) for pair in scored], -1))
 
         return self._over_tasks(curve, tasks, Curve(dtype, dtype))
 
     def mean_gradient(self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks):
         """Gradient to the meta-learned weights of the tasks' mean loss, and that loss.
 
-        Each task differentiates its own loss inside the loop over tasks: no backward pass through the loop, and the
-        memory of one task a core.
+        Each group differentiates its own losses inside the loop over groups: no backward pass through the loop, and
+        the memory of one group a core.
         """
         tasks = self._checked(tasks)
         weights = self._values()
 
         def gradient_and_loss(task):
+            each = self._of_each(weights, task)
             with tf.GradientTape() as tape:
-                tape.watch(weights)
-                loss = task_loss(weights, task)
-            return tape.gradient(loss, weights, unconnected_gradients="zero"), loss
+                tape.watch(each)
+                loss = task_loss(each, task)
+            return tape.gradient(loss, each, unconnected_gradients="zero"), loss
 
         outputs = tf.nest.map_structure(lambda x: x.dtype, weights), tasks.query_x.dtype
         per_task = self._over_tasks(gradient_and_loss, tasks, outputs)
@@ -193,14 +203,36 @@ class MAML(tf.Module):
                 )
         return tasks
 
+    def _of_each(self, weights, task):
+        """The weights as each task of a group has them, [G, ...]; of one task, as they are."""
+        if task.support_y.shape.rank == 2:
+            return weights
+        group = task.support_y.shape[0]
+        return {name: tf.broadcast_to(value, [group, *value.shape]) for name, value in weights.items()}
+
     def _over_tasks(self, function, tasks, outputs):
-        """function of each task, stacked. The one place that knows how tasks are laid out on the machine.
+        """function of each task or group, stacked [T, ...]. The one place that knows how tasks lie on the machine.
 
         outputs: the dtypes of what function returns, in its structure.
         """
-        if self.network.tasks_in_one_operation:
+        count = tasks.support_x.shape[0]
+        at_once = self.tasks_at_once or count
+        if self.network.steps_a_call > 1:
             return tf.vectorized_map(function, tasks)
-        return tf.map_fn(function, tasks, fn_output_signature=outputs, parallel_iterations=self.parallel_tasks)
+        if at_once == count > 1:
+            return self._of_group(function, tasks)
+        run = functools.partial(tf.map_fn, fn_output_signature=outputs, parallel_iterations=self.parallel_tasks)
+        if at_once == 1:
+            return run(function, tasks)
+        if count % at_once:
+            raise InputError(f"{count} tasks are no whole groups of {at_once}: give another number of tasks at once")
+        groups = tf.nest.map_structure(lambda x: tf.reshape(x, [-1, at_once, *x.shape[1:]]), tasks)
+        found = run(functools.partial(self._of_group, function), groups)
+        return tf.nest.map_structure(lambda x: tf.reshape(x, [count, *x.shape[2:]]), found)
+
+    def _of_group(self, function, tasks):
+        """function of a group of tasks. A network of a user's own may know nothing of groups."""
+        return function(tasks) if self.network.takes_groups else tf.vectorized_map(function, tasks)
 
 
 class Adam(tf.Module):

@@ -1,5 +1,9 @@
 """The paper's networks: initial weights and forward functions, as pure functions over a dict of weights.
 
+A forward function computes one task, or a group of G tasks, each with weights of its own: every array of weights then
+has a leading axis G, and so have inputs and outputs. In between, the tasks of a group lie side by side in the channels,
+[n, height, width, G * C], where norms, ReLU and pooling work as they do on one task: `side_by_side`, `apart`.
+
 Weights carry the original's names: convolutions conv1..conv4 (fully connected layers w1, w2, ...), biases b1, b2, ...,
 the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one for each hidden layer.
 """
@@ -96,16 +100,19 @@ def conv4(
         weights |= _norm_weights(norm, layer, filters, tf1_scope=layer - 1)
 
     def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        group = group_size(weights["b5"])
+        x = side_by_side(x, group)
         for layer in layers:
-            x = tf.nn.conv2d(x, weights[f"conv{layer}"], strides=1 if max_pool else 2, padding="SAME")
+            x = special_grads.conv(x, weights[f"conv{layer}"], stride=1 if max_pool else 2)
             x = _normalized(x, weights, layer, norm)
             if max_pool:  # before the ReLU: the two commute, and the ReLU is left a quarter of the work
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
-        x = tf.reduce_mean(x, [1, 2]) if mean_head else tf.reshape(x, [-1, height * width * filters])
-        return tf.linalg.matmul(x, weights["w5"]) + weights["b5"]
+        x = tf.reduce_mean(x, [1, 2]) if mean_head else x
+        x = tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
+        return _plus(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
 
-    return network(weights, apply)
+    return network(weights, apply, takes_groups=True)
 
 
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
@@ -137,15 +144,17 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
         weights |= _norm_weights(norm, layer, widths[layer], tf1_scope=0 if layer == 1 else layer)
 
     def apply(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
-        x = tf.reshape(x, [-1, widths[0]])
+        group = group_size(weights[f"b{last}"])
+        x = tf.reshape(x, [*([group] if group else []), -1, widths[0]])
         for layer in range(1, last):
-            x = tf.nn.relu(_normalized(product(x, weights[f"w{layer}"]), weights, layer, norm))
-        return product(x, weights[f"w{last}"]) + weights[f"b{last}"]
+            x = side_by_side(product(x, weights[f"w{layer}"]), group)
+            x = apart(tf.nn.relu(_normalized(x, weights, layer, norm)), group)
+        return _plus(product(x, weights[f"w{last}"]), weights[f"b{last}"])
 
     if not tiny:
-        return network(weights, apply)
+        return network(weights, apply, takes_groups=True)
     inner_apply = functools.partial(apply, product=special_grads.matmul)
-    return network(weights, apply, inner_apply=inner_apply, tasks_in_one_operation=True, steps_a_call=STEPS_A_CALL)
+    return network(weights, apply, inner_apply=inner_apply, steps_a_call=STEPS_A_CALL)
 
 
 def _conv_row(mean_head: bool) -> Callable[..., Network]:
@@ -215,15 +224,53 @@ def _norm_weights(norm: str | None, layer: int, width: int, tf1_scope: int) -> d
     }
 
 
+def group_size(bias: tf.Tensor) -> int | None:
+    """Finds G of a group's weights, by a bias [G, width]. None: they are the weights [width] of one task."""
+    return bias.shape[0] if bias.shape.rank == 2 else None
+
+
+def side_by_side(x: tf.Tensor, group: int | None) -> tf.Tensor:
+    """Lays the tasks of a group beside each other in the channels: [G, n, ..., C] becomes [n, ..., G * C]."""
+    if group is None:
+        return x
+    rank = x.shape.rank
+    x = tf.transpose(x, [*range(1, rank - 1), 0, rank - 1])
+    return tf.reshape(x, [*x.shape[:-2], group * x.shape[-1]])
+
+
+def apart(x: tf.Tensor, group: int | None) -> tf.Tensor:
+    """Gives each task of a group its own place again: [n, ..., G * C] becomes [G, n, ..., C]."""
+    if group is None:
+        return x
+    x = tf.reshape(x, [*x.shape[:-1], group, x.shape[-1] // group])
+    rank = x.shape.rank
+    return tf.transpose(x, [rank - 2, *range(rank - 2), rank - 1])
+
+
+def _plus(x, bias):
+    """The last layer's scores [n, N] with their bias [N], or [G, n, N] with [G, N]."""
+    return x + (bias if bias.shape.rank == 1 else bias[:, None])
+
+
 def _normalized(x: tf.Tensor, weights: Weights, layer: int, norm: str | None) -> tf.Tensor:
-    """A hidden layer's bias and norm. Under batch norm the bias cancels: it is not added, its gradient is exactly 0."""
+    """A hidden layer's bias and norm, of one task or of a group side by side.
+
+    Under batch norm the bias cancels: it is not added, and its gradient is exactly 0.
+    """
+
+    def each_channel(name):
+        values = weights[f"{name}{layer}"]
+        return values if values.shape.rank == 1 else tf.reshape(values, [-1])
+
     if norm == "batch_norm":
-        return special_grads.batch_norm(x, weights[f"beta{layer}"])
-    x = x + weights[f"b{layer}"]
+        return special_grads.batch_norm(x, each_channel("beta"))
+    x = x + each_channel("b")
     if norm == "layer_norm":
-        axes = list(range(1, x.shape.rank))  # all but the batch
+        group = group_size(weights[f"b{layer}"])
+        x = apart(x, group)
+        axes = list(range(1 if group is None else 2, x.shape.rank))  # all of one example of one task
         centred = x - tf.reduce_mean(x, axes, keepdims=True)
         variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
-        x = centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON)
-        x = x * weights[f"gamma{layer}"] + weights[f"beta{layer}"]
+        x = side_by_side(centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON), group)
+        x = x * each_channel("gamma") + each_channel("beta")
     return x

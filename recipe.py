@@ -143,10 +143,11 @@ def to_flags(recipe: Recipe) -> dict[str, Any]:
 DEFAULTS = to_flags(Recipe())
 
 
-def build(recipe: Recipe, parallel_tasks: int = 1) -> MAML:
+def build(recipe: Recipe, parallel_tasks: int = 1, tasks_at_once: int = 1) -> MAML:
     """Makes the model with its initial weights.
 
-    Args: the recipe, with the K and alpha at hand; how many tasks are computed side by side, best one a core.
+    Args: the recipe, with the K and alpha at hand; how many groups of tasks are computed side by side, best one a core,
+    and how many tasks are in a group (0: all of a meta-batch).
     Raises InputError where its images are too small for its network.
     """
     row = recipe.dataset
@@ -167,6 +168,7 @@ def build(recipe: Recipe, parallel_tasks: int = 1) -> MAML:
         clip=row.clip,
         seed=recipe.seed,
         parallel_tasks=parallel_tasks,
+        tasks_at_once=tasks_at_once,
     )
 
 

@@ -32,7 +32,7 @@ Weights = dict[str, tf.Tensor]
 class Network(NamedTuple):
     """One model: how its weights begin, what it computes, and which of them the inner loop changes.
 
-    The last three fields make tiny networks fast, and change what is computed by rounding alone.
+    The last three fields say how it is computed fast, and change results by rounding alone.
     """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
@@ -40,8 +40,8 @@ class Network(NamedTuple):
     adapted: tuple[str, ...]  # names that the inner loop changes; the norms' beta and gamma are only meta-learned
     tf1_names: dict[str, str]  # our name -> the variable's name in checkpoints of the original
     inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
-    tasks_in_one_operation: bool = False  # an operation computes all tasks of a meta-batch; else one task a core
-    steps_a_call: int = 1  # outer steps in one compiled program; above 1 only where the network is tiny
+    takes_groups: bool = False  # apply computes a group of G tasks too: weights, inputs, outputs with a leading axis G
+    steps_a_call: int = 1  # outer steps in one compiled program, all tasks in one operation; above 1 for tiny networks
 
 
 class Curve(NamedTuple):
@@ -52,23 +52,27 @@ class Curve(NamedTuple):
 
 
 def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Mean squared error over every element, a scalar (the original's utils.py)."""
-    return tf.reduce_mean(tf.square(outputs - targets))
+    """Mean squared error over every element of a task (the original's utils.py).
+
+    Args: outputs and targets [n, O], which gives a scalar, or [G, n, O] of a group of tasks, which gives [G].
+    """
+    return tf.reduce_mean(tf.square(outputs - targets), [-2, -1])
 
 
 def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int) -> tf.Tensor:
-    """Softmax cross-entropy in nats, summed over the examples and divided by K: a scalar, NOT the mean.
+    """Softmax cross-entropy in nats, summed over the examples of a task and divided by K: NOT the mean.
 
     On the support set of an N-way task it is N times the mean; the original's step sizes are meant for it.
-    Args: logits [n, N]; labels one-hot [n, N]; shot K, support examples a class, for support and query alike.
+    Args: logits [n, N] and labels one-hot [n, N], which give a scalar, or [G, n, N] of a group of tasks, which give
+    [G]; shot K, support examples a class, for support and query alike.
     Source: the original's utils.py, where update_batch_size is the divisor.
     """
-    return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(labels, logits)) / shot
+    return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(labels, logits), -1) / shot
 
 
 def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Share of examples, 0 to 1, whose largest logit is the label's: a scalar. logits and labels are [n, N]."""
-    return tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, -1), tf.argmax(labels, -1)), logits.dtype))
+    """Share of examples, 0 to 1, whose largest logit is the label's. Shapes as in xent."""
+    return tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, -1), tf.argmax(labels, -1)), logits.dtype), -1)
 
 
 def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

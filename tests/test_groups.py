@@ -1,0 +1,108 @@
+"""Groups of tasks: the same numbers as one task at a time, in every network, norm and form of the convolution."""
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import networks
+import recipe
+import special_grads
+from data_generator import SinusoidTasks
+from evaluate import evaluate
+from maml import MAML
+from recipe import Recipe
+from tests.test_maml import LINE, in_float64, one_task, random_tasks
+from tests.test_oracle import meta_gradient
+from utils import InputError, Tasks, accuracy, mse, xent
+
+CONV = functools.partial(networks.conv4, (17, 16), 2, 3, 4)
+NETWORKS = {
+    "strided": ((17, 16, 2), functools.partial(CONV, max_pool=False, mean_head=True)),
+    "pooled": ((17, 16, 2), functools.partial(CONV, max_pool=True, mean_head=False)),
+    "fc": ((9,), functools.partial(networks.fc, 9, (8, 7), 3)),
+}
+
+
+# TensorFlow has the gradients of grouped convolutions on a CPU in float32 alone.
+@pytest.mark.parametrize(
+    ("form", "dtype", "atol"), [("sliced_conv", "float64", 1e-12), ("grouped_conv", "float32", 1e-4)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(5, 5), (6, 7), (1, 2)])
+def test_a_groups_convolution_is_that_of_each_task(size, stride, form, dtype, atol):
+    """With both gradients."""
+    random = np.random.default_rng(0)
+    x, filters = (tf.constant(random.normal(size=shape), dtype) for shape in ((3, 4, *size, 2), (3, 3, 3, 2, 5)))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, filters])
+        each = tf.stack([tf.nn.conv2d(x[g], filters[g], stride, "SAME") for g in range(3)])
+        group = getattr(special_grads, form)(networks.side_by_side(x, 3), filters, stride)
+        group = networks.apart(group, 3)
+        sums = [tf.reduce_sum(tf.sin(y)) for y in (each, group)]
+    np.testing.assert_allclose(group, each, atol=atol)
+    for part in (x, filters):
+        np.testing.assert_allclose(*(tape.gradient(total, part) for total in sums), atol=atol)
+
+
+# Five steps in all networks and norms were seen to agree too; to trace them takes minutes.
+@pytest.mark.parametrize(
+    ("name", "norm", "steps"),
+    [*((name, norm, 1) for name in NETWORKS for norm in ("batch_norm", "layer_norm", None)), ("fc", "batch_norm", 5)],
+)
+def test_groups_equal_one_task_at_a_time(name, norm, steps):
+    """The meta-gradient to second order and the whole curve, in groups of 1, 2 and all 4."""
+    shape, build = NETWORKS[name]
+    tasks = random_tasks(4, 6, 9, shape, 3)
+    loss, found = functools.partial(xent, shot=2), {}
+    for at_once in (1, 2, 0):
+        network = in_float64(build(norm=norm))
+        maml = MAML(network, loss, accuracy, inner_lr=0.05, inner_steps=steps, tasks_at_once=at_once)
+        found[at_once] = meta_gradient(maml, tasks), maml.evaluate(tasks, steps)
+    expected, curve = found.pop(1)
+    for gradient, other in found.values():
+        for weight, value in expected.items():
+            np.testing.assert_allclose(gradient[weight], value, atol=1e-12, rtol=1e-9, err_msg=weight)
+        np.testing.assert_allclose(other.losses, curve.losses, rtol=1e-12)
+        np.testing.assert_array_equal(other.accuracies, curve.accuracies)
+
+
+def test_first_order_in_groups():
+    shape, build = NETWORKS["strided"]
+    tasks, found = random_tasks(4, 6, 9, shape, 3), []
+    for at_once in (1, 0):
+        network, loss = in_float64(build(norm="batch_norm")), functools.partial(xent, shot=2)
+        maml = MAML(network, loss, inner_lr=0.05, inner_steps=2, first_order=True, tasks_at_once=at_once)
+        found.append(meta_gradient(maml, tasks))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, atol=1e-12, rtol=1e-9, err_msg=name)
+
+
+def test_a_network_that_knows_nothing_of_groups():
+    """Of a user's own: its tasks are computed together all the same."""
+    tasks = Tasks(*(np.concatenate([part, 2 * part]) for part in one_task([0.8], [-0.4], [1.3], [0.7])))
+    each, together = (
+        meta_gradient(MAML(LINE, mse, inner_lr=0.05, inner_steps=2, tasks_at_once=at_once), tasks) for at_once in (1, 0)
+    )
+    np.testing.assert_allclose(together["w"], each["w"], rtol=1e-6)
+
+
+def test_tasks_that_are_no_whole_groups():
+    maml = MAML(LINE, mse, inner_lr=0.05, inner_steps=1, tasks_at_once=2)
+    tasks = Tasks(*(np.repeat(part, 3, 0) for part in one_task([0.8], [-0.4], [1.3], [0.7])))
+    with pytest.raises(InputError, match="3 tasks are no whole groups of 2"):
+        maml.train_step(tasks)
+
+
+def test_evaluation_in_groups_has_the_same_tasks():
+    """Also where their number is no whole number of groups: what is too much is dropped."""
+    found = [
+        evaluate(
+            recipe.build(Recipe(norm=None, conv=False), tasks_at_once=at_once), SinusoidTasks(5, 5), "val", 7, 2, 0
+        )
+        for at_once in (1, 4, 0)
+    ]
+    for curve in found:
+        assert curve.losses.shape == (7, 3)
+        np.testing.assert_allclose(curve.losses, found[0].losses, rtol=1e-5)
