@@ -100,7 +100,7 @@ def product(at: Curvature, direction: Weights) -> Weights:
     r = at.mean_mean * means + at.mean_std * ds
     back = r @ w3.T
     back *= at.active
-    g1 = (at.x * r.T[:, :, None]).reshape(-1, len(d1)).T @ at.jacobian.reshape(-1, len(w3))  # (2)
+    g1 = (at.x * r.T[:, :, None]).reshape(-1, len(d1)).T @ at.jacobian.reshape(-1, at.jacobian.shape[-1])  # (2)
     g2, g3 = at.z.T @ back, at.h.T @ r
     if at.network:
         with_1, with_2, with_3, bias_2 = at.network

@@ -148,6 +148,8 @@ class _Simulator:
         except ImportError as error:
             raise InputError(f"the half-cheetah needs {error.name}: pip install -r requirements-rl.txt") from None
         self.model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("half_cheetah.xml")))
+        mujoco.mj_setTotalmass(self.model, 14)  # kg, as rllab's
+        mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.data = [mujoco.MjData(self.model) for _ in range(threads)]
         self.rollout = rollout.Rollout(nthread=threads)

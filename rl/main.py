@@ -16,7 +16,8 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, which reads it
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as NumPy: tasks are computed side by side, one on each core
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, in place of rl/
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, in place of rl/
 
 import numpy as np
 import tensorflow as tf

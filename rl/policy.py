@@ -7,20 +7,19 @@ import tensorflow as tf
 
 from utils import Network, Weights
 
-HIDDEN = (100, 100)
 LOG_2_PI = float(np.log(2 * np.pi))
 
 
-def gaussian(observation_size: int, action_size: int) -> Network:
-    """Two hidden layers of 100 ReLUs, whose linear output is the mean; one log standard deviation for each action.
+def gaussian(observation_size: int, action_size: int, hidden: tuple[int, int] = (100, 100)) -> Network:
+    """Two hidden layers of ReLUs, whose linear output is the mean; one log standard deviation for each action.
 
     apply: observations [n, O] -> [n, 2 * A], means and log standard deviations. Weight matrices begin uniform within
     +-sqrt(6 / (inputs + outputs)) (Xavier), biases and log standard deviations at 0. The inner loop changes all.
     Differs: the original's standard deviations end at 1e-6, which none comes near.
     Source: paper section 5.3; cbfinn/maml_rl, maml_minimal_gauss_mlp_policy.py.
     """
-    widths = [observation_size, *HIDDEN, action_size]
-    layers = range(1, len(widths))
+    widths = [observation_size, *hidden, action_size]
+    layers = 1, 2, 3
 
     def init(seed: int) -> Weights:
         weights = {}
@@ -32,9 +31,9 @@ def gaussian(observation_size: int, action_size: int) -> Network:
         return weights | {"log_std": tf.zeros(action_size)}
 
     def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        for layer in layers[:-1]:
+        for layer in (1, 2):
             x = tf.nn.relu(tf.linalg.matmul(x, weights[f"w{layer}"]) + weights[f"b{layer}"])
-        means = tf.linalg.matmul(x, weights[f"w{layers[-1]}"]) + weights[f"b{layers[-1]}"]
+        means = tf.linalg.matmul(x, weights["w3"]) + weights["b3"]
         return tf.concat([means, tf.broadcast_to(weights["log_std"], tf.shape(means))], -1)
 
     names = (*(f"{kind}{layer}" for layer in layers for kind in "wb"), "log_std")
@@ -48,10 +47,9 @@ def act(weights: dict[str, np.ndarray], observations: np.ndarray) -> tuple[np.nd
     and [T, 1, A].
     """
     x = observations
-    for layer in range(1, len(HIDDEN) + 1):
+    for layer in (1, 2):
         x = np.maximum(x @ weights[f"w{layer}"] + weights[f"b{layer}"][:, None], 0)
-    means = x @ weights[f"w{layer + 1}"] + weights[f"b{layer + 1}"][:, None]
-    return means, weights["log_std"][:, None]
+    return x @ weights["w3"] + weights["b3"][:, None], weights["log_std"][:, None]
 
 
 def log_probability(outputs: tf.Tensor, actions: tf.Tensor) -> tf.Tensor:

@@ -79,9 +79,9 @@ class MetaTRPO(MAML):
         def traced(function, *signature):
             return tf.function(function, autograph=False, input_signature=signature)
 
-        self._inner_step = traced(self._inner_step, tasks_weights, x, did, spec())
-        self._gradient = traced(lambda batch: self.mean_gradient(self._surrogate, batch), batch)
-        self._values_at = traced(self._values_at, weights, batch)
+        self.adapt_each = traced(self._adapt_each, tasks_weights, x, did, spec())
+        self.surrogate_gradient = traced(lambda batch: self.mean_gradient(self._surrogate, batch), batch)
+        self.surrogate_at = traced(self._surrogate_at, weights, batch)
 
     @property
     def state(self) -> dict:
@@ -102,7 +102,7 @@ class MetaTRPO(MAML):
 
     def inner_step(self, weights: Weights, did: Rollouts, factor: float = 1.0) -> dict[str, np.ndarray]:
         """Each task's weights [T, ...] after one step, of size factor * alpha, on its rollouts under them."""
-        after = self._inner_step(weights, *self._tensors(did), tf.constant(factor, self.weights["w1"].dtype))
+        after = self.adapt_each(weights, *self._tensors(did), tf.constant(factor, self.weights["w1"].dtype))
         return {name: weight.numpy() for name, weight in after.items()}
 
     def curve(
@@ -123,7 +123,7 @@ class MetaTRPO(MAML):
             weights = self.inner_step(weights, did, size)
             yield (did := self.rollouts(environment, weights, goals, count, random))
 
-    def _inner_step(self, weights, x, did, factor):
+    def _adapt_each(self, weights, x, did, factor):
         def step(task):
             own, x, did = task
             after = self.adapt(own, MetaBatch(x, did, None, None, None), 1)[-1]
@@ -155,7 +155,7 @@ class MetaTRPO(MAML):
 
     def outer_step(self, batch: MetaBatch) -> Update:
         """Moves the weights once, unless no step in the direction improves the surrogate within the bound."""
-        gradient, before = self._gradient(batch)
+        gradient, before = self.surrogate_gradient(batch)
         gradient = self.flat(gradient)
         with self.fisher_product(batch) as product:
             direction, residual = conjugate_gradients(product, gradient)
@@ -166,7 +166,7 @@ class MetaTRPO(MAML):
         self.step.assign_add(1)
         for backtracks in range(BACKTRACKS):
             new = self.unflat(old - RATIO**backtracks * step)
-            surrogate, moved = (float(value) for value in self._values_at(new, batch))
+            surrogate, moved = (float(value) for value in self.surrogate_at(new, batch))
             if surrogate < before and moved <= self.bound:
                 for name, value in new.items():
                     self.weights[name].assign(value)
@@ -189,7 +189,7 @@ class MetaTRPO(MAML):
         surrogate = -tf.reduce_sum(did.shares * did.advantages * ratio)
         return surrogate, tf.reduce_sum(did.shares * divergence(own, new))
 
-    def _values_at(self, weights, batch):
+    def _surrogate_at(self, weights, batch):
         dtype = batch.query_x.dtype
         each = self._over_tasks(lambda task: self.surrogate_and_divergence(weights, task), batch, (dtype, dtype))
         return tuple(tf.reduce_mean(value) for value in each)
