@@ -166,8 +166,10 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
         tqdm(total=total, initial=start, unit=" iterations", disable=None) as progress,
     ):
         events.flags(start, identity)
+        history = []
         for iteration in range(start, total):
             values = outer_iteration(learner, environment, iteration)
+            history.append(values)
             events.scalars(iteration, {f"metatrain_{tag}": value for tag, value in values.items()})
             progress.update()
             if iteration % PRINT_INTERVAL == 0 or iteration == total - 1:
@@ -182,6 +184,9 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
                 print(f"Stopped by {stop.signal.name}, saved in {prefix}. The same command goes on from there.")
                 sys.exit(128 + stop.signal)
     print(f"Done: {total} iterations, the last saved in {prefix}.")
+    parts = {tag: np.median([values[tag] for values in history]) for tag in history[0] if tag.endswith("_seconds")}
+    shown = ", ".join(f"{tag.removesuffix('_seconds').replace('_', ' ')} {value:.2f}" for tag, value in parts.items())
+    print(f"Seconds of an iteration, medians: {shown}.")
 
 
 def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int) -> dict[str, float]:
@@ -190,9 +195,8 @@ def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int)
     began = time.perf_counter()
     goals = environment.goals(random, FLAGS.meta_batch_size)
     batch, did = learner.gather(environment, goals, FLAGS.num_rollouts, random)
-    gathered = time.perf_counter()
+    seconds = {"rollouts": time.perf_counter() - began}
     update = learner.outer_step(batch)
-    done = time.perf_counter()
     values = {"Pre-update_return": did[0].mean_returns().mean()}
     if learner.inner_steps:
         values["Post-update_return__step_1"] = did[1].mean_returns().mean()
@@ -202,8 +206,7 @@ def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int)
         "surrogate_gain": update.surrogate_before - update.surrogate,
         "backtracks": update.backtracks,
         "step_refused": float(update.backtracks == BACKTRACKS),
-        "rollouts_seconds": gathered - began,
-        "outer_step_seconds": done - gathered,
+        **{f"{part}_seconds": value for part, value in {**seconds, **update.seconds}.items()},
     }
 
 

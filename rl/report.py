@@ -1,6 +1,6 @@
 """Writes the table of docs/rl.md and draws its figures, from results/rl_*.json. Needs matplotlib.
 
-    python rl/report.py
+python rl/report.py
 """
 
 import json

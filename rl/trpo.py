@@ -5,8 +5,10 @@ inner step, by natural gradient: the direction is that of the conjugate gradient
 adapted policies, as a function of the weights before the inner step.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +45,7 @@ class Update(NamedTuple):
     surrogate: float  # at the weights that were kept
     divergence: float  # of the adapted policies, in nats, mean over tasks of the mean over transitions
     backtracks: int  # of the line search; BACKTRACKS: no step was good, and the weights stayed
+    seconds: dict[str, float]  # that its parts took: gradient, fisher_products, line_search
 
 
 class MetaTRPO(MAML):
@@ -155,10 +158,13 @@ class MetaTRPO(MAML):
 
     def outer_step(self, batch: MetaBatch) -> Update:
         """Moves the weights once, unless no step in the direction improves the surrogate within the bound."""
+        times = [time.perf_counter()]
         gradient, before = self.surrogate_gradient(batch)
         gradient = self.flat(gradient)
+        times.append(time.perf_counter())
         with self.fisher_product(batch) as product:
             direction, residual = conjugate_gradients(product, gradient)
+        times.append(time.perf_counter())
         # The quadratic form of the direction, by what the method knows: product(direction) = gradient - residual.
         length = direction @ (gradient - residual)
         step = np.sqrt(2 * self.bound / (length + 1e-8)) * direction
@@ -170,8 +176,13 @@ class MetaTRPO(MAML):
             if surrogate < before and moved <= self.bound:
                 for name, value in new.items():
                     self.weights[name].assign(value)
-                return Update(before, surrogate, moved, backtracks)
-        return Update(before, before, 0.0, BACKTRACKS)
+                break
+        else:
+            surrogate, moved, backtracks = before, 0.0, BACKTRACKS
+        times.append(time.perf_counter())
+        parts = ("gradient", "fisher_products", "line_search")
+        seconds = {part: end - start for part, (start, end) in zip(parts, pairwise(times), strict=True)}
+        return Update(before, surrogate, moved, backtracks, seconds)
 
     def _surrogate(self, weights, task):
         return self.surrogate_and_divergence(weights, task)[0]

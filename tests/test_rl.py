@@ -1,8 +1,11 @@
 """Reinforcement learning: environments, rollouts, advantages, the inner and the outer step, and whole runs."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -445,5 +448,71 @@ def test_another_run_is_not_continued_by_mistake(program, tmp_path):
         program(*TINY, "--iterations=2", f"--logdir={tmp_path}")
 
 
-def test_every_environment_is_one_of_the_flags():
+def test_every_environment_has_defaults():
     assert set(main.DEFAULTS) == set(ENVIRONMENTS)
+
+
+# -- what is recorded --------------------------------------------------------------------------------------------------
+
+ROOT = Path(main.__file__).parents[1]
+SCRIPTS = sorted((ROOT / "experiments").glob("rl_*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_script_hands_its_flags_to_the_recorder(script, tmp_path):
+    """Its name says environment and model; --seed and others may follow."""
+    printer = tmp_path / "prints its arguments"
+    printer.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    printer.chmod(0o755)
+    printed = subprocess.run(
+        [script, "--seed=7"], env=os.environ | {"PYTHON": str(printer)}, capture_output=True, text=True, check=True
+    )
+    program, name, *handed = printed.stdout.splitlines()
+    assert (Path(program).resolve(), Path(name).stem) == (ROOT / "rl" / "row.py", script.stem)
+    for name in main.FLAGS:
+        main.FLAGS[name].unparse()
+    main.FLAGS(["rl/main.py", *handed])
+    assert script.stem == f"rl_{main.FLAGS.env}_{main.FLAGS.baseline or 'maml'}"
+    assert main.FLAGS.seed == 7
+
+
+def test_the_document_is_in_step_with_results():
+    report = pytest.importorskip(
+        "rl.report", reason="matplotlib is not installed: pip install -r requirements-plot.txt"
+    )
+    shown = (ROOT / "docs" / "rl.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
+    assert shown.strip() == report.table(ROOT / "results").strip(), "python rl/report.py writes it anew"
+
+
+def test_figures_of_records(tmp_path):
+    """Of one environment, the authors' beside ours; an oracle has one column."""
+    report = pytest.importorskip(
+        "rl.report", reason="matplotlib is not installed: pip install -r requirements-plot.txt"
+    )
+
+    def record(baseline, *means):
+        return {
+            "flags": {"env": "point", "baseline": baseline, "seed": 0, "iterations": 100},
+            "results": [{"mean": mean, "ci95": 1.0} for mean in means],
+            "goals_of_paths": [[0.1, 0.2], [-0.3, 0.4]],
+            "paths": [[[[[0, 0], [0.1, 0.1]], [[0, 0], [0.1, 0.2]]]] * 2] * 4,
+        }
+
+    for one in (record(None, -40, -9, -4, -3, -3), record("oracle", -2)):
+        (tmp_path / f"rl_{one['flags']['baseline']}.json").write_text(json.dumps(one))
+    (tmp_path / "rl_authors.json").write_bytes((ROOT / "results" / "rl_authors.json").read_bytes())
+    ours = report.records(tmp_path)
+    assert report.table(tmp_path).splitlines()[2:] == [
+        "| 2D navigation: MAML | ours, 100 iterations, seed 0 | -40.0 +- 1.0 | -9.0 +- 1.0 | -4.0 +- 1.0 | -3.0 +- 1.0 |",
+        "|  | authors | -40.4 +- 4.0 | -11.7 +- 2.2 | -3.3 +- 0.6 | -3.2 +- 0.6 |",
+        "| 2D navigation: oracle | ours, 100 iterations, seed 0 | -2.0 +- 1.0 |  |  |  |",
+        "|  | authors | -2.3 +- 0.1 |  |  |  |",
+    ]
+    (panel,) = report.returns_figure(ours, report.authors(tmp_path)).axes
+    assert [list(line.get_ydata()) for line in panel.lines[:4]] == [
+        [-40, -9, -4, -3],
+        [-40.407, -11.68, -3.328, -3.23],
+        [-2] * 4,
+        [-2.288] * 4,
+    ]
+    assert len(report.paths_figure(ours["point"][0]).axes) == 2
