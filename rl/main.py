@@ -236,8 +236,16 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
         "goals": TEST_GOALS,
         "transitions_at_least": TEST_TRANSITIONS,
         "results": [
-            {"updates": j, "mean": float(means[j]), "ci95": float(ci95[j]), "std": float(stds[j])}
-            for j in range(len(means))
+            {
+                "updates": j,
+                "mean": float(means[j]),
+                "ci95": float(ci95[j]),
+                "std": float(stds[j]),
+                "rollouts_of_a_goal": float(did.ends.sum(1).mean()),
+                # Without those that begin anew at the goal, of which a task that is done quickly has more.
+                "mean_of_first_rollouts": float(did.mean_returns(first=True).mean()),
+            }
+            for j, did in enumerate(curve)
         ],
         "returns": np.round(returns, 3).tolist(),  # a row for each goal
     }

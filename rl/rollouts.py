@@ -22,11 +22,13 @@ class Rollouts(NamedTuple):
     rewards: np.ndarray  # [T, n] float64
     times: np.ndarray  # [T, n] int, steps since the rollout began
     ends: np.ndarray  # [T, n] bool, the last transition of a rollout
+    rounds: np.ndarray  # [T, n] int, rollouts before this one among those side by side: 0 is the first
     shares: np.ndarray  # [T, n] float64, 1 / (transitions of the task); 0 on padding
 
-    def mean_returns(self) -> np.ndarray:
-        """Sum of the rewards, undiscounted, of a rollout: the mean over each task's, [T]."""
-        return self.rewards.sum(1) / self.ends.sum(1)
+    def mean_returns(self, first: bool = False) -> np.ndarray:
+        """Sum of the rewards, undiscounted, of a rollout: the mean over each task's, [T], or over the first ones."""
+        counted = (self.rounds == 0) if first else np.ones_like(self.ends)
+        return np.sum(self.rewards * counted, 1) / np.sum(self.ends & counted, 1)
 
     def paths(self, task: int, count: int) -> list[list[list[float]]]:
         """The observations of a task's first rollouts, each [steps, O], rounded to three decimals."""
@@ -47,7 +49,8 @@ def collect(
     """
     horizon = environment.horizon
     tasks = np.repeat(goals[:, None], count, 1)
-    states, ages = environment.reset(tasks, random), np.zeros((len(goals), count), int)
+    states = environment.reset(tasks, random)
+    ages = rounds = np.zeros((len(goals), count), int)
     running, steps = np.ones((len(goals), count), bool), []
     for clock in range(2 * horizon):
         observations = environment.observe(states, tasks).astype(np.float32)
@@ -55,8 +58,8 @@ def collect(
         actions = means + np.exp(log_stds) * random.standard_normal(means.shape, np.float32)
         states, rewards, ends = environment.step(states, tasks, actions.astype(float))
         ends = ends | (ages == horizon - 1)
-        steps.append((observations, actions, rewards, ages, ends, running))
-        ages = np.where(ends, 0, ages + 1)
+        steps.append((observations, actions, rewards, ages, ends, rounds, running))
+        ages, rounds = np.where(ends, 0, ages + 1), rounds + ends
         if clock >= horizon - 1:
             running = running & ~ends
             if not running.any():
@@ -66,7 +69,7 @@ def collect(
     return _in_rows(*(np.stack(parts, 2) for parts in zip(*steps, strict=True)))
 
 
-def _in_rows(observations, actions, rewards, times, ends, taken):
+def _in_rows(observations, actions, rewards, times, ends, rounds, taken):
     """Rollouts of arrays [T, count, steps, ...], of which those that were `taken` are kept."""
     tasks = len(taken)
     taken = taken.reshape(tasks, -1)
@@ -84,6 +87,7 @@ def _in_rows(observations, actions, rewards, times, ends, taken):
         rows(rewards)[..., 0],
         rows(times)[..., 0],
         rows(ends)[..., 0],
+        rows(rounds)[..., 0],
         real / numbers[:, None],
     )
 

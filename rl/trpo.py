@@ -64,17 +64,13 @@ class MetaTRPO(MAML):
             parallel_tasks=parallel_tasks,
         )
         self.bound = bound
-        dtype, (size, _), (actions,) = (
-            self.weights["w1"].dtype,
-            self.weights["w1"].shape,
-            self.weights["log_std"].shape,
-        )
+        w1, log_std = self.weights["w1"], self.weights["log_std"]
 
         def spec(*shape):
-            return tf.TensorSpec(shape, dtype)
+            return tf.TensorSpec(shape, w1.dtype)
 
-        x = spec(None, None, size)
-        did = Experience(spec(None, None, actions), spec(None, None), spec(None, None))
+        x = spec(None, None, w1.shape[0])
+        did = Experience(spec(None, None, log_std.shape[0]), spec(None, None), spec(None, None))
         weights = {name: spec(*weight.shape) for name, weight in self.weights.items()}
         tasks_weights = {name: spec(None, *weight.shape) for name, weight in self.weights.items()}
         batch = MetaBatch(x, did, x, did, tasks_weights)
@@ -103,9 +99,12 @@ class MetaTRPO(MAML):
         """Those of each task's own weights [T, ...], as rollouts.collect."""
         return collect(environment, lambda observations: act(weights, observations), goals, count, random)
 
-    def inner_step(self, weights: Weights, did: Rollouts, factor: float = 1.0) -> dict[str, np.ndarray]:
-        """Each task's weights [T, ...] after one step, of size factor * alpha, on its rollouts under them."""
-        after = self.adapt_each(weights, *self._tensors(did), tf.constant(factor, self.weights["w1"].dtype))
+    def inner_step(self, weights: Weights, x: tf.Tensor, did: Experience, factor: float = 1.0) -> dict[str, np.ndarray]:
+        """Each task's weights [T, ...] after one step, of size factor * alpha, on what it did under them.
+
+        x: the observations [T, n, O].
+        """
+        after = self.adapt_each(weights, x, did, tf.constant(factor, x.dtype))
         return {name: weight.numpy() for name, weight in after.items()}
 
     def curve(
@@ -123,7 +122,7 @@ class MetaTRPO(MAML):
         weights = self.before(len(goals))
         yield (did := self.rollouts(environment, weights, goals, count, random))
         for size in sizes:
-            weights = self.inner_step(weights, did, size)
+            weights = self.inner_step(weights, *self._tensors(did), size)
             yield (did := self.rollouts(environment, weights, goals, count, random))
 
     def _adapt_each(self, weights, x, did, factor):
@@ -134,7 +133,8 @@ class MetaTRPO(MAML):
 
         return self._over_tasks(step, (weights, x, did), {name: w.dtype for name, w in weights.items()})
 
-    def _tensors(self, did: Rollouts):
+    def _tensors(self, did):
+        """Of Rollouts, the observations and the Experience."""
         parts = did.actions, advantages(did), did.shares
         x, *parts = (tf.constant(part, self.weights["w1"].dtype) for part in (did.observations, *parts))
         return x, Experience(*parts)
@@ -150,11 +150,12 @@ class MetaTRPO(MAML):
         """
         weights = self.before(len(goals))
         did = [self.rollouts(environment, weights, goals, count, random)]
+        support = query = self._tensors(did[0])
         if self.inner_steps:
-            weights = self.inner_step(weights, did[0])
+            weights = self.inner_step(weights, *support)
             did.append(self.rollouts(environment, weights, goals, count, random))
-        tensors = [self._tensors(one) for one in did]
-        return MetaBatch(*tensors[0], *tensors[-1], tf.nest.map_structure(tf.constant, weights)), did
+            query = self._tensors(did[1])
+        return MetaBatch(*support, *query, tf.nest.map_structure(tf.constant, weights)), did
 
     def outer_step(self, batch: MetaBatch) -> Update:
         """Moves the weights once, unless no step in the direction improves the surrogate within the bound."""

@@ -126,6 +126,9 @@ def test_rollouts_begin_anew_at_the_goal_and_none_is_cut_short():
     np.testing.assert_allclose(did.observations[0, :6, 0], [0, 0.1, 0.2, 0, 0.1, 0.2], atol=1e-6)
     assert did.times[0, :6].tolist() == [0, 1, 2, 0, 1, 2]
     assert did.times[1, :200].tolist() == [*range(100), *range(100)]
+    assert did.rounds[0, [0, 3, 101, 102, 203]].tolist() == [0, 1, 33, 0, 33]
+    did.rewards[0, :3] = [-7, 0, -2]  # a first rollout, which stands apart from those that follow it
+    np.testing.assert_allclose(did.mean_returns(first=True)[0], -(9 + 0.3) / 2, atol=1e-6)
     assert [len(path) for path in did.paths(0, 2)] == [3, 3]
 
 
@@ -492,7 +495,7 @@ def test_figures_of_records(tmp_path):
 
     def record(baseline, *means):
         return {
-            "flags": {"env": "point", "baseline": baseline, "seed": 0, "iterations": 100},
+            "flags": {"env": "point", "baseline": baseline, "seed": 0, "iterations": 9},
             "results": [{"mean": mean, "ci95": 1.0} for mean in means],
             "goals_of_paths": [[0.1, 0.2], [-0.3, 0.4]],
             "paths": [[[[[0, 0], [0.1, 0.1]], [[0, 0], [0.1, 0.2]]]] * 2] * 4,
@@ -503,9 +506,9 @@ def test_figures_of_records(tmp_path):
     (tmp_path / "rl_authors.json").write_bytes((ROOT / "results" / "rl_authors.json").read_bytes())
     ours = report.records(tmp_path)
     assert report.table(tmp_path).splitlines()[2:] == [
-        "| 2D navigation: MAML | ours, 100 iterations, seed 0 | -40.0 +- 1.0 | -9.0 +- 1.0 | -4.0 +- 1.0 | -3.0 +- 1.0 |",
+        "| 2D navigation: MAML | ours, 9 iterations, seed 0 | -40.0 +- 1.0 | -9.0 +- 1.0 | -4.0 +- 1.0 | -3.0 +- 1.0 |",
         "|  | authors | -40.4 +- 4.0 | -11.7 +- 2.2 | -3.3 +- 0.6 | -3.2 +- 0.6 |",
-        "| 2D navigation: oracle | ours, 100 iterations, seed 0 | -2.0 +- 1.0 |  |  |  |",
+        "| 2D navigation: oracle | ours, 9 iterations, seed 0 | -2.0 +- 1.0 |  |  |  |",
         "|  | authors | -2.3 +- 0.1 |  |  |  |",
     ]
     (panel,) = report.returns_figure(ours, report.authors(tmp_path)).axes
