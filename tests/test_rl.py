@@ -326,17 +326,26 @@ def test_an_outer_step_improves_the_surrogate_within_the_bound(gathered):
 
 @pytest.mark.parametrize(
     "found",
-    [lambda g: (-g, 2 * g), lambda g: (1e9 * g, g), lambda g: (np.nan * g, g)],
+    [
+        lambda direction, g, turned: (-direction, g + turned),
+        lambda direction, g, turned: (40 * direction, g - turned / 40),
+        lambda direction, g, turned: (np.nan * direction, g),
+    ],
     ids=["uphill", "too far", "not a number"],
 )
 def test_a_step_that_is_not_good_is_not_taken(gathered, monkeypatch, found):
     """It would not improve the surrogate, or is beyond the bound however often it is shortened: the old weights stay.
 
-    found: (direction, residual), as of the conjugate gradient method, of the gradient.
+    found: the (direction, residual) to be taken, of the right direction, the gradient and the direction's product.
     """
     learner, batch = gathered
-    before = learner.flat(learner.weights)
-    monkeypatch.setattr(trpo, "conjugate_gradients", lambda product, gradient: found(gradient))
+    before, solve = learner.flat(learner.weights), trpo.conjugate_gradients
+
+    def misled(product, gradient):
+        direction, residual = solve(product, gradient)
+        return found(direction, gradient, gradient - residual)
+
+    monkeypatch.setattr(trpo, "conjugate_gradients", misled)
     update = learner.outer_step(batch)
     assert update.backtracks == BACKTRACKS
     assert update.surrogate == update.surrogate_before
