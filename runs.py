@@ -36,7 +36,7 @@ except ImportError:  # Windows
     fcntl = None
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
-ITERATIONS = ("pretrain_iterations", "metatrain_iterations")
+ITERATIONS = ("pretrain_iterations", "metatrain_iterations", "iterations")
 VALIDATION = "validation/.ATTRIBUTES/VARIABLE_VALUE"  # what a checkpoint calls its Validation
 MOST_JSON = 10_000_000  # bytes; ours have some thousands
 
@@ -135,7 +135,7 @@ class Run:
                 ) from None
             return
         differing = [name for name in flags if name not in ITERATIONS and recorded.get(name) != flags[name]]
-        there, here = recorded.get("pretrain_iterations", 0), flags["pretrain_iterations"]
+        there, here = recorded.get("pretrain_iterations", 0), flags.get("pretrain_iterations", 0)
         if training and there != here and not (isinstance(there, int) and self.iterations()[-1] < min(there, here)):
             differing.append("pretrain_iterations")
         if differing:

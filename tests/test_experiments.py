@@ -24,7 +24,9 @@ import table
 from utils import InputError
 
 ROOT = Path(main.__file__).parent
-SCRIPTS = sorted((ROOT / "experiments").glob("*.sh"))
+SCRIPTS = sorted(
+    {*(ROOT / "experiments").glob("*.sh")} - {*(ROOT / "experiments").glob("rl_*.sh")}
+)  # those: test_rl.py
 PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))
 
 

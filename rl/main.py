@@ -1,0 +1,296 @@
+"""Reinforcement learning by MAML (paper section 5.3): 2D navigation and the half-cheetah.
+
+  Train  python rl/main.py --env=point --iterations=100 --logdir=logs/rl/point
+  Test   the same command plus --train=False
+
+docs/rl.md has every command, and the returns beside the authors'.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, which reads it
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as NumPy: tasks are computed side by side, one on each core
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, in place of rl/
+
+import numpy as np
+import tensorflow as tf
+from absl import flags, logging
+from tqdm import tqdm
+
+import runs
+from events import Events
+from rl.environments import ENVIRONMENTS, Environment
+from rl.policy import gaussian
+from rl.trpo import BACKTRACKS, MetaTRPO
+from utils import InputError, statistics, write_whole, writing
+
+FLAGS = flags.FlagValues()  # not those of the supervised main.py, which has some of the same names
+flags.DEFINE_bool("help", False, "Show this and end.", short_name="h", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "env",
+    "point",
+    list(ENVIRONMENTS),
+    "Tasks: goals in the plane; the half-cheetah running forwards or backwards, or at a goal speed.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_enum(
+    "baseline",
+    None,
+    ["random", "pretrained", "oracle"],
+    "In place of MAML. random: the initial policy, to be tested only; pretrained: one policy for all tasks; oracle: "
+    "the same, and the goal is observed.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("iterations", 100, "Outer steps. Paper's code: 100, of cheetah_speed 800.", flag_values=FLAGS)
+flags.DEFINE_integer("meta_batch_size", 40, "Tasks in an outer step. Paper's code: 40.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "num_rollouts", 20, "Rollouts of a task at any time, before and after the update. Paper: 20.", flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "update_lr",
+    None,
+    "alpha, size of the inner step. Default, the paper's code: 0.5 point, 0.1 cheetah.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_float(
+    "meta_step_size",
+    None,
+    "Bound on an outer step's mean KL divergence, in nats. Default, the paper's code: 0.01; 0.02 cheetah_direction.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("logdir", "logs/rl", "Folder in which the run has its own folder.", flag_values=FLAGS)
+flags.DEFINE_bool("train", True, "Train; --train=False: test.", flag_values=FLAGS)
+flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint.", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Seed of the initial weights, the goals and the rollouts.", flag_values=FLAGS)
+flags.DEFINE_integer("save_interval", 10, "Iterations between checkpoints, of which ten stay.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "threads", 0, "Tasks computed side by side, a core each; 0: as many as there are cores.", flag_values=FLAGS
+)
+
+for _name in ("meta_batch_size", "num_rollouts", "save_interval"):
+    flags.register_validator(_name, lambda value: value >= 1, "must be 1 or more", flag_values=FLAGS)
+for _name in ("iterations", "threads"):
+    flags.register_validator(_name, lambda value: value >= 0, "must be 0 or more", flag_values=FLAGS)
+for _name in ("update_lr", "meta_step_size"):
+    flags.register_validator(
+        _name, lambda value: value is None or 0 < value < math.inf, "must be a number above 0", flag_values=FLAGS
+    )
+flags.register_validator("seed", lambda value: 0 <= value < 2**32, "must be 0 to 2^32 - 1", flag_values=FLAGS)
+
+# The scripts of cbfinn/maml_rl: (alpha, bound on the divergence).
+DEFAULTS = {"point": (0.5, 0.01), "cheetah_direction": (0.1, 0.02), "cheetah_speed": (0.1, 0.01)}
+IDENTITY = "env baseline iterations meta_batch_size num_rollouts update_lr meta_step_size seed".split()
+PRINT_INTERVAL = 10  # iterations
+
+# The authors' tests (test_maml_point.py and the like).
+TEST_GOALS, TEST_GOALS_SEED = 40, 1
+TEST_TRANSITIONS = 4000  # of each goal, before each update
+TEST_UPDATES = 4
+LATER_UPDATES = 0.5  # size of the second update and those after it, times alpha
+KEPT_GOALS, KEPT_ROLLOUTS = 4, 3  # whose paths results.json has, for the figure
+
+
+def main() -> None:
+    """Trains, or tests, as the flags say."""
+    logging.set_verbosity(logging.WARNING)
+    cores = FLAGS.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(cores)
+    identity = run_identity()
+    run = run_folder(identity)
+    environment = ENVIRONMENTS[FLAGS.env](oracle=FLAGS.baseline == "oracle")
+    learner = build(identity, environment, cores)
+    if not FLAGS.train:
+        test(run, learner, identity, environment)
+    elif FLAGS.baseline == "random":
+        raise InputError("--baseline=random is the policy before any training: give --train=False to test it")
+    else:
+        with run.locked():
+            train(run, learner, identity, environment)
+
+
+def run_identity() -> dict:
+    """What the run's numbers depend on, with the environment's defaults."""
+    alpha, bound = DEFAULTS[FLAGS.env]
+    FLAGS.set_default("update_lr", alpha)
+    FLAGS.set_default("meta_step_size", bound)
+    return {name: FLAGS[name].value for name in IDENTITY}
+
+
+def run_folder(identity: dict) -> runs.Run:
+    """The run of these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
+    name = "{env}.mbs_{meta_batch_size}.rollouts_{num_rollouts}.updatelr{update_lr}.kl{meta_step_size}".format(
+        **identity
+    )
+    if identity["baseline"]:
+        name += f".{identity['baseline']}"
+    if identity["seed"]:
+        name += f".seed{identity['seed']}"
+    return runs.Run(Path(FLAGS.logdir) / name)
+
+
+def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
+    """The policy with its initial weights, and how it learns."""
+    return MetaTRPO(
+        gaussian(environment.observation_size, environment.action_size),
+        inner_lr=identity["update_lr"],
+        inner_steps=0 if identity["baseline"] in ("pretrained", "oracle") else 1,
+        bound=identity["meta_step_size"],
+        seed=identity["seed"],
+        parallel_tasks=cores,
+    )
+
+
+def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
+    """Takes the outer steps from where the run folder stands."""
+    run.check(identity, FLAGS.resume)
+    if run.iterations():
+        print("Restoring model weights from", run.restore_newest(learner))
+    start, total = int(learner.step), FLAGS.iterations
+    if start >= total:
+        print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more --iterations.")
+        return
+    run.record(identity)
+    print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
+    print("Printed: return before and after the update, mean over rollouts and tasks.", flush=True)
+    with (
+        StopSignal() as stop,
+        Events(run.folder, start) as events,
+        tqdm(total=total, initial=start, unit=" iterations", disable=None) as progress,
+    ):
+        events.flags(start, identity)
+        history = []
+        for iteration in range(start, total):
+            values = outer_iteration(learner, environment, iteration)
+            history.append(values)
+            events.scalars(iteration, {f"metatrain_{tag}": value for tag, value in values.items()})
+            progress.update()
+            if iteration % PRINT_INTERVAL == 0 or iteration == total - 1:
+                returns = ", ".join(f"{value:.4g}" for tag, value in values.items() if "return" in tag)
+                with tqdm.external_write_mode():
+                    print(f"Iteration {iteration}: {returns}", flush=True)
+            last = iteration == total - 1
+            if last or stop.signal or (iteration + 1) % FLAGS.save_interval == 0:
+                events.flush()  # a run that goes on from this checkpoint will not write them again
+                prefix = run.save(learner)
+            if stop.signal and not last:
+                print(f"Stopped by {stop.signal.name}, saved in {prefix}. The same command goes on from there.")
+                sys.exit(128 + stop.signal)
+    print(f"Done: {total} iterations, the last saved in {prefix}.")
+    parts = {tag: np.median([values[tag] for values in history]) for tag in history[0] if tag.endswith("_seconds")}
+    shown = ", ".join(f"{tag.removesuffix('_seconds').replace('_', ' ')} {value:.2f}" for tag, value in parts.items())
+    print(f"Seconds of an iteration, medians: {shown}.")
+
+
+def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int) -> dict[str, float]:
+    """One outer step, a function of the weights, the seed and the iteration; and what TensorBoard shows of it."""
+    random = np.random.default_rng((FLAGS.seed, iteration, 0))
+    began = time.perf_counter()
+    goals = environment.goals(random, FLAGS.meta_batch_size)
+    batch, did = learner.gather(environment, goals, FLAGS.num_rollouts, random)
+    seconds = {"rollouts": time.perf_counter() - began}
+    update = learner.outer_step(batch)
+    values = {"Pre-update_return": did[0].mean_returns().mean()}
+    if learner.inner_steps:
+        values["Post-update_return__step_1"] = did[1].mean_returns().mean()
+    return {
+        **{tag: float(value) for tag, value in values.items()},
+        "divergence": update.divergence,
+        "surrogate_gain": update.surrogate_before - update.surrogate,
+        "backtracks": update.backtracks,
+        "step_refused": float(update.backtracks == BACKTRACKS),
+        **{f"{part}_seconds": value for part, value in {**seconds, **update.seconds}.items()},
+    }
+
+
+def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
+    """Returns on the authors' test goals before and after updates, printed and written to results.json."""
+    iterations = 0
+    if FLAGS.baseline == "random":
+        runs.check_writable(run.folder, "--logdir")
+    else:
+        run.checkpoint()
+        run.check_flags(identity, training=False)
+        print("Restoring model weights from", run.restore_newest(learner))
+        iterations = int(learner.step)
+    goals = environment.goals(np.random.RandomState(TEST_GOALS_SEED), TEST_GOALS)
+    random = np.random.default_rng((0, 0, 1))  # training's end in 0
+    count = TEST_TRANSITIONS // environment.horizon
+    sizes = [] if FLAGS.baseline == "oracle" else [1] + [LATER_UPDATES] * (TEST_UPDATES - 1)
+    curve = list(learner.curve(environment, goals, count, sizes, random))
+    returns = np.stack([did.mean_returns() for did in curve], 1)
+    means, stds, ci95 = statistics(returns)
+    print("Return after 0, 1, ... updates, and its 95 % interval over goals:")
+    print(", ".join(f"{mean:.2f} +- {half:.2f}" for mean, half in zip(means, ci95, strict=True)))
+    entry = {
+        "run": run.folder.name,
+        "flags": identity | {"iterations": iterations},
+        "metric": "return, the undiscounted sum of rewards, mean over rollouts",
+        "goals": TEST_GOALS,
+        "transitions_at_least": TEST_TRANSITIONS,
+        "results": [
+            {
+                "updates": j,
+                "mean": float(means[j]),
+                "ci95": float(ci95[j]),
+                "std": float(stds[j]),
+                "rollouts_of_a_goal": float(did.ends.sum(1).mean()),
+                # Without those that begin anew at the goal, of which a task that is done quickly has more.
+                "mean_of_first_rollouts": float(did.mean_returns(first=True).mean()),
+            }
+            for j, did in enumerate(curve)
+        ],
+        "returns": np.round(returns, 3).tolist(),  # a row for each goal
+    }
+    if FLAGS.env == "point":
+        entry["goals_of_paths"] = np.round(goals[:KEPT_GOALS], 3).tolist()
+        entry["paths"] = [[did.paths(goal, KEPT_ROLLOUTS) for goal in range(KEPT_GOALS)] for did in curve]  # by update
+    with writing(run.folder):
+        write_whole(run.folder / "results.json", lambda file: file.write(json.dumps(entry).encode()))
+    print(f"Written: {run.folder / 'results.json'}.")
+
+
+class StopSignal:
+    """Notes the first Ctrl-C or SIGTERM, so that the iteration at hand is finished and saved. A second ends at once."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = signal.Signals(number)
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def program(argv: list[str]) -> None:
+    """main, with bad flags, bad input, or what the system refuses, told in one line."""
+    try:
+        unexpected = FLAGS(argv)[1:]
+        if FLAGS.help:
+            print(__doc__, FLAGS.get_help(), sep="\n")
+            return
+        if unexpected:
+            raise InputError(f"unexpected argument {unexpected[0]}: flags are written --name=value")
+        main()
+    except flags.Error as error:
+        sys.exit(f"rl/main.py: {' '.join(str(error).split())} (python rl/main.py --help lists the flags)")
+    except (InputError, OSError) as error:
+        sys.exit(f"rl/main.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    program(sys.argv)

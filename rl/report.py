@@ -1,0 +1,142 @@
+"""Writes the table of docs/rl.md and draws its figures, from results/rl_*.json. Needs matplotlib.
+
+python rl/report.py
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # in place of rl/
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from plot import BLUE, GREY, LINES, ORANGE, STYLE, save
+
+BEGIN, END = "<!-- results: written by rl/report.py -->", "<!-- end of results -->"
+MODELS = {None: "MAML", "pretrained": "pretrained", "random": "random", "oracle": "oracle"}
+ENVIRONMENTS = {
+    "point": "2D navigation",
+    "cheetah_direction": "Half-cheetah, direction",
+    "cheetah_speed": "Half-cheetah, speed",
+}
+SHOWN = 4  # columns: 0 to 3 updates, as in the paper's figures
+
+
+def records(results: Path) -> dict[str, list[dict]]:
+    """Environment -> its records, those of MAML first, and by seed."""
+    found = {name: [] for name in ENVIRONMENTS}
+    for path in results.glob("rl_*.json"):
+        record = json.loads(path.read_text())
+        if "flags" in record:
+            found[record["flags"]["env"]].append(record)
+    order = list(MODELS)
+    for one in found.values():
+        one.sort(key=lambda record: (order.index(record["flags"]["baseline"]), record["flags"]["seed"]))
+    return found
+
+
+def authors(results: Path) -> dict[str, dict[str, dict]]:
+    """Environment -> model -> the authors' means and intervals."""
+    return json.loads((results / "rl_authors.json").read_text())
+
+
+def table(results: Path) -> str:
+    """Returns after 0 to 3 updates, ours and the authors', in Markdown."""
+    lines = ["| | | 0 | 1 | 2 | 3 updates |", "| --- | --- | --- | --- | --- | --- |"]
+    ours, theirs = records(results), authors(results)
+    for environment, title in ENVIRONMENTS.items():
+        for baseline, model in MODELS.items():
+            runs = [record for record in ours[environment] if record["flags"]["baseline"] == baseline]
+            if not runs:
+                continue
+            first = f"{title}: {model}"
+            for record in runs:
+                what = "ours" if baseline == "random" else f"ours, {record['flags']['iterations']} iterations"
+                what += f", seed {record['flags']['seed']}"
+                lines.append(_row(first, what, [(column["mean"], column["ci95"]) for column in record["results"]]))
+                first = ""
+            one = theirs[environment].get(baseline or "maml")
+            if one:
+                lines.append(_row("", "authors", list(zip(one["mean"], one["ci95"], strict=True))))
+    return "\n".join(lines)
+
+
+def _row(first, what, columns):
+    cells = [f"{mean:.1f} +- {half:.1f}" for mean, half in columns[:SHOWN]]
+    return f"| {' | '.join([first, what, *cells, *[''] * (SHOWN - len(cells))])} |"
+
+
+@matplotlib.rc_context(STYLE)
+def paths_figure(record: Mapping) -> Figure:
+    """Paper, figure 4 (below): where the point goes before and after updates, a panel for each of the kept goals."""
+    goals = record["goals_of_paths"]
+    figure = Figure(figsize=(3.1 * len(goals), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(goals), sharex=True, sharey=True)
+    looks = {0: ("before any update", ORANGE), 1: ("1 update", LINES[4][0]), 3: ("3 updates", BLUE)}
+    for panel, goal, number in zip(axes, goals, range(len(goals)), strict=True):
+        for updates, (label, colour) in looks.items():
+            for path in record["paths"][updates][number][:2]:
+                x, y = np.transpose(path)
+                panel.plot(x, y, color=colour, linewidth=0.9, alpha=0.8, label=label)
+                label = None
+        panel.plot(*goal, "*", color="black", markersize=13, label="goal")
+        panel.plot(0, 0, "o", color="black", markersize=4)
+        panel.set_aspect("equal")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def returns_figure(ours: Mapping[str, Sequence[Mapping]], theirs: Mapping[str, Mapping]) -> Figure:
+    """Paper, figures 4 (above) and 5: returns by update, ours drawn through and the authors' dashed.
+
+    A panel for each environment that has a record. Bands are 95 % intervals over the test goals, of our first seed;
+    other seeds are thin lines.
+    """
+    shown = [environment for environment in ENVIRONMENTS if ours[environment]]
+    figure = Figure(figsize=(1.2 + 4.2 * len(shown), 3.9), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    handles = {}
+    for panel, environment in zip(axes, shown, strict=True):
+        for (baseline, model), (colour, marker) in zip(MODELS.items(), LINES, strict=False):
+            runs = [record for record in ours[environment] if record["flags"]["baseline"] == baseline]
+            for number, record in enumerate(runs):
+                mean, half = (np.array([one[key] for one in record["results"][:SHOWN]]) for key in ("mean", "ci95"))
+                if len(mean) == 1:  # the oracle needs no update
+                    mean, half = np.repeat(mean, SHOWN), np.repeat(half, SHOWN)
+                updates = np.arange(len(mean))
+                style = {"marker": marker, "markersize": 4} if number == 0 else {"linewidth": 0.7}
+                (line,) = panel.plot(updates, mean, color=colour, **style)
+                if number == 0:
+                    handles.setdefault(model, line)
+                    panel.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+            one = theirs[environment].get(baseline or "maml")
+            if runs and one:
+                mean = np.array(one["mean"][:SHOWN])
+                mean = np.repeat(mean, SHOWN) if len(mean) == 1 else mean
+                (line,) = panel.plot(range(len(mean)), mean, "--", color=colour, linewidth=1.2)
+        panel.set_title(ENVIRONMENTS[environment])
+        panel.set_xlabel("updates")
+        panel.set_xticks(range(SHOWN))
+    axes[0].set_ylabel("return")
+    (dashed,) = axes[0].plot([], [], "--", color=GREY)
+    handles["the authors'"] = dashed
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
+    return figure
+
+
+if __name__ == "__main__":
+    results = ROOT / "results"
+    ours = records(results)
+    save(returns_figure(ours, authors(results)), ROOT / "figures" / "rl_returns")
+    save(paths_figure(next(record for record in ours["point"] if "paths" in record)), ROOT / "figures" / "rl_paths")
+    document = ROOT / "docs" / "rl.md"
+    before, rest = document.read_text().split(BEGIN)
+    document.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}")
+    print("Written: docs/rl.md, figures/rl_returns.png and figures/rl_paths.png.")

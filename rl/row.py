@@ -1,0 +1,69 @@
+"""Trains, tests and records one row of docs/rl.md. The scripts experiments/rl_*.sh call it:
+
+    python rl/row.py <script> flags of rl/main.py
+
+A run that was stopped goes on; a finished one is tested again. All is done from the project's root.
+Writes results/<script>.json: the run's flags, iterations, hours, machine, versions and commit, and its test. Another
+seed than 0 has .seed<n> in the name.
+"""
+
+import datetime
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
+
+import numpy as np
+import tensorflow as tf
+
+import row  # experiments/row.py
+from rl import main
+from utils import write_whole
+
+
+def record(script: Path, arguments: list[str]) -> Path:
+    """Does all of the above; returns the path of what it wrote. Ends where rl/main.py fails or is stopped."""
+    main.FLAGS(["rl/main.py", *arguments])
+    run = main.run_folder(main.run_identity())
+    if main.FLAGS.baseline != "random":
+        _main_program(arguments)
+    _main_program([*arguments, "--train=False"])
+    record = {
+        "row": script.stem,
+        **json.loads((run.folder / "results.json").read_text()),
+        "hours": round(row.training_hours(run.folder), 4),
+        "machine": row.machine(),
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
+        "commit": row.commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    seed = f".seed{main.FLAGS.seed}" if main.FLAGS.seed else ""
+    path = ROOT / "results" / f"{script.stem}{seed}.json"
+    write_whole(path, lambda file: file.write((json.dumps(record) + "\n").encode()))
+    return path
+
+
+def _main_program(arguments):
+    program = subprocess.Popen([sys.executable, "rl/main.py", *arguments])
+    try:
+        code = program.wait()
+    except SystemExit:  # by SIGTERM
+        program.terminate()
+        program.wait()
+        raise
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    # A stop is rl/main.py's, which saves and ends, and this with it. Ctrl-C reaches it by itself, SIGTERM does not.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    print("Recorded in", record(Path(sys.argv[1]), sys.argv[2:]))
