@@ -15,7 +15,6 @@ Evaluation is transductive under batch norm, as in the paper: the query images o
 
 import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
 
-import contextlib
 import copy
 import dataclasses
 import errno
@@ -26,7 +25,6 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,7 +39,7 @@ from data_generator import DATASETS, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
 from maml import MAML
 from recipe import Recipe
-from utils import InputError
+from utils import InputError, stopping_on_signals
 
 FLAGS = flags.FLAGS
 
@@ -448,26 +446,6 @@ def fit_picture(maml: MAML, shot: int) -> np.ndarray | None:
 
 
 # -- how the program starts and ends -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stopping_on_signals() -> Iterator[train.Stop]:
-    """Lets the first Ctrl-C or SIGTERM stop training after the step at hand. A second one ends the program at once."""
-    stop = train.Stop()
-
-    def note(number, frame):
-        stop.reason = signal.Signals(number).name
-        restore()
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def run(argv: list[str]) -> None:

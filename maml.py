@@ -135,6 +135,7 @@ class MAML(tf.Module):
         return tf.while_loop(lambda i, _: i < count, body, start)[1]
 
     def _step(self, tasks, pretrain):
+        tasks = self._checked(tasks)
         gradient, loss = self.mean_gradient(self.support_loss if pretrain else self.query_loss, tasks)
         norm = tf.linalg.global_norm(list(gradient.values()))
         if self.clip is not None and not pretrain:
@@ -149,10 +150,10 @@ class MAML(tf.Module):
         Under batch norm it is transductive: a query image is normalised together with its task's other query images.
         """
         tasks = self._checked(tasks)
-        weights, dtype = self._values(), tasks.query_x.dtype
+        weights, dtype = self.values(), tasks.query_x.dtype
 
-        def curve(task):
-            before, *after = self.adapt(self._of_each(weights, task), task, steps)
+        def curve(weights, task):
+            before, *after = self.adapt(weights, task, steps)
             scored = [(self.network.apply(before, task.support_x), task.support_y)]
             scored += [(self.network.apply(adapted, task.query_x), task.query_y) for adapted in after]
             losses = tf.stack([self.loss(*pair) for pair in scored], -1)
@@ -160,7 +161,7 @@ class MAML(tf.Module):
                 return Curve(losses, losses[..., :0])
             return Curve(losses, tf.stack([self.accuracy(*pair) for pair in scored], -1))
 
-        return self._over_tasks(curve, tasks, Curve(dtype, dtype))
+        return self.over_tasks(curve, weights, tasks, Curve(dtype, dtype))
 
     def mean_gradient(self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks):
         """Gradient to the meta-learned weights of the tasks' mean loss, and that loss.
@@ -168,21 +169,20 @@ class MAML(tf.Module):
         Each group differentiates its own losses inside the loop over groups: no backward pass through the loop, and
         the memory of one group a core.
         """
-        tasks = self._checked(tasks)
-        weights = self._values()
+        weights = self.values()
 
-        def gradient_and_loss(task):
-            each = self._of_each(weights, task)
+        def gradient_and_loss(weights, task):
             with tf.GradientTape() as tape:
-                tape.watch(each)
-                loss = task_loss(each, task)
-            return tape.gradient(loss, each, unconnected_gradients="zero"), loss
+                tape.watch(weights)
+                loss = task_loss(weights, task)
+            return tape.gradient(loss, weights, unconnected_gradients="zero"), loss
 
         outputs = tf.nest.map_structure(lambda x: x.dtype, weights), tasks.query_x.dtype
-        per_task = self._over_tasks(gradient_and_loss, tasks, outputs)
+        per_task = self.over_tasks(gradient_and_loss, weights, tasks, outputs)
         return tf.nest.map_structure(lambda x: tf.reduce_mean(x, 0), per_task)
 
-    def _values(self):
+    def values(self) -> Weights:
+        """Reads the meta-learned weights."""
         return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
     def _checked(self, tasks):
@@ -203,36 +203,35 @@ class MAML(tf.Module):
                 )
         return tasks
 
-    def _of_each(self, weights, task):
-        """The weights as each task of a group has them, [G, ...]; of one task, as they are."""
-        if task.support_y.shape.rank == 2:
-            return weights
-        group = task.support_y.shape[0]
-        return {name: tf.broadcast_to(value, [group, *value.shape]) for name, value in weights.items()}
+    def over_tasks(self, function: Callable, weights: Weights, tasks: Tasks, outputs: object) -> object:
+        """Computes function(weights, task) of each task, stacked [T, ...]. It alone knows how tasks lie on the machine.
 
-    def _over_tasks(self, function, tasks, outputs):
-        """function of each task or group, stacked [T, ...]. The one place that knows how tasks lie on the machine.
-
+        The tasks of a group are computed together. Where the network takes groups, function itself does it, with the
+        weights [G, ...] of each task. A network of a user's own may know nothing of groups.
         outputs: the dtypes of what function returns, in its structure.
         """
-        count = tasks.support_x.shape[0]
+        count = tf.nest.flatten(tasks)[0].shape[0]
         at_once = self.tasks_at_once or count
+
+        def of_task(task):
+            return function(weights, task)
+
+        def of_group(group):
+            if not self.network.takes_groups:
+                return tf.vectorized_map(of_task, group)
+            return function({name: tf.broadcast_to(w, [at_once, *w.shape]) for name, w in weights.items()}, group)
+
         if self.network.steps_a_call > 1:
-            return tf.vectorized_map(function, tasks)
+            return tf.vectorized_map(of_task, tasks)
         if at_once == count > 1:
-            return self._of_group(function, tasks)
+            return of_group(tasks)
         run = functools.partial(tf.map_fn, fn_output_signature=outputs, parallel_iterations=self.parallel_tasks)
         if at_once == 1:
-            return run(function, tasks)
+            return run(of_task, tasks)
         if count % at_once:
             raise InputError(f"{count} tasks are no whole groups of {at_once}: give another number of tasks at once")
         groups = tf.nest.map_structure(lambda x: tf.reshape(x, [-1, at_once, *x.shape[1:]]), tasks)
-        found = run(functools.partial(self._of_group, function), groups)
-        return tf.nest.map_structure(lambda x: tf.reshape(x, [count, *x.shape[2:]]), found)
-
-    def _of_group(self, function, tasks):
-        """function of a group of tasks. A network of a user's own may know nothing of groups."""
-        return function(tasks) if self.network.takes_groups else tf.vectorized_map(function, tasks)
+        return tf.nest.map_structure(lambda x: tf.reshape(x, [count, *x.shape[2:]]), run(of_group, groups))
 
 
 class Adam(tf.Module):

@@ -16,7 +16,7 @@ from events import Events, curve_scalars, task_picture
 from maml import MAML
 from recipe import Recipe, to_flags
 from runs import Run
-from utils import Curve, InputError, Tasks
+from utils import Curve, InputError, Stop, Tasks
 
 # The original's (its main.py), in iterations.
 SUMMARY_INTERVAL = 100
@@ -24,16 +24,6 @@ PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000
 VALIDATION_INTERVAL = 500
 
 CURVE_INTERVAL = 1000  # of summaries beyond J updates. Differs: every 100 in the original, 3 % of an Omniglot run
-
-
-class Stop:
-    """A wish that training ends. Training looks at it after every step, and every few tasks of a validation.
-
-    Anybody may set it: a signal handler, another thread, a notebook.
-    """
-
-    def __init__(self):
-        self.reason: str | None = None  # such as "SIGTERM"; None: training goes on
 
 
 class Settings(NamedTuple):

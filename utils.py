@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -12,6 +13,16 @@ import tensorflow as tf
 
 class InputError(Exception):
     """Bad input: one line that names the thing, its value and the way out. main.py prints it and exits with 1."""
+
+
+class Stop:
+    """A wish that training ends. Training looks at it after every step, and every few tasks of a validation.
+
+    Anybody may set it: a signal handler, another thread, a notebook.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None  # such as "SIGTERM"; None: training goes on
 
 
 class Tasks(NamedTuple):
@@ -125,3 +136,23 @@ def move_in(beside: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[Stop]:
+    """Lets the first Ctrl-C or SIGTERM stop training after the step at hand. A second one ends the program at once."""
+    stop = Stop()
+
+    def note(number, frame):
+        stop.reason = signal.Signals(number).name
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        restore()

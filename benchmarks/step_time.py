@@ -115,7 +115,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
     """One configuration, in this process."""
     import main
     import train
-    from utils import InputError
+    from utils import InputError, Stop
 
     main.FLAGS(["main.py", *flags.split()])
     main.start_devices()
@@ -127,7 +127,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
     except InputError:
         data = random_images(recipe)
     maml = main.build(recipe)
-    with train.Steps(maml, data, recipe, train.Stop()) as stepper:
+    with train.Steps(maml, data, recipe, Stop()) as stepper:
         size, batch = stepper.block, recipe.meta_batch
         stepper.advance(2 * size)  # traced and warm
         resident, times = resident_mb(), []

@@ -14,13 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported, which reads it
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as NumPy: tasks are computed side by side, one on each core
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, in place of rl/
 
+import devices  # isort: skip  it comes before the others, since it imports TensorFlow without its notices
+
 import numpy as np
-import tensorflow as tf
 from absl import flags, logging
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ from events import Events
 from rl.environments import ENVIRONMENTS, Environment
 from rl.policy import gaussian
 from rl.trpo import BACKTRACKS, MetaTRPO
-from utils import InputError, statistics, write_whole, writing
+from utils import InputError, statistics, stopping_on_signals, write_whole, writing
 
 FLAGS = flags.FlagValues()  # not those of the supervised main.py, which has some of the same names
 flags.DEFINE_bool("help", False, "Show this and end.", short_name="h", flag_values=FLAGS)
@@ -100,9 +100,8 @@ KEPT_GOALS, KEPT_ROLLOUTS = 4, 3  # whose paths results.json has, for the figure
 def main() -> None:
     """Trains, or tests, as the flags say."""
     logging.set_verbosity(logging.WARNING)
-    cores = FLAGS.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(cores)
+    cores = FLAGS.threads or devices.cores()
+    devices.start(cores)
     identity = run_identity()
     run = run_folder(identity)
     environment = ENVIRONMENTS[FLAGS.env](oracle=FLAGS.baseline == "oracle")
@@ -150,7 +149,7 @@ def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
 
 def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
     """Takes the outer steps from where the run folder stands."""
-    run.check(identity, FLAGS.resume)
+    run.check(identity, {}, FLAGS.resume)
     if run.iterations():
         print("Restoring model weights from", run.restore_newest(learner))
     start, total = int(learner.step), FLAGS.iterations
@@ -161,7 +160,7 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     print("Printed: return before and after the update, mean over rollouts and tasks.", flush=True)
     with (
-        StopSignal() as stop,
+        stopping_on_signals() as stop,
         Events(run.folder, start) as events,
         tqdm(total=total, initial=start, unit=" iterations", disable=None) as progress,
     ):
@@ -177,12 +176,12 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
                 with tqdm.external_write_mode():
                     print(f"Iteration {iteration}: {returns}", flush=True)
             last = iteration == total - 1
-            if last or stop.signal or (iteration + 1) % FLAGS.save_interval == 0:
+            if last or stop.reason or (iteration + 1) % FLAGS.save_interval == 0:
                 events.flush()  # a run that goes on from this checkpoint will not write them again
                 prefix = run.save(learner)
-            if stop.signal and not last:
-                print(f"Stopped by {stop.signal.name}, saved in {prefix}. The same command goes on from there.")
-                sys.exit(128 + stop.signal)
+            if stop.reason and not last:
+                print(f"Stopped by {stop.reason}, saved in {prefix}. The same command goes on from there.")
+                sys.exit(128 + signal.Signals[stop.reason])
     print(f"Done: {total} iterations, the last saved in {prefix}.")
     parts = {tag: np.median([values[tag] for values in history]) for tag in history[0] if tag.endswith("_seconds")}
     shown = ", ".join(f"{tag.removesuffix('_seconds').replace('_', ' ')} {value:.2f}" for tag, value in parts.items())
@@ -217,7 +216,7 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
         runs.check_writable(run.folder, "--logdir")
     else:
         run.checkpoint()
-        run.check_flags(identity, training=False)
+        run.check_flags(identity, {}, training=False)
         print("Restoring model weights from", run.restore_newest(learner))
         iterations = int(learner.step)
     goals = environment.goals(np.random.RandomState(TEST_GOALS_SEED), TEST_GOALS)
@@ -255,23 +254,6 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
     with writing(run.folder):
         write_whole(run.folder / "results.json", lambda file: file.write(json.dumps(entry).encode()))
     print(f"Written: {run.folder / 'results.json'}.")
-
-
-class StopSignal:
-    """Notes the first Ctrl-C or SIGTERM, so that the iteration at hand is finished and saved. A second ends at once."""
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, frame):
-        self.signal = signal.Signals(number)
-        self.__exit__()
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def program(argv: list[str]) -> None:

@@ -37,7 +37,7 @@ def gaussian(observation_size: int, action_size: int, hidden: tuple[int, int] = 
         return tf.concat([means, tf.broadcast_to(weights["log_std"], tf.shape(means))], -1)
 
     names = (*(f"{kind}{layer}" for layer in layers for kind in "wb"), "log_std")
-    return Network(init, apply, names, {name: name for name in names}, batched=False)
+    return Network(init, apply, names, {name: name for name in names})
 
 
 def act(weights: dict[str, np.ndarray], observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

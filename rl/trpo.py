@@ -126,12 +126,12 @@ class MetaTRPO(MAML):
             yield (did := self.rollouts(environment, weights, goals, count, random))
 
     def _adapt_each(self, weights, x, did, factor):
-        def step(task):
+        def step(_, task):
             own, x, did = task
             after = self.adapt(own, MetaBatch(x, did, None, None, None), 1)[-1]
             return {name: own[name] + factor * (after[name] - own[name]) for name in own}
 
-        return self._over_tasks(step, (weights, x, did), {name: w.dtype for name, w in weights.items()})
+        return self.over_tasks(step, {}, (weights, x, did), {name: w.dtype for name, w in weights.items()})
 
     def _tensors(self, did):
         """Of Rollouts, the observations and the Experience."""
@@ -169,7 +169,7 @@ class MetaTRPO(MAML):
         # The quadratic form of the direction, by what the method knows: product(direction) = gradient - residual.
         length = direction @ (gradient - residual)
         step = np.sqrt(2 * self.bound / (length + 1e-8)) * direction
-        old, before = self.flat(self._values()), float(before)
+        old, before = self.flat(self.values()), float(before)
         self.step.assign_add(1)
         for backtracks in range(BACKTRACKS):
             new = self.unflat(old - RATIO**backtracks * step)
@@ -203,7 +203,7 @@ class MetaTRPO(MAML):
 
     def _surrogate_at(self, weights, batch):
         dtype = batch.query_x.dtype
-        each = self._over_tasks(lambda task: self.surrogate_and_divergence(weights, task), batch, (dtype, dtype))
+        each = self.over_tasks(self.surrogate_and_divergence, weights, batch, (dtype, dtype))
         return tuple(tf.reduce_mean(value) for value in each)
 
     def fisher_product(self, batch: MetaBatch) -> "_FisherProduct":

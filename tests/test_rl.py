@@ -206,7 +206,6 @@ def one_parameter_learner(inner_lr) -> MetaTRPO:
         lambda weights, x: tf.concat([x @ weights["w1"], tf.zeros_like(x)], -1),
         ("w1",),
         {},
-        batched=False,
     )
     return MetaTRPO(network, inner_lr=inner_lr, inner_steps=1, bound=0.01, seed=0)
 

@@ -12,6 +12,7 @@ import runs
 import train
 from data_generator import SinusoidTasks
 from recipe import Recipe
+from utils import Stop
 
 
 @given(st.integers(0, 30), st.integers(1, 12), st.integers(0, 60), st.integers(-3, 70))
@@ -37,7 +38,7 @@ def test_the_schedule_is_the_originals():
 def test_training_is_called_without_main_and_stopped_from_outside(from_thread, tmp_path, capsys):
     """By a notebook, say, in any thread: no signal handler, no flag, and it is saved."""
     one = Recipe(norm=None, metatrain_steps=10**8, shot=5)
-    maml, run, stop = recipe.build(one), runs.Run(tmp_path / one.run_name), train.Stop()
+    maml, run, stop = recipe.build(one), runs.Run(tmp_path / one.run_name), Stop()
     finished = []
 
     def stop_after_some_steps():
