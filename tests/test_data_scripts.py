@@ -36,9 +36,10 @@ OMNIGLOT, MINIIMAGENET = SPLITS["omniglot"], SPLITS["miniimagenet"]
 
 sys.path[:0] = [str(DATA), str((DATA / RESIZE).parent), str((DATA / PROC).parent)]
 
-import archive  # noqa: E402
 import proc_images  # noqa: E402
 import resize_images  # noqa: E402
+
+import archive  # noqa: E402
 
 
 def load(name: str):
@@ -146,7 +147,13 @@ def call(monkeypatch, capsys):
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A copy of the project's data folder as a checkout has it: scripts and lists, no data."""
-    for name in ("archive.py", RESIZE, PROC, "splits/omniglot.json", "splits/miniimagenet.json"):
+    for name in (
+        *(path.name for path in DATA.glob("*.py")),
+        RESIZE,
+        PROC,
+        "splits/omniglot.json",
+        "splits/miniimagenet.json",
+    ):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(DATA / name, tmp_path / "data" / name)
     return tmp_path / "data"
@@ -819,7 +826,8 @@ def test_miniimagenet_killed_at_every_step_and_run_again(tmp_path):
     names = ["a0.jpg", "a1.jpg", "b0.jpg", "b1.jpg"]
     start = photograph(tmp_path / "start" / "images", *names).parent
     write_csv(start, train={"a": names[:2]}, test={"b": names[2:]})
-    photograph(start / "train" / "a", "a0.jpg")  # not of the right size, to be replaced
+    (start / "train" / "a").mkdir(parents=True)
+    shutil.copy(start / "images" / "a0.jpg", start / "train" / "a")  # not of the right size, to be replaced
     work = tmp_path / "work"
     assert_survives_kills(start, work, "--images", work / "images", "--csv", work, "--out", work)
 
