@@ -78,7 +78,8 @@ def refuse_others(place: Path, replaceable: Callable[[str, Path], bool]) -> None
     if not is_folder(place):
         fail(f"{place} is a link or a file where a folder of images is to be: move it away")
     if others := sorted(name for name, path in below(place) if not replaceable(name, path)):
-        fail(f"{place} has {len(others):,} other files, {others[0]} the first: move that folder away")
+        which = f"{len(others):,} other files, {others[0]} the first"
+        fail(f"{place} has {which}: move that folder away, or give another --out")
 
 
 @contextlib.contextmanager

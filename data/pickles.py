@@ -185,6 +185,8 @@ class _Reader:
         self.memo[index] = self.stack[-1]
 
     def recall(self, index: int) -> None:
+        if index not in self.memo:
+            _refuse("it recalls what it has not kept")
         found = self.memo[index]
         self.stack.append(found.array if isinstance(found, _Unfilled) and found.array is not None else found)
 
