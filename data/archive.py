@@ -64,7 +64,7 @@ class ZipMember(NamedTuple):
         return self.zip.open(self.member)
 
     def read_bytes(self) -> bytes:
-        # zipfile silently cuts off what goes beyond the declared size, so it is asked for one byte more.
+        # zipfile silently cuts off what goes beyond the declared size, so it is told of one byte more.
         member = copy.copy(self.member)
         member.file_size += 1
         with self.zip.open(member) as file:
@@ -397,7 +397,7 @@ def _readable(file: File | Pixels) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # on damaged files the decoders and archives raise nearly every kind there is
-        reason = error if isinstance(error, ValueError) else type(error).__name__
+        reason = error if isinstance(error, ValueError | zipfile.BadZipFile) else type(error).__name__
         fail(f"{file} is damaged or not a PNG or JPEG image ({reason}): fetch it again")
 
 
@@ -548,11 +548,14 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def is_source(path: Path, source: File | Pixels | None) -> bool:
+    """Whether this is the source itself, of which there may be no other, and not a copy of it."""
+    return isinstance(source, Path) and path.resolve() == source.resolve()
+
+
 def _is_copy(path: Path, source: File | Pixels) -> bool:
-    if isinstance(source, Pixels) or not path.is_file():
+    if isinstance(source, Pixels) or not path.is_file() or is_source(path, source):
         return False
-    if isinstance(source, Path) and path.resolve() == source.resolve():
-        return False  # it is the source itself, of which there may be no other
     return path.stat().st_size <= PHOTOGRAPHS.file and read_bytes(path) == _read(source)
 
 

@@ -68,6 +68,8 @@ def replaceable(given: archive.Images) -> Callable[[str, Path], bool]:
     from_given = archive.replaceable(given, SIZE)
 
     def may_go(name: str, path: Path) -> bool:
+        if archive.is_source(path, given.get(name)):
+            return False
         header = archive.header(path) if DRAWING.fullmatch(name) else None
         return header in (("PNG", "1", SIZE), ("PNG", "1", RAW_SIZE)) or from_given(name, path)
 
