@@ -213,7 +213,7 @@ class _Reader:
             _refuse("it sets the state of something by other than a tuple")
         if isinstance(place, _Type):
             place.set_state(*state)
-        elif isinstance(place, _Unfilled) and place.array is None:
+        elif isinstance(place, _Unfilled):
             _, shape, number, by_columns, content = state
             self.stack[-1] = place.array = self.array(shape, number, "F" if by_columns else "C", content)
         else:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def load(data: bytes) -> object:
 def assert_same(found: object, wanted: object) -> None:
     if isinstance(wanted, np.ndarray):
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-        assert np.array_equal(found, wanted)
+        assert found.tobytes() == wanted.tobytes()
     elif isinstance(wanted, dict):
         assert list(found) == list(wanted)
         for key in wanted:
@@ -125,20 +126,16 @@ def test_bytes_of_python_3_stay_bytes(how):
     assert_same(load(pickled([b"", b"\x00\xff", b"x" * 300], how)), [b"", b"\x00\xff", b"x" * 300])
 
 
-def test_an_array_takes_its_memory_once():
+@pytest.mark.parametrize("how", ["Python 2, protocol 2", "Python 3, protocol 2", "Python 3, protocol 5"])
+def test_an_array_takes_its_memory_once(how):
     """README.md promises MiniImagenet's pickles, 813 million bytes of images, in 2 GB."""
-    size = 40_000_000
-    for how in ("Python 2, protocol 2", "Python 3, protocol 2", "Python 3, protocol 5"):
-        pickled_array = pickled({"image_data": np.zeros(size, np.uint8)}, how)
-        code = (
-            "import resource, sys, pickles; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "before = peak(); value = pickles.load(sys.stdin.buffer, int(sys.argv[1])); print(peak() - before)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(len(pickled_array))], input=pickled_array, capture_output=True, cwd=DATA
-        )
-        unit = 1 if sys.platform == "darwin" else 1024
-        assert int(done.stdout) * unit < 1.5 * size, how
+    size = 20_000_000
+    written = io.BytesIO(pickled({"image_data": np.zeros(size, np.uint8)}, how))
+    tracemalloc.start()
+    pickles.load(written, len(written.getbuffer()))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1.5 * size
 
 
 # ------------------------------------------------------------------------------------------------ crafted pickles
@@ -197,6 +194,7 @@ ATTACKS = {
     "order of other things": Reduced(FROMBUFFER, (b"A", U1, (1,), 7)),
     "axes that are not there": Reduced(FROMBUFFER, (b"A", U1, (1,), "K", (5,))),
     "another class for an array": array(U1, (1,), b"A", kept=np.matrix),
+    "no class for an array": array(U1, (1,), b"A", kept=None),
     "a type that is none": array("u1", (1,), b"A"),
     "an array without content": Reduced(RECONSTRUCT, (np.ndarray, (0,), b"b")),
     "a type alone": U1,
@@ -215,6 +213,7 @@ ATTACKS = {
     "an old object": b"(cnumpy\nndarray\no.",
     "an old object, named": b"(inumpy\nndarray\n.",
     "a name of no text": GIVEN + b"]]\x93.",
+    "a name that grows when it is written out": GIVEN + b"]q\x00" + b"(h\x00h\x00lq\x00" * 60 + b"N\x93.",
     "a persistent name": b"Psomewhere\n.",
     "an extension": GIVEN + b"\x82\x01.",
     "a buffer from elsewhere": b"\x80\x05\x97.",
@@ -253,6 +252,17 @@ HARMLESS = {
 }
 
 
+# Of some, what is said, where NumPy or Python would else be asked, and might refuse as well.
+SAID = {
+    "shape below zero": "it has an array of no order",
+    "shape of too many sides": "it has an array of no shape",
+    "BINBYTES8 that claims 2^33": "it declares 8,589,934,592 bytes, more than there are",
+    "BINUNICODE8 that claims 2^33": "it declares 8,589,934,592 bytes, more than there are",
+    "a name of no text": "it names something by other than a text",
+    "a call of a text": "it calls something other than a function",
+}
+
+
 def attacks() -> None:
     """Reads every crafted pickle, and prints as JSON what was said of it, or ""."""
     with contextlib.suppress(ValueError, OSError):  # so that a fault here does not stop the machine
@@ -271,15 +281,16 @@ def attacks() -> None:
 
 @pytest.fixture(scope="module")
 def said_of_attacks() -> dict[str, str]:
-    child = subprocess.run([sys.executable, __file__, "attacks"], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, __file__, "attacks"], capture_output=True, text=True, timeout=100)
     return dict(map(json.loads, child.stdout.splitlines())) | {"stderr": child.stderr, "code": str(child.returncode)}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_crafted_pickle_is_refused_in_one_line(said_of_attacks, name):
-    refused = r"error: .*/mini\.pkl is not a pickle of plain values and arrays \(.*\): fetch it again"
+    refused = (
+        rf"error: .*/mini\.pkl is not a pickle of plain values and arrays \({SAID.get(name, '.+')}\): fetch it again"
+    )
     assert re.fullmatch(refused, said_of_attacks.get(name, "it ended the process")), said_of_attacks
-    assert "MemoryError" not in said_of_attacks[name]
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -372,10 +383,10 @@ def mutated(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
 
 
 def fuzz(count: int, seed: int) -> None:
-    """Reads so many mutations as the scripts do; prints how many held values and what they took of memory."""
+    """Reads so many mutations as the scripts do; prints how many held values, and the most memory at once, in bytes."""
     chance, whole = random.Random(seed), seeds()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read = prepared = 0
+    tracemalloc.start()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("meta", "train", "test"):
@@ -402,8 +413,9 @@ def fuzz(count: int, seed: int) -> None:
                     str(error),
                     data,
                 )
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"count": count, "read": read, "prepared": prepared, "grown": grown}))
+    print(
+        json.dumps({"count": count, "read": read, "prepared": prepared, "memory": tracemalloc.get_traced_memory()[1]})
+    )
 
 
 def test_mutated_pickles_are_read_or_refused_and_nothing_else():
@@ -411,7 +423,7 @@ def test_mutated_pickles_are_read_or_refused_and_nothing_else():
     assert (child.returncode, child.stderr) == (0, "")
     found = json.loads(child.stdout)
     assert 200 < found["read"] < 3800  # else the mutations are too strong, or none
-    assert found["grown"] * (1 if sys.platform == "darwin" else 1024) < 300e6
+    assert found["memory"] < 100e6
 
 
 if __name__ == "__main__":
