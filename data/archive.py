@@ -42,8 +42,8 @@ from folders import (
 
 SPLITS = ("train", "val", "test")
 
-# What an image may be, before it is decoded. Pillow's own limit, at which it only warns; and the longest side that a
-# JPEG image can have. Above LARGE, one image is decoded at a time.
+# How large an image may be that is decoded: in all, where Pillow warns; on one side, as the largest JPEG. Above LARGE,
+# images are decoded one at a time.
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS
 LONGEST_SIDE = 65_535
 LARGE = 2**24
@@ -354,9 +354,7 @@ def _cifar100_part(file: File, meta: File) -> list[tuple[str, str, Pixels]]:
     try:
         names, filenames = names["fine_label_names"], batch["filenames"]
         pixels = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        if pixels.dtype != np.uint8 or not all(
-            re.fullmatch(r"\w[^/\\]*\.png", n) and n.isprintable() for n in filenames
-        ):
+        if pixels.dtype != np.uint8 or not all(re.fullmatch(r"\w[^/\\\0]*\.png", name) for name in filenames):
             raise ValueError("no bytes, or no names of .png files")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError("the classes have no names")
@@ -560,13 +558,15 @@ def _is_copy(path: Path, source: File | Pixels) -> bool:
 
 
 def _is_made_of(path: Path, source: File | Pixels, size: tuple[int, int]) -> bool:
-    """Whether the image is what the source becomes, RGB, in the format of the file's name."""
-    if path.suffix not in (".png", ".jpg") or not has_size(path, size):
+    """Whether the image is what the source becomes, RGB, of this (width, height), in the image's own format."""
+    found = header(path)
+    if found is None or found.size != size:
         return False
     made = io.BytesIO()
-    read_image(source, size, "RGB").save(made, Image.registered_extensions()[path.suffix])
-    with Image.open(made) as one, Image.open(path, formats=FORMATS) as other:
+    read_image(source, size, "RGB").save(made, found.format)
+    with Image.open(made) as one, Image.open(path, formats=FORMATS) as other, contextlib.suppress(OSError):
         return one.mode == other.mode and one.tobytes() == other.tobytes()
+    return False  # its header is all that can be read
 
 
 def _write_class(images: Images, place: Path, size: tuple[int, int]) -> None:

@@ -9,10 +9,10 @@ Or from the published archives, from anywhere:
     python data/omniglot_resized/resize_images.py --download
     python data/omniglot_resized/resize_images.py images_background.zip images_evaluation.zip
 
-The folders in --out that are replaced are <alphabet>/, there or in images_background/ or images_evaluation/. All in
-them must be drawings of Omniglot, characterNN/NNNN_NN.png, 1-bit, 105x105 or 28x28; or, of a folder that an archive
-has as well, a copy from there, bit for bit, or the 28x28 image made of it. A folder with anything else in it is
-named, and nothing is written.
+In --out a folder <alphabet>/ is replaced by the finished one, and a copy of it in images_background/ or
+images_evaluation/ is removed, if all in it are drawings of Omniglot: characterNN/NNNN_NN.png, 1-bit, 105x105 or
+28x28. From a source with other names, copies bit for bit and finished images count as well. A folder with anything
+else in it is named, and nothing is written. Finished images stay as they are.
 
 A run that was killed is simply started again: finished alphabets are skipped.
 """
