@@ -1,19 +1,21 @@
-"""What the data scripts share: archives read safely, downloads, class folders moved in whole, counts, short errors."""
+"""What the data scripts share: their flags, downloads, archives and images read safely, class folders, counts."""
 
 import argparse
 import contextlib
+import copy
 import gzip
 import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import stat
 import tarfile
+import threading
+import warnings
 import zipfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,20 +26,68 @@ import requests
 from PIL import Image
 from tqdm import tqdm
 
+import pickles
+from folders import (
+    WRITTEN,
+    below,
+    fail,
+    locked,
+    moved_in,
+    open_regular,
+    recover,
+    refuse_others,
+    remove,
+    say,
+)
+
 SPLITS = ("train", "val", "test")
 
-# Endings of the two hidden names that lie beside a place while its new content is written and moved in.
-WRITTEN = ".being-written"
-REPLACED = ".being-replaced"
+# How large an image may be that is decoded: in all, where Pillow warns; on one side, as the largest JPEG. Above LARGE,
+# images are decoded one at a time.
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS
+LONGEST_SIDE = 65_535
+LARGE = 2**24
+FORMATS = ("PNG", "JPEG")
+
+
+class ZipMember(NamedTuple):
+    """A file in a zip archive."""
+
+    zip: zipfile.ZipFile
+    member: zipfile.ZipInfo
+
+    @property
+    def size(self) -> int:
+        return self.member.file_size
+
+    def open(self) -> BinaryIO:
+        return self.zip.open(self.member)
+
+    def read_bytes(self) -> bytes:
+        # zipfile silently cuts off what goes beyond the declared size, so it is told of one byte more.
+        member = copy.copy(self.member)
+        member.file_size += 1
+        with self.zip.open(member) as file:
+            found = file.read(member.file_size)
+        if len(found) != self.size:
+            raise ValueError(f"{'more' if len(found) > self.size else 'less'} than the {self.size:,} bytes declared")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.zip.filename}/{self.member.filename}"
 
 
 class TarMember(NamedTuple):
-    """A file in a tar archive, with the methods of a Path that are used here."""
+    """A file in a tar archive."""
 
     tar: tarfile.TarFile
     member: tarfile.TarInfo
 
-    def open(self, mode: str = "rb") -> BinaryIO:
+    @property
+    def size(self) -> int:
+        return self.member.size
+
+    def open(self) -> BinaryIO:
         return self.tar.extractfile(self.member)
 
     def read_bytes(self) -> bytes:
@@ -47,14 +97,14 @@ class TarMember(NamedTuple):
         return f"{self.tar.name}/{self.member.name}"
 
 
-File = Path | zipfile.Path | TarMember  # all have read_bytes(), and print as a path that a reader can follow
+File = Path | ZipMember | TarMember  # each prints as a path that a reader can follow
 Pixels = np.ndarray  # uint8 [height, width, 3], of an image that was never a file
 Images = dict[str, File | Pixels]  # an image's name -> where to read it
 
 
 class Class(NamedTuple):
     folder: str  # train/n01532829
-    images: Images
+    images: Images | Callable[[], Images]  # a function where the names of all classes would fill the memory
     missing: int  # images that it should have besides
 
 
@@ -73,6 +123,7 @@ class Limits(NamedTuple):
 # The largest photograph of ImageNet has half of the first; MiniImagenet at full size a quarter of the second.
 PHOTOGRAPHS = Limits(32 * 2**20, 32 * 2**30)
 PICKLES = Limits(256 * 2**20, 2**30)  # CIFAR-100's training part has 155 million bytes
+LARGEST_PICKLE = 2 * 2**30  # MiniImagenet's training part: 813 million bytes, or 1,219 as Python 3 writes protocol 2
 CLASS_TARS = Limits(2 * 2**30, 256 * 2**30)  # ILSVRC2012_img_train.tar: 1,000 tars, 138 billion bytes
 
 # Both stand on https://www.cs.toronto.edu/~kriz/cifar.html; torchvision 0.29 has the same checksum.
@@ -80,19 +131,21 @@ CIFAR_100 = Published("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR_LAYOUT = re.compile(r"(?:.*/)?(?P<label>[^/.][^/]*)/(?P<name>[^/.][^/]*\.png)")
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program: one line on stderr, exit code 1."""
-    raise SystemExit(f"error: {message}")
-
-
 def run(main: Callable[[], None]) -> None:
     """Calls a script's `main`; a file system that refuses, and Ctrl-C, end in one line too."""
+    warnings.filterwarnings("ignore", module="PIL")  # what cannot be used is refused here, in our own words
     try:
         main()
     except OSError as error:
         fail(f"{error}; what is finished is kept: clear the cause, then give the same command again")
     except KeyboardInterrupt:
         fail("interrupted; what is finished is kept: the same command goes on from there")
+
+
+OUT_HELP = (
+    "where to write (default: script's folder). Of the class folders there, finished images stay. Replaced is only "
+    "what this script made, or a copy, bit for bit, of what it is given; anything else in its way is an error"
+)
 
 
 def arguments(doc: str, out: Path, published: Published | None = None) -> argparse.Namespace:
@@ -102,7 +155,7 @@ def arguments(doc: str, out: Path, published: Published | None = None) -> argpar
     source.add_argument("--archive", nargs="+", type=Path, help="archives, or folders of what was in them")
     if published:
         source.add_argument("--download", action="store_true", help=f"fetch {published.url} into --out")
-    parser.add_argument("--out", type=Path, default=out, help="where to write (default: script's folder)")
+    parser.add_argument("--out", type=Path, default=out, help=OUT_HELP)
     parser.add_argument("--allow_missing", action="store_true", help="go on without what is missing")
     args = parser.parse_args()
     if published and args.download:
@@ -116,36 +169,43 @@ def arguments(doc: str, out: Path, published: Published | None = None) -> argpar
 def download(published: Published, folder: Path) -> Path:
     """Fetches a published archive into `folder`, unless it is there whole; returns where it lies.
 
-    Killed or cut off, it leaves nothing under the archive's name. Fails where the checksum is another.
+    Killed or cut off, it leaves nothing under the archive's name. A file there that was cut off is replaced, any
+    other is an error, as is another checksum.
     """
     place = folder / published.url.rpartition("/")[2]
-    if place.exists() and _md5(place) == published.md5:
-        return place
-    written = place.with_name(f".{place.name}{WRITTEN}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        # Asked for as it is: a server that packs it once more would change its length and checksum.
-        reply = requests.get(published.url, stream=True, timeout=60, headers={"Accept-Encoding": "identity"})
-        with reply, written.open("wb") as file:
-            reply.raise_for_status()
-            total = reply.raw.length_remaining  # None where the server does not say
-            with tqdm(desc=place.name, total=total, unit="B", unit_scale=True, disable=None) as bar:
-                for block in reply.iter_content(2**20):
-                    file.write(block)
-                    bar.update(len(block))
-        if (md5 := _md5(written)) != published.md5:
-            fail(f"{published.url} has the MD5 sum {md5}, not the published {published.md5}: try again later")
-        os.replace(written, place)
-    except requests.RequestException as error:
-        fail(f"{published.url} was not fetched ({error}): try again, or fetch it by other means")
-    finally:
-        written.unlink(missing_ok=True)
+    with locked(folder):
+        if os.path.lexists(place) and _md5(place) == published.md5:
+            return place
+        written = place.with_name(f".{place.name}{WRITTEN}")
+        remove(written)  # of a killed process
+        try:
+            # Asked for as it is: a server that packs it once more would change its length and checksum.
+            reply = requests.get(published.url, stream=True, timeout=60, headers={"Accept-Encoding": "identity"})
+            with reply, written.open("xb") as file, contextlib.ExitStack() as stack:
+                reply.raise_for_status()
+                there = stack.enter_context(open_regular(place) if os.path.lexists(place) else io.BytesIO())
+                total = reply.raw.length_remaining  # None where the server does not say
+                with tqdm(desc=place.name, total=total, unit="B", unit_scale=True, disable=None) as bar:
+                    for block in reply.iter_content(2**20):
+                        if not block.startswith(there.read(len(block))):
+                            fail(f"{place} is another file than {published.url}: move it away")
+                        file.write(block)
+                        bar.update(len(block))
+            if (md5 := _md5(written)) != published.md5:
+                fail(f"{published.url} has the MD5 sum {md5}, not the published {published.md5}: try again later")
+            if place.exists() and place.stat().st_size > written.stat().st_size:
+                fail(f"{place} is another file than {published.url}: move it away")
+            os.replace(written, place)
+        except requests.RequestException as error:
+            fail(f"{published.url} was not fetched ({error}): try again, or fetch it by other means")
+        finally:
+            remove(written)
     return place
 
 
 def _md5(path: Path) -> str:
     digest = hashlib.md5()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
@@ -159,13 +219,15 @@ def files(source: File, limits: Limits = PHOTOGRAPHS) -> dict[str, File]:
     truncated archive, and on an archive with any member whose path is absolute or leads out of it, that is
     a link or other special file, or that declares more bytes than `limits` allow.
     """
-    if isinstance(source, TarMember):
+    if not isinstance(source, Path):
         return _tar_files(source.open(), str(source), limits)
     if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.is_file())
-        return {path.relative_to(source).as_posix(): path for path in found}
+        found = {name: path for name, path in below(source) if path.is_file()}
+        return {name: found[name] for name in sorted(found, key=lambda name: name.split("/"))}
     if not source.exists():
         fail(f"{source}: no such file or folder")
+    if not source.is_file():
+        fail(f"{source} is a device, a named pipe or the like: only a folder or an archive can be read")
     if source.name.endswith(".zip"):
         return _zip_files(source, limits)
     if not source.name.endswith((".tar", ".tar.gz", ".tgz")):
@@ -178,7 +240,7 @@ def files(source: File, limits: Limits = PHOTOGRAPHS) -> dict[str, File]:
 def _zip_files(source: Path, limits: Limits) -> dict[str, File]:
     try:
         opened = zipfile.ZipFile(source)
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+    except Exception as error:  # on damaged archives zipfile raises nearly every kind there is
         fail(f"{source} is not a whole zip archive ({error}): fetch it again")
     total = 0
     for member in opened.infolist():
@@ -188,10 +250,12 @@ def _zip_files(source: Path, limits: Limits) -> dict[str, File]:
         # Of other methods zipfile unpacks a whole block at once, however much more it holds than was declared.
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             reason = "is packed by another method than deflate"
+        if member.flag_bits & 1:
+            reason = "is encrypted: unpack the archive with its password, and give the folder"
         if reason:
             fail(f"{source} is refused: {member.filename!r} {reason}")
-    names = sorted(member.filename for member in opened.infolist() if not member.is_dir())
-    return {name: zipfile.Path(opened, name) for name in names}
+    found = {member.filename: ZipMember(opened, member) for member in opened.infolist() if not member.is_dir()}
+    return dict(sorted(found.items()))
 
 
 class _Guarded:
@@ -235,6 +299,8 @@ def _tar_files(file: BinaryIO, source: str, limits: Limits) -> dict[str, File]:
 def _refusal(name: str, plain: bool, size: int, total: int, limits: Limits) -> str:
     """Why an archive's member is not to be trusted, `total` bytes with those before it; empty when it is."""
     slashed = name.replace("\\", "/")
+    if "\0" in name:
+        return "has a NUL in its name"
     if slashed.startswith("/") or slashed[1:2] == ":":
         return "is an absolute path"
     if ".." in slashed.split("/"):
@@ -248,35 +314,14 @@ def _refusal(name: str, plain: bool, size: int, total: int, limits: Limits) -> s
     return ""
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-# All that a pickle may name: what NumPy 1 and 2 name for arrays, and what Python 3 names for the bytes in
-# them where Python 2 is to read it. NumPy's functions are not public: an array says which they are.
-_PICKLED = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "multiarray._reconstruct": np.empty(0).__reduce__()[0],
-    "multiarray.scalar": np.int64().__reduce__()[0],
-    "numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],
-    "_codecs.encode": _latin1,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        wanted = f"{module}.{name}".removeprefix("numpy._core.").removeprefix("numpy.core.")
-        if wanted not in _PICKLED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return _PICKLED[wanted]
-
-
 def unpickle(file: File) -> object:
-    """What a pickle of plain Python values and NumPy arrays holds; one that names anything else is refused."""
+    """What a pickle of plain Python values and NumPy arrays holds; one that holds anything else is refused."""
     try:
-        with file.open("rb") as opened:
-            return _Unpickler(opened, encoding="latin1").load()  # as NumPy asks for arrays of Python 2
+        with open_regular(file) if isinstance(file, Path) else file.open() as opened:
+            size = file.stat().st_size if isinstance(file, Path) else file.size
+            if size > LARGEST_PICKLE:
+                raise ValueError(f"it has {size:,} bytes, limit {LARGEST_PICKLE:,}")
+            return pickles.load(opened, size)
     except Exception as error:  # on damaged pickles nearly every kind there is
         fail(f"{file} is not a pickle of plain values and arrays ({error}): fetch it again")
 
@@ -307,13 +352,15 @@ def _cifar100_part(file: File, meta: File) -> list[tuple[str, str, Pixels]]:
     """(class, file name, pixels) of every image of the official file train or test."""
     names, batch = unpickle(meta), unpickle(file)
     try:
-        names = names["fine_label_names"]
+        names, filenames = names["fine_label_names"], batch["filenames"]
         pixels = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = [str(names[label]) for label in batch["fine_labels"]]
-        if pixels.dtype != np.uint8 or not all(re.fullmatch(r"\w[^/\\\0]*\.png", name) for name in batch["filenames"]):
+        if pixels.dtype != np.uint8 or not all(re.fullmatch(r"\w[^/\\\0]*\.png", name) for name in filenames):
             raise ValueError("no bytes, or no names of .png files")
-        return list(zip(labels, batch["filenames"], pixels, strict=True))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("the classes have no names")
+        labels = [names[label] for label in batch["fine_labels"]]
+        return list(zip(labels, filenames, pixels, strict=True))
+    except Exception as error:  # whatever is in the place of what belongs there
         fail(f"{file} is not the official CIFAR-100 ({type(error).__name__}: {error}): fetch it again")
 
 
@@ -348,26 +395,66 @@ def _readable(file: File | Pixels) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # on damaged files the decoders and archives raise nearly every kind there is
-        fail(f"{file} is damaged or not a PNG or JPEG image ({type(error).__name__}): fetch it again")
+        reason = error if isinstance(error, ValueError | zipfile.BadZipFile) else type(error).__name__
+        fail(f"{file} is damaged or not a PNG or JPEG image ({reason}): fetch it again")
+
+
+def read_bytes(file: File) -> bytes:
+    """The bytes of a photograph, or of another file; fails where it is larger than photographs are."""
+    if not isinstance(file, Path):
+        return file.read_bytes()
+    with open_regular(file) as opened:
+        found = opened.read(PHOTOGRAPHS.file + 1)
+    if len(found) > PHOTOGRAPHS.file:
+        fail(f"{file} has more than {PHOTOGRAPHS.file:,} bytes")
+    return found
 
 
 def _read(file: File | Pixels) -> bytes | Pixels:
     with _readable(file):
-        return file if isinstance(file, Pixels) else file.read_bytes()
+        return file if isinstance(file, Pixels) else read_bytes(file)
 
 
-def _decode(file: File | Pixels, read: bytes | Pixels) -> Image.Image:
+_large = threading.Lock()
+
+
+def _resized(file: File | Pixels, read: bytes | Pixels, size: tuple[int, int], mode: str | None) -> Image.Image:
     if isinstance(read, Pixels):
-        return Image.fromarray(read)
+        return Image.fromarray(read).convert(mode).resize(size, Image.LANCZOS)
     with _readable(file):
-        image = Image.open(io.BytesIO(read), formats=("PNG", "JPEG"))
-        image.load()
-        return image
+        image = Image.open(io.BytesIO(read), formats=FORMATS)
+        width, height = image.size
+        if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+            raise ValueError(f"{width:,} x {height:,} pixels")
+        with _large if width * height > LARGE else contextlib.nullcontext():
+            image.load()
+            return (image.convert(mode) if mode else image).resize(size, Image.LANCZOS)
 
 
-def read_image(file: File) -> Image.Image:
-    """The decoded PNG or JPEG image, in its own mode; fails with the file's name where it cannot be read."""
-    return _decode(file, _read(file))
+def read_image(file: File | Pixels, size: tuple[int, int], mode: str | None = None) -> Image.Image:
+    """The PNG or JPEG image at this (width, height), in this mode or its own; fails, naming it, if it is damaged."""
+    return _resized(file, _read(file), size, mode)
+
+
+class Header(NamedTuple):
+    format: str
+    mode: str
+    size: tuple[int, int]  # width, height
+
+
+def header(path: Path) -> Header | None:
+    """What a PNG or JPEG file says of itself; None where it is no such file."""
+    try:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            return Header(image.format, image.mode, image.size)
+    except Exception:  # on damaged files the decoders raise nearly every kind there is
+        return None
+
+
+def has_size(path: Path, size: tuple[int, int]) -> bool:
+    """Whether this is an image of this (width, height); only its header is read."""
+    found = header(path)
+    return found is not None and found.size == size
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -388,118 +475,135 @@ def refuse_missing(classes: Iterable[Class], allow: bool) -> list[Class]:
     classes = list(classes)
     short = [one for one in classes if one.missing]
     for one in short:
-        print(f"{one.folder}: {f'{one.missing:,} images missing' if one.images else 'no images'}")
+        say(f"{one.folder}: {f'{one.missing:,} images missing' if one.images else 'no images'}")
     if short and not allow:
         fail(f"{len(short):,} classes are not whole: add what is missing, or go on with --allow_missing")
     return [one for one in classes if one.images]
 
 
 def write_classes(
-    classes: Iterable[Class],
-    out: Path,
-    size: tuple[int, int],
-    suffix: str,
-    expected: dict[str, int],
-    total: int | None = None,
+    classes: Iterable[Class], out: Path, size: tuple[int, int], suffix: str, expected: dict[str, int]
 ) -> None:
     """Makes <out>/<class folder>/<name><suffix>, RGB, of this (width, height), and prints the counts.
 
-    Classes finished before are skipped. suffix: ".png", or ".jpg" at Pillow's default quality. expected: the
-    published numbers of "train classes", "train images", ..., and of all "images", those that are known.
-    total: how many classes there are, where they are an iterator.
+    Images finished before stay; a folder with anything that is not to be replaced is an error, before any work.
+    suffix: ".png", or ".jpg" at Pillow's default quality. expected: the published numbers of "train classes",
+    "train images", ..., and of all "images", those that are known.
     """
-    for split in SPLITS:
-        recover(out / split)
-    number = skipped = 0
-    for one in tqdm(classes, total=total, unit="class", disable=None):
-        names = {Path(name).with_suffix(suffix).name: file for name, file in one.images.items()}
-        number += 1
-        if finished(out / one.folder, names, size):
-            skipped += 1
-        else:
-            _refuse_to_drop(out / one.folder, names)
-            _write_class(names, out / one.folder, size)
-    if not number:
-        fail("none of the listed classes was found")
-    print(f"{number} classes, {skipped} of them finished before")
 
-    found = {"images": 0}
-    for split in SPLITS:
-        images = list((out / split).glob(f"[!.]*/*{suffix}"))
-        found |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
-        found["images"] += len(images)
-    print_counts(found, expected)
+    def wanted(one: Class) -> Images:
+        images = one.images() if callable(one.images) else one.images
+        return {Path(name).with_suffix(suffix).name: file for name, file in images.items()}
+
+    classes = list(classes) or fail("none of the listed classes was found")
+    with locked(out):
+        for folder in (out, *(out / split for split in SPLITS)):
+            recover(folder)
+        counts, todo = {}, []
+        for one in classes:
+            place = out / one.folder
+            images = wanted(one) if os.path.lexists(place) else {}
+            if images and finished(place, images, size):
+                counts[place] = len(images)
+            else:
+                refuse_others(place, replaceable(images, size))
+                todo.append(one)
+        say(f"{len(classes)} classes, {len(counts)} of them finished before")
+        for one in tqdm(todo, unit="class", disable=None):
+            images = wanted(one)
+            _write_class(images, out / one.folder, size)
+            counts[out / one.folder] = len(images)
+
+        for place, count in counts.items():
+            if sum(1 for _ in place.glob(f"*{suffix}")) < count:
+                fail_lost(place)
+        found = {"images": 0}
+        for split in SPLITS:
+            images = list((out / split).glob(f"[!.]*/*{suffix}"))
+            found |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
+            found["images"] += len(images)
+        print_counts(found, expected)
 
 
-def _refuse_to_drop(place: Path, names: Iterable[str]) -> None:
-    """Fails where `place` has images that would be gone once the named ones replace its content."""
-    kept = {Path(name).stem for name in names}
-    if lost := sorted(path.name for path in place.glob("*") if path.stem not in kept):
-        fail(f"{place} has {len(lost):,} other files, {lost[0]} the first: move that folder away")
+def replaceable(images: Images, size: tuple[int, int]) -> Callable[[str, Path], bool]:
+    """Whether a file, by its name and path, may be replaced where these images are to be written.
+
+    It may if it is a finished image by one of their names, that is, of this (width, height); if it is bit for bit
+    what one of them is made of; and if it is what one of them was made into, in another format.
+    """
+    sources = {_stem(name): file for name, file in images.items()}
+
+    def one_may_be(name: str, path: Path) -> bool:
+        if name in images and has_size(path, size):
+            return True
+        source = sources.get(_stem(name))
+        return source is not None and (_is_copy(path, source) or _is_made_of(path, source, size))
+
+    return one_may_be
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def is_source(path: Path, source: File | Pixels | None) -> bool:
+    """Whether this is the source itself, of which there may be no other, and not a copy of it."""
+    return isinstance(source, Path) and path.resolve() == source.resolve()
+
+
+def _is_copy(path: Path, source: File | Pixels) -> bool:
+    if isinstance(source, Pixels) or not path.is_file() or is_source(path, source):
+        return False
+    return path.stat().st_size <= PHOTOGRAPHS.file and read_bytes(path) == _read(source)
+
+
+def _is_made_of(path: Path, source: File | Pixels, size: tuple[int, int]) -> bool:
+    """Whether the image is what the source becomes, RGB, of this (width, height), in the image's own format."""
+    found = header(path)
+    if found is None or found.size != size:
+        return False
+    made = io.BytesIO()
+    read_image(source, size, "RGB").save(made, found.format)
+    with Image.open(made) as one, Image.open(path, formats=FORMATS) as other, contextlib.suppress(OSError):
+        return one.mode == other.mode and one.tobytes() == other.tobytes()
+    return False  # its header is all that can be read
 
 
 def _write_class(images: Images, place: Path, size: tuple[int, int]) -> None:
-    """Writes one class's images, RGB, resized, into the folder `place`, all at once."""
+    """Writes one class's images, RGB, resized, into the folder `place`, all at once; finished ones stay."""
 
     def write(name: str, file: File | Pixels, read: bytes | Pixels) -> None:
-        _decode(file, read).convert("RGB").resize(size, Image.LANCZOS).save(folder / name)
+        _resized(file, read, size, "RGB").save(folder / name)
 
-    with moved_in(place) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        # Read by this thread alone, in order, as a compressed tar can only be read forwards.
-        done = pool.map(write, images, images.values(), map(_read, images.values()))
-        for _ in done:  # raises what a thread has raised
-            pass
+    workers = os.cpu_count() or 1
+    with moved_in(place) as folder, ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for name, file in images.items():
+            if has_size(place / name, size):
+                shutil.copyfile(place / name, folder / name)
+                continue
+            if len(waiting) > 2 * workers:  # else all of the class would be read before the first is written
+                waiting.popleft().result()  # raises what the thread has raised
+            # Read by this thread alone, in order, as a compressed tar can only be read forwards.
+            waiting.append(pool.submit(write, name, file, _read(file)))
+        for one in waiting:
+            one.result()
 
 
 def finished(folder: Path, names: Iterable[str], size: tuple[int, int]) -> bool:
-    """Whether `folder` has every one of the named images at this (width, height); only headers are read."""
-
-    def fits(path: Path) -> bool:
-        with Image.open(path) as image:
-            return image.size == size
-
-    try:
-        return all(fits(folder / name) for name in names)
-    except OSError:
-        return False
+    """Whether `folder` has every one of the named images at this (width, height)."""
+    return all(has_size(folder / name, size) for name in names)
 
 
-@contextlib.contextmanager
-def moved_in(place: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `place`, which takes its place, and all that was there, after the block.
-
-    After an error in the block `place` is as it was. Killed at any point, `place` holds, after `recover`,
-    either all that it held before or all that is new.
-    """
-    if place.is_symlink() or place.is_file():
-        fail(f"{place} is a link or a file where a folder of images is to be: move it away")
-    written, replaced = (place.with_name(f".{place.name}{ending}") for ending in (WRITTEN, REPLACED))
-    written.mkdir(parents=True)
-    try:
-        yield written
-        if place.exists():
-            os.rename(place, replaced)
-        os.rename(written, place)
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-def recover(folder: Path) -> None:
-    """Clears up in `folder` after a killed `moved_in`: what is half-written goes, what lay there returns."""
-    for replaced in folder.glob(f".*{REPLACED}"):
-        place = folder / replaced.name[1 : -len(REPLACED)]
-        if place.exists():
-            shutil.rmtree(replaced)
-        else:
-            os.rename(replaced, place)
-    for written in folder.glob(f".*{WRITTEN}"):
-        shutil.rmtree(written)
+def fail_lost(place: Path) -> NoReturn:
+    """Ends the program: images that were written are gone."""
+    fail(f"{place} has lost images while others were written: let no other program work there, and start again")
 
 
 def print_counts(found: dict[str, int], expected: dict[str, int]) -> None:
-    """Prints every count beside the published one; a difference is said aloud, but is no error."""
+    """Prints every count beside the published one; that the input has fewer is said aloud, but is no error."""
     for what, number in expected.items():
         remark = "" if found[what] == number else "  <- not the published number"
-        print(f"{what}: {found[what]:,} found, {number:,} expected{remark}")
+        say(f"{what}: {found[what]:,} found, {number:,} expected{remark}")
+    if any(found[what] < number for what, number in expected.items()):
+        say("all that was given is there; what is published has more")

@@ -1,6 +1,8 @@
 """data/archive.py, the scripts that prepare the data sets, and the split lists."""
 
 import bz2
+import contextlib
+import errno
 import gzip
 import hashlib
 import http.server
@@ -8,10 +10,10 @@ import importlib.util
 import io
 import json
 import os
-import pickle
 import random
 import re
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 RESIZE = "omniglot_resized/resize_images.py"
@@ -36,9 +39,12 @@ OMNIGLOT, MINIIMAGENET = SPLITS["omniglot"], SPLITS["miniimagenet"]
 
 sys.path[:0] = [str(DATA), str((DATA / RESIZE).parent), str((DATA / PROC).parent)]
 
-import archive  # noqa: E402
 import proc_images  # noqa: E402
 import resize_images  # noqa: E402
+
+import archive  # noqa: E402
+import folders  # noqa: E402
+from tests.test_pickles import pickled  # noqa: E402
 
 
 def load(name: str):
@@ -57,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b""
         for path in folder.rglob("*")
-        if path.is_file() or not any(path.iterdir())
+        if not path.is_dir() or not any(path.iterdir())
     }
 
 
@@ -146,7 +152,13 @@ def call(monkeypatch, capsys):
 @pytest.fixture
 def data(tmp_path) -> Path:
     """A copy of the project's data folder as a checkout has it: scripts and lists, no data."""
-    for name in ("archive.py", RESIZE, PROC, "splits/omniglot.json", "splits/miniimagenet.json"):
+    for name in (
+        *(path.name for path in DATA.glob("*.py")),
+        RESIZE,
+        PROC,
+        "splits/omniglot.json",
+        "splits/miniimagenet.json",
+    ):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(DATA / name, tmp_path / "data" / name)
     return tmp_path / "data"
@@ -434,28 +446,11 @@ def test_miniimagenet_from_imagenet_without_csv_takes_the_first_600(tmp_path, ca
         call(proc_images, "--imagenet", source, "--out", tmp_path / "out", "--allow_missing")
 
 
-class Python2Pickler(pickle._Pickler):
-    """Writes text and bytes as Python 2 did, which had one type for both."""
-
-    dispatch = pickle._Pickler.dispatch.copy()
-
-    def save_string(self, value):
-        packed = value if isinstance(value, bytes) else value.encode("latin1")
-        self.write(pickle.BINSTRING + struct.pack("<i", len(packed)) + packed)
-        self.memoize(value)
-
-    dispatch[str] = dispatch[bytes] = save_string
-
-
-def pickled(value: object, how: str) -> bytes:
-    if how == "NumPy 2":
-        return pickle.dumps(value, protocol=5)
-    written = io.BytesIO()
-    (Python2Pickler if how == "Python 2" else pickle._Pickler)(written, protocol=2).dump(value)
-    return written.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")  # as NumPy 1 named it
-
-
-PICKLERS = ["Python 2", "NumPy 1", "NumPy 2"]
+PICKLERS = {
+    "Python 2": ("Python 2, protocol 2", 1),
+    "NumPy 1": ("Python 3, protocol 2", 1),
+    "NumPy 2": ("Python 3, protocol 5", 2),
+}
 
 
 def mini_caches(folder: Path, how: str = "NumPy 2", **changes) -> dict[str, np.ndarray]:
@@ -467,7 +462,7 @@ def mini_caches(folder: Path, how: str = "NumPy 2", **changes) -> dict[str, np.n
         pixels[part] = noise.integers(0, 256, (4 * len(labels), 84, 84, 3), np.uint8)
         indices = {label: list(range(i, len(pixels[part]), len(labels))) for i, label in enumerate(labels)}
         cache = {"image_data": pixels[part], "class_dict": indices} | changes
-        (folder / f"mini-imagenet-cache-{part}.pkl").write_bytes(pickled(cache, how))
+        (folder / f"mini-imagenet-cache-{part}.pkl").write_bytes(pickled(cache, *PICKLERS[how]))
     return pixels
 
 
@@ -496,14 +491,14 @@ def cifar(root: Path, how: str = "NumPy 2", **changes) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True)
     (folder / "file.txt~").touch()  # the published archive has it
     coarse = [f"superclass_{i}" for i in range(20)]
-    (folder / "meta").write_bytes(pickled({"fine_label_names": FINE, "coarse_label_names": coarse}, how))
+    (folder / "meta").write_bytes(pickled({"fine_label_names": FINE, "coarse_label_names": coarse}, *PICKLERS[how]))
     noise, found = np.random.default_rng(0), {}
     for part, count in (("train", 200), ("test", 100)):
         labels = [i % 100 for i in range(count)]
         data = noise.integers(0, 256, (count, 3072), np.uint8)
         names = [f"{FINE[label]}_{part}_s_{i:06}.png" for i, label in enumerate(labels)]
         batch = {"filenames": names, "batch_label": part, "fine_labels": labels, "coarse_labels": labels, "data": data}
-        (folder / part).write_bytes(pickled(batch | changes, how))
+        (folder / part).write_bytes(pickled(batch | changes, *PICKLERS[how]))
         for label, name, row in zip(labels, names, data, strict=True):
             # The publication: 1,024 red values row by row, then the green ones, then the blue.
             found[f"{FINE[label]}/{name}"] = np.stack(np.split(row, 3), axis=-1).reshape(32, 32, 3)
@@ -755,6 +750,296 @@ def test_omniglot_downloads_both_its_archives(tmp_path, call, server, monkeypatc
     assert visible(tmp_path / "out") == {"Greek", "Oriya", "images_background.zip", "images_evaluation.zip"}
 
 
+# --------------------------------------------------------------------------- what lies where is to be written
+
+
+def touch(root: Path, *names: str) -> None:
+    """Files of the user's own, none of them an image that a script could have made."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith((".png", ".jpg")):
+            Image.effect_noise((500, 400), 50).convert("RGB").save(root / name)
+        else:
+            (root / name).write_text(name)
+
+
+def refused(prepare, *folders: Path) -> str:
+    """What a script says that refuses to begin, and changes nothing below the folders."""
+    before = [contents(folder) for folder in folders]
+    with pytest.raises(SystemExit) as said:
+        prepare()
+    assert [contents(folder) for folder in folders] == before
+    return str(said.value)
+
+
+@pytest.mark.parametrize("from_archive", [True, False])
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        (["Holiday/Paris/a.png", "Holiday/letter.txt", "Holiday/raw/1.cr2", "Holiday/film.mp4"], "Holiday has 4 other"),
+        (["Greek/notes.txt"], "Greek has 1 other files, notes.txt the first"),
+        (["Greek/character01/0003_01.png"], "Greek has 1 other files, character01/0003_01.png"),
+        (["images_background/Latin/notes.txt"], "images_background/Latin has 1 other files, notes.txt"),
+        (["images_evaluation/Holiday/Paris/a.png"], "images_evaluation/Holiday has 1 other"),
+    ],
+)
+def test_omniglot_touches_nothing_of_the_users(tmp_path, from_archive, theirs, named):
+    out = draw(draw(tmp_path / "out", "Greek", "Oriya") / "images_background", "Latin").parent
+    touch(out, *theirs)
+    packed = pack(draw(tmp_path / "raw", "images_background/Greek"), tmp_path / "small1.zip")
+    sources = [packed] if from_archive else []
+    assert named in refused(lambda: resize_images.prepare(sources, out), out)
+
+
+@pytest.mark.parametrize("from_archive", [True, False])
+def test_omniglot_leaves_alone_what_is_not_in_its_way(tmp_path, from_archive):
+    out = draw(tmp_path / "out", "Greek")
+    resize_images.prepare([], out)
+    touch(out, "images_backup/Greek/notes.txt", "Greek/notes.txt", "letter.txt", "raw/1.cr2", "photo.png")
+    draw(out / "images_backup", "Latin")
+    before = contents(out)
+    packed = pack(draw(tmp_path / "raw", "Oriya"), tmp_path / "small1.zip")
+    resize_images.prepare([packed] if from_archive else [], out)
+    after = contents(out)
+    assert {name: after.get(name) for name in before} == before
+    assert len(after) == len(before) + 4 * from_archive
+
+
+def change(how: str, drawing: Path) -> None:
+    """Makes of a raw copy something that no copy of Omniglot has."""
+    with Image.open(drawing) as image:
+        image.load()
+    match how:
+        case "grey":
+            image.convert("L").save(drawing)
+        case "of another size":
+            image.resize((106, 105)).save(drawing)
+        case "a JPEG":
+            image.convert("L").save(drawing, "JPEG")
+        case "of another name":
+            drawing.rename(drawing.with_name("1.png"))
+        case "a linked folder":
+            drawing.parent.with_name("character09").symlink_to(drawing.parent)
+        case "a named pipe":
+            os.mkfifo(drawing.parent / "pipe")
+
+
+@pytest.mark.parametrize(
+    "how", ["grey", "of another size", "a JPEG", "of another name", "a linked folder", "a named pipe"]
+)
+def test_copies_that_do_not_look_like_omniglot_are_refused(tmp_path, how):
+    out = draw(tmp_path / "out", "Greek", "Latin")
+    change(how, out / "Latin" / "character02" / "0001_01.png")
+    assert "Latin has 1 other files, character0" in refused(lambda: resize_images.prepare([], out), out)
+
+
+def test_a_source_inside_the_folder_is_no_copy(tmp_path):
+    out = tmp_path / "out"
+    raw = draw(out / "images_background", "Greek")
+    before = contents(raw)
+    resize_images.prepare([raw], out)
+    assert contents(raw) == before
+    assert len(contents(out / "Greek")) == len(before)
+    said = refused(lambda: resize_images.prepare([out], raw), raw)  # the other way round: over the source itself
+    assert "Greek has 4 other files" in said
+
+
+def test_copies_by_other_names_must_be_those_of_the_archive(tmp_path):
+    for name in ("1.png", "2.png"):
+        touch(tmp_path / "raw", f"Greek/alpha/{name}")
+    packed = pack(tmp_path / "raw", tmp_path / "own.zip")
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "raw", out)
+    (out / "Greek" / "alpha" / "2.png").unlink()
+    resize_images.prepare([packed], out)
+    finished = contents(out)
+    assert finished.keys() == {"Greek/alpha/1.png", "Greek/alpha/2.png"}
+
+    (out / "Greek" / "alpha" / "2.png").unlink()  # then what is finished is not made again
+    Image.effect_noise((28, 28), 50).save(out / "Greek" / "alpha" / "1.png", compress_level=0)
+    kept = contents(out)["Greek/alpha/1.png"]
+    resize_images.prepare([packed], out)
+    assert contents(out)["Greek/alpha/1.png"] == kept
+    assert contents(out)["Greek/alpha/2.png"] == finished["Greek/alpha/2.png"]
+
+    touch(out, "Greek/alpha/1.png")
+    assert "Greek has 1 other files, alpha/1.png" in refused(lambda: resize_images.prepare([packed], out), out)
+
+
+def two_classes(root: Path) -> Path:
+    """MiniImagenet's photographs and csv files below root, of two classes of two images."""
+    photograph(root / "images", "a0.jpg", "a1.jpg", "b0.jpg", "b1.jpg")
+    write_csv(root, train={"a": ["a0.jpg", "a1.jpg"]}, test={"b": ["b0.jpg", "b1.jpg"]})
+    return root / "images"
+
+
+@pytest.mark.parametrize("theirs", ["b0.jpg", "b0.png", "b0.txt", "mine.jpg", "deeper/b0.jpg"])
+def test_a_photograph_of_the_users_own_is_refused_before_any_work(tmp_path, theirs):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    touch(out / "test" / "b", theirs)
+    said = refused(lambda: prepare_photographs(images, tmp_path, out, ".jpg"), out)
+    assert f"test/b has 1 other files, {theirs} the first: move that folder away, or give another --out" in said
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_copies_of_what_is_given_and_what_was_made_of_it_are_replaced(tmp_path, suffix):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    prepare_photographs(images, tmp_path, tmp_path / "right", suffix)
+    for other in (".jpg", ".png"):
+        prepare_photographs(images, tmp_path, out, other)
+        (out / "train" / "a" / f"a1{other}").unlink()
+        shutil.copy(images / "a1.jpg", out / "train" / "a")
+        prepare_photographs(images, tmp_path, out, suffix)
+        assert contents(out) == contents(tmp_path / "right")
+
+
+def test_the_only_photographs_there_are_stay(tmp_path):
+    two_classes(tmp_path)
+    images = photograph(tmp_path / "out" / "train" / "a", "a0.jpg", "a1.jpg", "b0.jpg", "b1.jpg")
+    said = refused(lambda: prepare_photographs(images, tmp_path, tmp_path / "out", ".jpg"), tmp_path / "out")
+    assert "train/a has 4 other files, a0.jpg the first" in said
+
+
+def test_an_image_of_the_right_size_stays_as_it_is(tmp_path):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    (out / "train" / "a").mkdir(parents=True)
+    Image.effect_noise((84, 84), 50).convert("RGB").save(out / "train" / "a" / "a1.jpg")
+    before = (out / "train" / "a" / "a1.jpg").read_bytes()
+    prepare_photographs(images, tmp_path, out, ".jpg")
+    assert visible(out / "train" / "a") == {"a0.jpg", "a1.jpg"}
+    assert (out / "train" / "a" / "a1.jpg").read_bytes() == before
+    for theirs in (before, before[: len(before) // 2]):  # of another photograph, and with no more than a header
+        (out / "train" / "a" / "a1.jpg").write_bytes(theirs)
+        said = refused(lambda: prepare_photographs(images, tmp_path, out, ".png"), out)
+        assert "train/a has 1 other files, a1.jpg the first" in said
+
+
+@pytest.mark.parametrize("body", ["link", "file", "pipe"])
+def test_a_class_folder_that_is_none_is_refused_before_any_work(tmp_path, body):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    (out / "test").mkdir(parents=True)
+    match body:
+        case "link":
+            (out / "test" / "b").symlink_to(images)
+        case "file":
+            (out / "test" / "b").touch()
+        case "pipe":
+            os.mkfifo(out / "test" / "b")
+    said = refused(lambda: prepare_photographs(images, tmp_path, out, ".jpg"), out)
+    assert "test/b is a link or a file where a folder of images is to be: move it away" in said
+
+
+def test_a_download_replaces_its_own_cut_off_file_and_no_other(tmp_path, server):
+    whole = random.Random(0).randbytes(3 * 2**20)
+    server.reply = sends(whole)
+    published = archive.Published(f"http://127.0.0.1:{server.server_port}/images.zip", hashlib.md5(whole).hexdigest())
+    place = tmp_path / "images.zip"
+    for theirs in (b"mine", whole[: 2**20] + b"mine", whole + b"mine"):
+        place.write_bytes(theirs)
+        said = refused(lambda: archive.download(published, tmp_path), tmp_path)
+        assert f"{place} is another file than {published.url}: move it away" in said
+    for cut_off in (b"", whole[:1000], whole[: 2**21]):
+        place.write_bytes(cut_off)
+        assert archive.download(published, tmp_path).read_bytes() == whole
+    assert visible(tmp_path) == {"images.zip"}
+
+
+def test_what_killed_scripts_have_left_goes_at_the_next_start(tmp_path):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    packed = pack(draw(tmp_path / "raw", "Greek"), tmp_path / "packed.zip")
+    for prepare, left in (
+        (lambda: prepare_photographs(images, tmp_path, out, ".jpg"), (".CUB.tgz", "train/.a", "test/.gone")),
+        (lambda: resize_images.prepare([packed], out), (".images_background.zip", ".Greek", ".Latin")),
+    ):
+        for name in left:
+            place = out / f"{name}.being-written"
+            touch(place, "1.jpg") if "." not in name[1:] or "/" in name else touch(place.parent, place.name)
+        (out / ".link.being-written").symlink_to(images)
+        prepare()
+        assert not [name for name in contents(out) if "being" in name]
+        assert len(contents(images)) == 4
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder that another process works in, as far as its lock tells."""
+    with folders.locked(tmp_path / "out"):
+        yield tmp_path / "out"
+
+
+def test_a_second_script_in_one_folder_says_so_in_one_line(tmp_path, held, server):
+    images = two_classes(tmp_path)
+    raw = draw(tmp_path / "raw", "Greek")
+    (held / ".Greek.being-written").mkdir()
+    before = contents(held)
+    for script, *flags in ((RESIZE, raw), (PROC, "--images", images, "--csv", tmp_path)):
+        assert failure(DATA / script, *flags, "--out", held) == (
+            f"error: {held} is in use, another data script writes into it: wait for that one, or give another --out\n"
+        )
+    with pytest.raises(SystemExit, match="is in use"):
+        archive.download(archive.Published(f"http://127.0.0.1:{server.server_port}/x.zip", ""), held)
+    assert contents(held) == before
+
+
+def test_the_lock_ends_with_the_work_and_is_not_needed(tmp_path, monkeypatch, capsys):
+    out = draw(tmp_path / "out", "Greek")
+    (out / "Greek" / "notes.txt").touch()
+    with pytest.raises(SystemExit, match="notes"):
+        resize_images.prepare([], out)
+    (out / "Greek" / "notes.txt").unlink()
+
+    def refuses(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folders.fcntl, "flock", refuses)
+    resize_images.prepare([], out)
+    assert f"{out} cannot be locked (No locks available): see that no other" in capsys.readouterr().out
+    monkeypatch.setattr(folders, "fcntl", None)  # as on Windows
+    resize_images.prepare([pack(draw(tmp_path / "raw", "Latin"), tmp_path / "raw.zip")], out)
+    assert visible(out) == {"Greek", "Latin"}
+
+
+def test_images_that_are_gone_at_the_end_are_an_error(tmp_path, monkeypatch):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    raw = draw(tmp_path / "raw", "Greek", "Latin")
+    moved_in = folders.moved_in
+
+    @contextlib.contextmanager
+    def spoiled(place: Path):
+        with moved_in(place) as folder:
+            yield folder
+        if place.name in ("a", "Greek"):
+            next(place.rglob("*.*")).unlink()
+
+    monkeypatch.setattr(archive, "moved_in", spoiled)
+    monkeypatch.setattr(folders, "moved_in", spoiled)
+    for prepare, name in (
+        (lambda: prepare_photographs(images, tmp_path, out, ".jpg"), "train/a"),
+        (lambda: resize_images.prepare([raw], out), "Greek"),
+    ):
+        with pytest.raises(SystemExit, match=f"{out}/{name} has lost images while others were written"):
+            prepare()
+    monkeypatch.undo()
+    resize_images.prepare([raw], out)
+    prepare_photographs(images, tmp_path, out, ".jpg")
+
+
+def test_that_the_input_is_short_is_said(tmp_path, call, monkeypatch):
+    raw = draw(tmp_path / "raw", "Greek")
+    said = call(resize_images, raw, "--out", tmp_path / "out")
+    assert said.endswith("all that was given is there; what is published has more\n")
+    monkeypatch.setattr(resize_images, "EXPECTED", {"alphabets": 1, "characters": 2, "images": 4})
+    assert "what is published has more" not in call(resize_images, raw, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", [resize_images, proc_images, cifar_fs, fc100, cub, tiered_imagenet])
+def test_help_says_what_is_replaced(call, capsys, script):
+    with pytest.raises(SystemExit):
+        call(script, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "bit for bit" in said
+
+
 # ------------------------------------------------------------------------------------ killed and run again
 
 
@@ -819,7 +1104,8 @@ def test_miniimagenet_killed_at_every_step_and_run_again(tmp_path):
     names = ["a0.jpg", "a1.jpg", "b0.jpg", "b1.jpg"]
     start = photograph(tmp_path / "start" / "images", *names).parent
     write_csv(start, train={"a": names[:2]}, test={"b": names[2:]})
-    photograph(start / "train" / "a", "a0.jpg")  # not of the right size, to be replaced
+    (start / "train" / "a").mkdir(parents=True)
+    shutil.copy(start / "images" / "a0.jpg", start / "train" / "a")  # not of the right size, to be replaced
     work = tmp_path / "work"
     assert_survives_kills(start, work, "--images", work / "images", "--csv", work, "--out", work)
 
@@ -1007,6 +1293,7 @@ def test_a_pickle_that_names_other_functions_is_refused(tmp_path, call, monkeypa
     [
         ({"filenames": ["../../evil.png"] * 100}, "ValueError: no bytes, or no names of .png files"),
         ({"filenames": ["/tmp/evil.png"] * 100}, "ValueError: no bytes, or no names"),
+        ({"filenames": ["a\0.png"] * 100}, "ValueError: no bytes, or no names"),
         ({"filenames": ["a.png"]}, "ValueError: zip"),
         ({"filenames": 7}, "TypeError"),
         ({"fine_labels": [100] * 100}, "IndexError"),
@@ -1053,11 +1340,11 @@ def test_a_damaged_pickle_is_refused(tmp_path, call):
     assert visible(tmp_path) == {"raw"}
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that declares 60,000 x 60,000 pixels."""
+def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
+    """A PNG of a few bytes that declares so many pixels."""
     small = io.BytesIO()
     Image.new("RGB", (1, 1)).save(small, "PNG")
-    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + small.getvalue()[24:29]
+    header = b"IHDR" + struct.pack(">II", width, height) + small.getvalue()[24:29]
     return small.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + small.getvalue()[33:]
 
 
@@ -1071,6 +1358,228 @@ def test_an_image_that_is_none_is_named_and_costs_only_its_class(tmp_path, call,
         with pytest.raises(SystemExit, match=r"otter/2\.png is damaged or not a PNG or JPEG image"):
             call(cifar_fs, "--archive", source, "--out", tmp_path / "out", "--allow_missing")
         assert contents(tmp_path / "out").keys() == {"train/apple/1.png", "val"}
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "said"),
+    [
+        (1, 80_000_000, "1 x 80,000,000 pixels"),
+        (80_000_000, 1, "80,000,000 x 1 pixels"),
+        (10_000, 10_000, "10,000 x 10,000 pixels|DecompressionBombWarning"),
+        (60_000, 60_000, "DecompressionBombError"),
+    ],
+)
+def test_an_image_small_on_disk_and_huge_in_memory_is_refused(tmp_path, call, width, height, said):
+    raw = draw(tmp_path / "raw", "Greek")
+    (raw / "Greek" / "character02" / "0001_01.png").write_bytes(bomb(width, height))
+    for source in (raw, pack(raw, tmp_path / "raw.zip")):
+        with pytest.raises(SystemExit, match=rf"0001_01\.png is damaged or not a PNG or JPEG image \(({said})\)"):
+            call(resize_images, source, "--out", tmp_path / "out")
+    for label in ("apple", "bed"):
+        (tmp_path / "cifar" / label).mkdir(parents=True)
+        (tmp_path / "cifar" / label / "1.png").write_bytes(bomb(width, height))
+    with pytest.raises(SystemExit, match=rf"apple/1\.png is damaged or not a PNG or JPEG image \(({said})\)"):
+        call(cifar_fs, "--archive", tmp_path / "cifar", "--out", tmp_path / "out_2", "--allow_missing")
+
+
+def test_pillow_warns_of_nothing_by_itself(tmp_path):
+    raw = draw(tmp_path / "raw", "Greek")
+    (raw / "Greek" / "character02" / "0001_01.png").write_bytes(bomb(10_000, 10_000))
+    assert "(10,000 x 10,000 pixels)" in failure(DATA / RESIZE, raw, "--out", tmp_path / "out")
+
+
+def test_hostile_images_where_finished_ones_are_to_be(tmp_path):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    (out / "train" / "a").mkdir(parents=True)
+    for body in (bomb(), b"", b"<html>"):
+        (out / "train" / "a" / "a0.jpg").write_bytes(body)
+        said = refused(lambda: prepare_photographs(images, tmp_path, out, ".jpg"), out)
+        assert "train/a has 1 other files, a0.jpg the first" in said
+
+
+def test_large_images_do_not_add_up_in_memory(tmp_path, monkeypatch):
+    names = [f"a{i}.jpg" for i in range(40)]
+    images = photograph(tmp_path / "images", *names)
+    write_csv(tmp_path, train={"a": names})
+    monkeypatch.setattr(archive, "LARGE", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    now, most = {"read": 0, "decoded": 0}, {"read": 0, "decoded": 0}
+    read_bytes, load, save = archive.read_bytes, JpegImageFile.load, Image.Image.save
+
+    def add(what: str, number: int) -> None:
+        now[what] += number
+        most[what] = max(most[what], now[what])
+
+    def slow_load(image):
+        add("decoded", 1)
+        time.sleep(0.002)
+        found = load(image)
+        add("decoded", -1)
+        return found
+
+    monkeypatch.setattr(archive, "read_bytes", lambda file: add("read", 1) or read_bytes(file))
+    monkeypatch.setattr(JpegImageFile, "load", slow_load)
+    monkeypatch.setattr(Image.Image, "save", lambda *values: save(*values) or add("read", -1))
+    prepare_photographs(images, tmp_path, tmp_path / "out", ".jpg")
+    assert len(contents(tmp_path / "out")) == 40
+    assert most["decoded"] == 1
+    assert most["read"] < 20
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("more", "checksum_of", "said"),
+    [
+        (-4, "what is declared", "Bad CRC-32"),
+        (-4, "all", "Bad CRC-32"),
+        (-1, "all", "more than the 500 bytes declared"),
+        (-(10**7), "what is declared", "Bad CRC-32"),
+        (4, "all", "less than the 500 bytes declared"),
+    ],
+)
+def test_a_zip_that_lies_about_a_size_is_an_error(tmp_path, method, more, checksum_of, said):
+    drawing = next(draw(tmp_path / "raw", "Greek").rglob("*.png")).read_bytes()
+    body = drawing + bytes(500 - len(drawing) - more)  # a PNG, whatever follows it
+    packed = tmp_path / "lies.zip"
+    with zipfile.ZipFile(packed, "w", method) as opened:
+        opened.writestr("Greek/character01/0001_01.png", body)
+        (member,) = opened.infolist()
+        member.file_size = 500
+        member.CRC = zlib.crc32(body if checksum_of == "all" else body[:500])
+    with pytest.raises(SystemExit, match=rf"0001_01\.png is damaged or not a PNG or JPEG image \({said}"):
+        resize_images.prepare([packed], tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_an_encrypted_zip_is_called_so(tmp_path):
+    packed = pack(draw(tmp_path / "raw", "Greek"), tmp_path / "packed.zip", zipfile.ZIP_STORED)
+    body = bytearray(packed.read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # APPNOTE.TXT, 4.3.7 and 4.3.12
+        at = -1
+        while (at := body.find(mark, at + 1)) >= 0:
+            body[at + flags] |= 1
+    packed.write_bytes(body)
+    with pytest.raises(SystemExit, match=r"packed\.zip is refused: .* is encrypted: unpack the archive"):
+        resize_images.prepare([packed], tmp_path / "out")
+
+
+@pytest.fixture
+def at_once():
+    """Fails a test that waits for a named pipe, or reads a device without end."""
+
+    def late(*args):
+        raise TimeoutError("it waits for what never comes")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a device", "a link to a pipe", "a link to a device"])
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tgz", "x"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, call, at_once, what, name):
+    odd = tmp_path / name
+    match what:
+        case "a pipe":
+            os.mkfifo(odd)
+        case "a device":
+            odd = Path("/dev/zero")
+        case "a link to a pipe":
+            os.mkfifo(tmp_path / "pipe")
+            odd.symlink_to(tmp_path / "pipe")
+        case "a link to a device":
+            odd.symlink_to("/dev/zero")
+    out, refusal = tmp_path / "out", "is a device, a named pipe or the like: only a folder or an archive can be read"
+    for script, *flags in ((resize_images, odd), (proc_images, "--images", odd), (proc_images, "--imagenet", odd)):
+        with pytest.raises(SystemExit, match=f"{odd} {refusal}"):
+            call(script, *flags, "--out", out)
+    for script in (cifar_fs, cub, tiered_imagenet):
+        with pytest.raises(SystemExit, match=f"{odd} {refusal}"):
+            call(script, "--archive", odd, "--out", out)
+    if what != "a device":
+        os.rename(odd, tmp_path / "mini-imagenet-cache-train.pkl")
+        with pytest.raises(SystemExit, match=r"train\.pkl is not a pickle .*not a regular file"):
+            call(proc_images, "--pickles", tmp_path, "--out", out)
+        os.rename(tmp_path / "mini-imagenet-cache-train.pkl", tmp_path / "images.zip")
+        with pytest.raises(OSError, match=r"not a regular file.*images\.zip"):
+            archive.download(archive.Published("http://127.0.0.1:9/images.zip", ""), tmp_path)
+    assert not out.exists()
+
+
+def test_odd_files_in_a_folder_of_images_are_passed_over(tmp_path, at_once):
+    images, out = two_classes(tmp_path), tmp_path / "out"
+    os.mkfifo(images / "c0.jpg")
+    (images / "c1.jpg").symlink_to("/dev/zero")
+    (images / "a0.jpg").rename(tmp_path / "elsewhere.jpg")
+    (images / "a0.jpg").symlink_to(tmp_path / "elsewhere.jpg")  # as good as the photograph
+    (images / "more").symlink_to(images)
+    prepare_photographs(images, tmp_path, out, ".jpg")
+    assert contents(out).keys() == {"train/a/a0.jpg", "train/a/a1.jpg", "test/b/b0.jpg", "test/b/b1.jpg"}
+
+
+def test_files_larger_than_any_photograph_are_not_read(tmp_path):
+    images = two_classes(tmp_path)
+    for path in (images / "a1.jpg", tmp_path / "val.csv"):
+        with path.open("r+b") as file:
+            file.truncate(2**40)
+        with pytest.raises(SystemExit, match=rf"{path} has more than 33,554,432 bytes"):
+            prepare_photographs(images, tmp_path, tmp_path / "out", ".jpg")
+        with path.open("r+b") as file:
+            file.truncate(1000)
+    with (tmp_path / "mini-imagenet-cache-train.pkl").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(SystemExit, match="it has 1,099,511,627,776 bytes, limit 2,147,483,648"):
+        proc_images.classes_of_pickles(tmp_path)
+
+
+STEERING = "a\n\x1b[2J\x07\u202eb"
+
+
+def test_what_a_name_holds_does_not_reach_the_terminal(tmp_path, capsys, monkeypatch):
+    raw = draw(tmp_path / "raw", "Greek", STEERING)
+    damaged = raw / STEERING / "character01" / f"{STEERING}.png"
+    damaged.write_bytes(b"<html>")
+    said = failure(DATA / RESIZE, raw, "--out", tmp_path / "out")
+    assert r"/a\n\x1b[2J\x07\u202eb/character01/a\n\x1b[2J\x07\u202eb.png is damaged" in said
+
+    packed = pack(raw, tmp_path / f"{STEERING}.zip")
+    packed.write_bytes(packed.read_bytes()[:99])
+    assert r"/a\n\x1b[2J\x07\u202eb.zip is not a whole zip archive" in failure(DATA / RESIZE, packed)
+
+    folders.say(f"{STEERING} caf\xe9")
+    assert capsys.readouterr().out == "a\\n\\x1b[2J\\x07\\u202eb caf\xe9\n"
+    narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    folders.say("caf\xe9 \udcff")
+    narrow.flush()
+    assert narrow.buffer.getvalue() == b"caf\\xe9 \\udcff\n"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_names_that_are_no_utf8_work_and_are_shown_as_escapes(tmp_path):
+    raw = draw(tmp_path / os.fsdecode(b"\xff"), os.fsdecode(b"Gr\xe9ek"))
+    for source in (raw, pack_tar(raw, tmp_path / os.fsdecode(b"\xff.tar"))):
+        out = tmp_path / os.fsdecode(b"out\xff")
+        done = run(DATA / RESIZE, source, "--out", out)
+        assert (done.returncode, len(contents(out))) == (0, 4)
+        shutil.rmtree(out)
+    (raw / os.fsdecode(b"Gr\xe9ek") / "character01" / "0000_00.png").write_bytes(b"")
+    assert r"\udcff/Gr\udce9ek/character01/0000_00.png is damaged" in failure(DATA / RESIZE, raw, "--out", out)
+
+
+def test_a_nul_in_a_name_is_refused(tmp_path, call):
+    header = tarfile.TarInfo("images/001.Black_footed_Albatross/x.jpg")
+    header.pax_headers = {"path": "images/001.Black_footed_Albatross/x\0.jpg"}
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(header)
+    with pytest.raises(SystemExit, match="has a NUL in its name"):
+        call(cub, "--archive", tmp_path / "x.tar", "--out", tmp_path / "out", "--allow_missing")
+    images = two_classes(tmp_path)
+    (tmp_path / "train.csv").write_text("filename,label\na0.jpg,a\0b\n")
+    with pytest.raises(SystemExit, match=r"train.csv, line 2: 'a0.jpg,a\\x00b' is no file name and label"):
+        prepare_photographs(images, tmp_path, tmp_path / "out", ".jpg")
 
 
 def test_a_place_that_cannot_be_written_and_ctrl_c_end_in_one_line(tmp_path):

@@ -47,7 +47,7 @@ EXPECTED = {
     "test images": 12_000,
 }
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
-CSV_LINE = re.compile(r"([^/\\,.][^/\\,]*),([^/\\,.][^/\\,]*)")  # plain names: they become paths under --out
+CSV_LINE = re.compile(r"([^/\\,.\0][^/\\,\0]*),([^/\\,.\0][^/\\,\0]*)")  # plain names: they become paths under --out
 
 Photographs = dict[str, archive.File]  # file name -> where to read it
 
@@ -72,13 +72,13 @@ def find_imagenet(source: Path) -> Photographs:
             numbers[int(match[1])] = file
         for rank, number in enumerate(sorted(numbers), start=1):
             found[f"{wnid}{rank:08}.jpg"] = numbers[number]
-    print("ImageNet's images are numbered by rank in their class: the csv files do not say how they number them")
+    archive.say("ImageNet's images are numbered by rank in their class: the csv files do not say how they number them")
     return found
 
 
 def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
     """The classes of Ravi & Larochelle's <split>.csv: a header `filename,label`, then a line an image."""
-    lines = path.read_text("utf-8", errors="replace").splitlines()
+    lines = archive.read_bytes(path).decode("utf-8", errors="replace").splitlines()
     if lines[:1] != ["filename,label"]:
         archive.fail(f"{path} does not begin with the line filename,label: fetch it again")
     names = defaultdict(list)
@@ -109,7 +109,7 @@ def classes_by_name(photographs: Photographs) -> list[archive.Class]:
         else:
             left_out += 1
     if left_out:
-        print(
+        archive.say(
             f"{left_out:,} images after the first {CLASS_SIZE} of their class are left out: the csv files choose others"
         )
     return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
@@ -120,7 +120,7 @@ def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[arch
     csv_files = [(csv_folder or HERE) / f"{split}.csv" for split in archive.SPLITS]
     absent = [path for path in csv_files if not path.is_file()]
     if csv_folder is None and absent == csv_files:
-        print(f"no csv files in {HERE}: classes by the images' names and {CLASS_LISTS}")
+        archive.say(f"no csv files in {HERE}: classes by the images' names and {CLASS_LISTS}")
         return classes_by_name(photographs)
     if absent:
         archive.fail(f"{absent[0]} is not there: all of train.csv, val.csv and test.csv are needed")
@@ -143,7 +143,7 @@ def classes_of_pickles(folder: Path) -> list[archive.Class]:
                 raise ValueError(f"image_data is {pixels.dtype} {pixels.shape}")
             for wnid, indices in cache["class_dict"].items():
                 images[wnid] = {f"{int(index):05}": pixels[int(index)] for index in indices}
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever is in the place of what belongs there
             archive.fail(f"{path} has not the arrays of MiniImagenet ({type(error).__name__}: {error}): fetch it again")
     return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
 
@@ -172,7 +172,7 @@ def main() -> None:
     source.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's classes")
     source.add_argument("--pickles", type=Path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
     parser.add_argument("--csv", type=Path, help="folder of the csv files (default: script's folder)")
-    parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: script's folder)")
+    parser.add_argument("--out", type=Path, default=HERE, help=archive.OUT_HELP)
     parser.add_argument("--lossless", action="store_true", help="save PNG; the published numbers are on JPEG")
     parser.add_argument("--allow_missing", action="store_true", help="go on without what is missing")
     args = parser.parse_args()

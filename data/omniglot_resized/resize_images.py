@@ -9,6 +9,11 @@ Or from the published archives, from anywhere:
     python data/omniglot_resized/resize_images.py --download
     python data/omniglot_resized/resize_images.py images_background.zip images_evaluation.zip
 
+In --out a folder <alphabet>/ is replaced by the finished one, and a copy of it in images_background/ or
+images_evaluation/ is removed, if all in it are drawings of Omniglot: characterNN/NNNN_NN.png, 1-bit, 105x105 or
+28x28. From a source with other names, copies bit for bit and finished images count as well. A folder with anything
+else in it is named, and nothing is written. Finished images stay as they are.
+
 A run that was killed is simply started again: finished alphabets are skipped.
 """
 
@@ -17,17 +22,17 @@ import re
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import archive
+import folders
 
 ADDRESS = "https://github.com/brendenlake/omniglot/raw/master/python/"
 PUBLISHED = (  # the checksums are those that torchvision 0.29 has, datasets/omniglot.py
@@ -35,19 +40,40 @@ PUBLISHED = (  # the checksums are those that torchvision 0.29 has, datasets/omn
     archive.Published(f"{ADDRESS}images_evaluation.zip", "6b91aef0f799c5bb55b94e3f2daec811"),
 )
 SIZE = (28, 28)  # cbfinn/maml, data/omniglot_resized/resize_images.py
+RAW_SIZE = (105, 105)
 EXPECTED = {"alphabets": 50, "characters": 1_623, "images": 32_460}  # Lake et al., Science 2015
-LAYOUT = re.compile(r"(images_\w+/)?(?P<alphabet>[^/.][^/]*)/(?P<image>[^/.][^/]*/[^/.][^/]*\.png)")
+ALPHABET = re.compile(r"(?P<alphabet>[^/.][^/]*)/(?P<image>[^/.][^/]*/[^/.][^/]*\.png)")
+LAYOUT = re.compile(rf"(images_\w+/)?{ALPHABET.pattern}")
+# The folders in the published archives; what lies in them in --out is a copy, to be removed.
+GROUPS = ("images_background", "images_background_small1", "images_background_small2", "images_evaluation")
+DRAWING = re.compile(r"character\d\d/\d{4}_\d\d\.png")
 
 Drawings = dict[str, dict[str, archive.File]]  # alphabet -> "character/name.png" -> where to read it
 
 
-def find(source: Path) -> Drawings:
+def find(source: Path, layout: re.Pattern = LAYOUT) -> Drawings:
     """The drawings of a folder or zip archive that lie in [images_.../]<alphabet>/<character>/*.png."""
     found: Drawings = defaultdict(dict)
     for name, file in archive.files(source).items():
-        if match := LAYOUT.fullmatch(name):
+        if match := layout.fullmatch(name):
             found[match["alphabet"]][match["image"]] = file
     return found
+
+
+def replaceable(given: archive.Images) -> Callable[[str, Path], bool]:
+    """Whether a file of an alphabet in --out may go: one of Omniglot's drawings, or what `archive.replaceable` says.
+
+    given: the images of that alphabet in the sources.
+    """
+    from_given = archive.replaceable(given, SIZE)
+
+    def may_go(name: str, path: Path) -> bool:
+        if archive.is_source(path, given.get(name)):
+            return False
+        header = archive.header(path) if DRAWING.fullmatch(name) else None
+        return header in (("PNG", "1", SIZE), ("PNG", "1", RAW_SIZE)) or from_given(name, path)
+
+    return may_go
 
 
 def fail_empty(source: Path) -> NoReturn:
@@ -60,53 +86,61 @@ def fail_empty(source: Path) -> NoReturn:
 
 
 def resize(images: dict[str, archive.File], place: Path, bar: tqdm) -> None:
-    """Writes one alphabet's images, 28x28, into the folder `place`, all at once."""
-    with archive.moved_in(place) as folder:
+    """Writes one alphabet's images, 28x28, into the folder `place`, all at once; finished ones stay."""
+    with folders.moved_in(place) as folder:
         for name, file in images.items():
             (folder / name).parent.mkdir(exist_ok=True)
-            # Pillow resizes the 1-bit drawings by nearest neighbour whatever filter is asked, so they stay
-            # binary, as those of the published numbers. Turned grey first they would be another data set.
-            archive.read_image(file).resize(SIZE, Image.LANCZOS).save(folder / name)
+            if archive.has_size(place / name, SIZE):
+                shutil.copyfile(place / name, folder / name)
+            else:
+                # Pillow resizes the 1-bit drawings by nearest neighbour whatever filter is asked, so they stay
+                # binary, as those of the published numbers. Turned grey first they would be another data set.
+                archive.read_image(file, SIZE).save(folder / name)
             bar.update()
-
-
-def remove_raw_copies(alphabets: Container[str], out: Path) -> None:
-    """Removes the finished alphabets' copies under images_background/ and images_evaluation/ in `out`."""
-    for group in out.glob("images_*"):
-        if group.is_dir() and not group.is_symlink():
-            for copy in group.iterdir():
-                if copy.name in alphabets and not copy.is_symlink():
-                    shutil.rmtree(copy)
-            if not any(group.iterdir()):
-                group.rmdir()
 
 
 def prepare(sources: list[Path], out: Path) -> None:
     """Makes <out>/<alphabet>/<character>/*.png, 28x28, of the drawings in the sources and in `out` itself."""
-    drawings: Drawings = defaultdict(dict)
+    given: Drawings = defaultdict(dict)
     for source in sources:
-        found = find(source) or fail_empty(source)
-        for alphabet, images in found.items():
-            drawings[alphabet] |= images
+        if source.resolve() != out.resolve():
+            for alphabet, images in (find(source) or fail_empty(source)).items():
+                given[alphabet] |= images
 
-    out.mkdir(parents=True, exist_ok=True)
-    archive.recover(out)
-    for alphabet, images in find(out).items():
-        drawings[alphabet] = images | drawings[alphabet]
-    if not drawings:
-        fail_empty(out)
+    with folders.locked(out):
+        folders.recover(out)
+        groups = [group for group in map(out.joinpath, GROUPS) if folders.is_folder(group)]
+        groups = [group for group in groups if group.resolve() not in map(Path.resolve, sources)]
+        drawings = given.copy()
+        for folder in (out, *groups):
+            for alphabet, images in find(folder, ALPHABET).items():
+                drawings[alphabet] = drawings[alphabet] | images
+        if not drawings:
+            fail_empty(out)
 
-    todo = [name for name in sorted(drawings) if not archive.finished(out / name, drawings[name], SIZE)]
-    print(f"{len(drawings)} alphabets, {len(drawings) - len(todo)} of them finished before")
-    with tqdm(total=sum(len(drawings[name]) for name in todo), unit="image", disable=None) as bar:
-        for alphabet in todo:
-            resize(drawings[alphabet], out / alphabet, bar)
-    remove_raw_copies(drawings, out)
+        todo = [name for name in sorted(drawings) if not archive.finished(out / name, drawings[name], SIZE)]
+        copies = [copy for group in groups for copy in sorted(group.iterdir()) if copy.name in drawings]
+        copies = [copy for copy in copies if folders.is_folder(copy)]
+        for place in (*copies, *(out / alphabet for alphabet in todo)):
+            folders.refuse_others(place, replaceable(given[place.name]))
 
-    ready = find(out).values()
-    characters = sum(len({name.split("/")[0] for name in images}) for images in ready)
-    found = {"alphabets": len(ready), "characters": characters, "images": sum(map(len, ready))}
-    archive.print_counts(found, EXPECTED)
+        archive.say(f"{len(drawings)} alphabets, {len(drawings) - len(todo)} of them finished before")
+        with tqdm(total=sum(len(drawings[name]) for name in todo), unit="image", disable=None) as bar:
+            for alphabet in todo:
+                resize(drawings[alphabet], out / alphabet, bar)
+        for copy in copies:
+            shutil.rmtree(copy)
+        for group in groups:
+            if not any(group.iterdir()):
+                group.rmdir()
+
+        ready = find(out, ALPHABET)
+        for alphabet, images in drawings.items():
+            if not images.keys() <= ready[alphabet].keys():
+                archive.fail_lost(out / alphabet)
+        characters = sum(len({name.split("/")[0] for name in images}) for images in ready.values())
+        found = {"alphabets": len(ready), "characters": characters, "images": sum(map(len, ready.values()))}
+        archive.print_counts(found, EXPECTED)
 
 
 def main() -> None:

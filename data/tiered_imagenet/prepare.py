@@ -10,7 +10,7 @@ A run that was killed is simply started again: finished classes are skipped.
 
 import json
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,12 +30,9 @@ EXPECTED = {
 }
 
 
-def read(listed: dict[str, str], places: dict[str, archive.File]) -> Iterator[archive.Class]:
-    """The listed classes that are there, one after the other: the names of all images would fill the memory."""
-    for folder, wnid in listed.items():
-        if wnid in places:
-            images = archive.photographs(places[wnid])
-            yield archive.Class(folder, images or archive.fail(f"{places[wnid]} has no .JPEG images"), missing=0)
+def photographs(source: archive.File) -> archive.Images:
+    """All photographs of one class."""
+    return archive.photographs(source) or archive.fail(f"{source} has no .JPEG images")
 
 
 def main() -> None:
@@ -47,8 +44,13 @@ def main() -> None:
     listed = {f"{split}/{wnid}": wnid for split in archive.SPLITS for wnid in lists[split]}
     absent = [archive.Class(folder, {}, missing=1) for folder, wnid in listed.items() if wnid not in places]
     archive.refuse_missing(absent, args.allow_missing)
-    classes = read(listed, places)
-    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED, total=len(listed) - len(absent))
+    # Read one after the other: the names of all images would fill the memory.
+    classes = [
+        archive.Class(folder, partial(photographs, places[wnid]), missing=0)
+        for folder, wnid in listed.items()
+        if wnid in places
+    ]
+    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED)
 
 
 if __name__ == "__main__":
