@@ -10,11 +10,12 @@ sinusoid_run = logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 published = logs/published/cls_5.mbs_25.ubs_10.numstep1
 published_omniglot = logs/published/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm
 
-.PHONY: help sinusoid figures test clean
+.PHONY: help sinusoid figures docs test clean
 
 help:
 	@echo 'make sinusoid  train and test the 10-shot sinusoid, and compare its errors with the original'
-	@echo 'make figures   draw the pictures of the README into figures/'
+	@echo 'make figures   draw the pictures of README.md and docs/ into figures/'
+	@echo 'make docs      write the tables of README.md and docs/ from results/'
 	@echo 'make test      lint, and run all tests'
 	@echo 'make clean     remove the environment and the caches of the tools; runs and data stay'
 	@echo
@@ -32,6 +33,9 @@ figures: $(VENV)/installed-dev
 	  Pretrained=results/sinusoid_pretrained.json --update_lr=0.001 --output=figures/sinusoid_updates
 	$(VENV)/bin/python plot.py training 'Sinusoid, 10-shot'=$(published).updatelr0.01nonorm \
 	  'Omniglot, 5-way 1-shot'=$(published_omniglot) --output=figures/training
+
+docs:
+	$(PYTHON) experiments/table.py
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m ruff check .

@@ -91,7 +91,7 @@ DATASETS = {
     "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True),
     "cub": _photographs("data/cub", "data/cub/prepare.py"),
     "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py"),
-    "folder": _photographs(None, "README.md (Your own images)", any_size=True),
+    "folder": _photographs(None, "docs/data.md (Your own images)", any_size=True),
 }
 
 

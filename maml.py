@@ -141,7 +141,7 @@ class MAML(tf.Module):
 
         Under batch norm it is transductive: a query image is normalised together with its task's other query images.
         """
-        self._check(tasks)
+        tasks = self._checked(tasks)
         weights, dtype = self._values(), tasks.query_x.dtype
 
         def curve(task):
@@ -159,7 +159,7 @@ class MAML(tf.Module):
         Each task differentiates its own loss inside the loop over tasks: no backward pass through the loop, and the
         memory of one task a core.
         """
-        self._check(tasks)
+        tasks = self._checked(tasks)
         weights = self._values()
 
         def gradient_and_loss(task):
@@ -175,11 +175,12 @@ class MAML(tf.Module):
     def _values(self):
         return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
-    def _check(self, tasks):
-        """Raises InputError where a part of the tasks has another dtype or rank than the weights need.
+    def _checked(self, tasks):
+        """The tasks as tensors. Raises InputError where one has another dtype or rank than the weights need.
 
         It runs while a graph is traced, so it costs a step nothing.
         """
+        tasks = Tasks(*map(tf.convert_to_tensor, tasks))
         (dtype,) = {weight.dtype for weight in self.weights.values()}
         ranks = tasks.support_x.shape.rank, 3, tasks.query_x.shape.rank, 3
         for name, part, rank in zip(Tasks._fields, tasks, ranks, strict=True):
@@ -190,6 +191,7 @@ class MAML(tf.Module):
                     f"{name} has the shape {list(part.shape)}: tasks [T], examples [n] and at least one more axis are "
                     f"expected{', one-hot for classes' if name.endswith('y') else ''}"
                 )
+        return tasks
 
     def _over_tasks(self, function, tasks, outputs):
         """function of each task, stacked. The one place that knows how tasks are laid out on the machine.

@@ -28,9 +28,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-from step_time import CONFIGS, CORES
+import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
 
+import numpy as np
+from step_time import CONFIGS
+
+CORES = devices.cores()
 COMPARED = ("sinusoid_10shot", "omniglot_5way", "omniglot_20way", "miniimagenet_1shot", "miniimagenet_5shot")
 BLOCK = 100  # steps of the sinusoid in one call, as main.py takes them
 ROUNDS, STEPS = 5, 4  # turns, and timed calls in each

@@ -1,15 +1,16 @@
-"""Trains, tests and records one row of the README's results. The scripts beside it call it:
+"""Trains, tests and records one row of the tables in docs/results.md. The scripts beside it call it:
 
-    python experiments/row.py <script> flags of training ... [-- flags at test ...] ...
+    python experiments/row.py <script> flags of training ... -- [flags at test ...] [-- [flags at test ...]] ...
 
-Every `--` begins a test of the trained model on the test classes, with the flags that follow besides those of training.
-A run that was stopped goes on; a finished one is tested again. All is done from the project's root, so folders that
-the flags name begin there.
+Every `--` begins a test of the trained model on the test classes. The test takes the flags that follow, and those of
+training. A run that was stopped goes on; a finished one is tested again. The program works in the project's root, so a
+path that a flag gives begins there.
 
 Writes results/<script>.json: the run's flags, iterations, hours, machine, versions and commit, and its tests as they
 stand in the run's results.json. Another seed than 0 has .seed<n> in the name. With --results_dir it is written there.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -124,9 +125,29 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+changes" if changed else "")
 
 
+def parse(arguments: list[str]) -> tuple[Path, list[str], list[list[str]]]:
+    """Reads the command line, and ends the program where it is wrong, before anything is trained.
+
+    Returns:
+      The script, the flags of training, and those of each test.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path, help="a script of experiments/, which gives the row its name")
+    parser.add_argument("flags", nargs="*", help="flags of main.py, as above")
+    script = parser.parse_args(arguments[:1]).script.resolve()  # what follows is main.py's, a --help too
+    if script.parent != ROOT / "experiments" or script.suffix != ".sh" or not script.is_file():
+        scripts = ", ".join(sorted(path.name for path in (ROOT / "experiments").glob("*.sh")))
+        parser.error(f"{arguments[0]} is no script of experiments/: call one of those, {scripts}")
+    training, tests = parts(arguments[1:])
+    if not tests:
+        parser.error("no test, so there is nothing to record: begin one with --")
+    return script, training, tests
+
+
 if __name__ == "__main__":
+    script, training, tests = parse(sys.argv[1:])
     os.chdir(ROOT)
     # A stop is main.py's, which saves and ends, and this with it. Ctrl-C reaches it by itself, SIGTERM does not.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    print("Recorded in", record(Path(sys.argv[1]), *parts(sys.argv[2:])))
+    print("Recorded in", record(script, training, tests))

@@ -1,113 +1,253 @@
-"""Writes the README's results from results/*.json: the lines between its two `results` comments.
+"""Writes the tables of README.md and docs/ from results/*.json, each between its two comment marks.
 
-python experiments/table.py
+    python experiments/table.py
+
+Our numbers come from results/<script>.json and, for other seeds, <script>.seed<n>.json, which row.py writes. What
+others report comes from published.json, and the times of a step from speed.json. Both say who measured what, and how.
 """
 
+import argparse
 import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: written by experiments/table.py -->", "<!-- end of results -->"
-HEADER = "| test | model | paper | original code | ours | script |\n| --- | --- | --- | --- | --- | --- |"
+END = "<!-- end of table -->"
+TASKS, TASK_SEED = 600, 0  # of a test, unless its flags say otherwise
+TABLE_UPDATES = (1, 5, 10)  # of the sinusoid: paper, table 2
+
+Json = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """One line of a table: a test of the model that experiments/<script>.sh trains, and what others report for it."""
+    """A test of the model that experiments/<script>.sh trains: one line of a table, or one for each protocol."""
 
     test: str
     model: str
     script: str
     shot: int  # K at test
     alpha: float  # at test
-    paper: str = ""
-    original: str = ""  # the original's code, run
 
 
-# Paper: Finn, Abbeel, Levine (ICML 2017), section 5.1. Original: cbfinn/maml on TensorFlow 1.15, documented commands.
 SINUSOID = [
-    Row("5-shot, alpha 0.01", "MAML", "sinusoid_maml_alpha0.01", 5, 0.01, "0.67 / 0.38 / 0.35"),
-    Row("", "pretrained", "sinusoid_pretrained", 5, 0.01, "2.41 / 2.23 / 2.19"),
-    Row("", "oracle", "sinusoid_oracle", 5, 0.01),
-    Row("10-shot, alpha 0.01", "MAML", "sinusoid_maml_alpha0.01", 10, 0.01),
-    Row("", "pretrained", "sinusoid_pretrained", 10, 0.01),
-    Row("", "oracle", "sinusoid_oracle", 10, 0.01),
-    Row("20-shot, alpha 0.01", "MAML", "sinusoid_maml_alpha0.01", 20, 0.01),
-    Row("", "pretrained", "sinusoid_pretrained", 20, 0.01),
-    Row("", "oracle", "sinusoid_oracle", 20, 0.01),
-    Row("5-shot, alpha 0.001", "MAML", "sinusoid_maml", 5, 0.001),
-    Row("", "pretrained", "sinusoid_pretrained", 5, 0.001),
-    Row("", "oracle", "sinusoid_oracle", 5, 0.001),
-    Row("10-shot, alpha 0.001", "MAML", "sinusoid_maml", 10, 0.001, original="0.431 / 0.165 / 0.142"),
-    Row("", "pretrained", "sinusoid_pretrained", 10, 0.001, original="2.87 / 2.59 / 2.42"),
-    Row("", "oracle", "sinusoid_oracle", 10, 0.001, original="0.005 / 1.3 / 1.5"),
-    Row("20-shot, alpha 0.001", "MAML", "sinusoid_maml", 20, 0.001),
-    Row("", "pretrained", "sinusoid_pretrained", 20, 0.001),
-    Row("", "oracle", "sinusoid_oracle", 20, 0.001),
+    Row(f"{shot}-shot, alpha {alpha}", model, script, shot, alpha)
+    for alpha, maml in ((0.01, "sinusoid_maml_alpha0.01"), (0.001, "sinusoid_maml"))
+    for shot in (5, 10, 20)
+    for model, script in (("MAML", maml), ("pretrained", "sinusoid_pretrained"), ("oracle", "sinusoid_oracle"))
 ]
-# Paper: table 1. CIFAR-FS: Bertinetto et al. (ICLR 2019), table 1; the original's code as rerun by others.
 IMAGES = [
-    Row("Omniglot 5-way 1-shot", "MAML", "omniglot_5way_1shot", 1, 0.4, "98.7 +- 0.4"),
-    Row("", "no convolutions", "omniglot_5way_1shot_fc", 1, 0.4, "89.7 +- 1.1"),
-    Row("", "first order", "omniglot_5way_1shot_first_order", 1, 0.4),
-    Row("Omniglot 5-way 5-shot", "MAML", "omniglot_5way_1shot", 5, 0.4, "99.9 +- 0.1"),
-    Row("", "no convolutions", "omniglot_5way_1shot_fc", 5, 0.4, "97.5 +- 0.6"),
-    Row("", "first order", "omniglot_5way_1shot_first_order", 5, 0.4),
-    Row("Omniglot 20-way 1-shot", "MAML", "omniglot_20way_1shot", 1, 0.1, "95.8 +- 0.3"),
-    Row("Omniglot 20-way 5-shot", "MAML", "omniglot_20way_1shot", 5, 0.1, "98.9 +- 0.2"),
-    Row("MiniImagenet 5-way 1-shot", "MAML", "miniimagenet_1shot", 1, 0.01, "48.70 +- 1.84"),
-    Row("", "first order", "miniimagenet_1shot_first_order", 1, 0.01, "48.07 +- 1.75"),
-    Row("MiniImagenet 5-way 5-shot", "MAML", "miniimagenet_5shot", 5, 0.01, "63.11 +- 0.92"),
-    Row("", "first order", "miniimagenet_5shot_first_order", 5, 0.01, "63.15 +- 0.91"),
-    Row("CIFAR-FS 5-way 1-shot", "MAML", "cifarfs_1shot", 1, 0.01, "58.9 +- 1.9 (Bertinetto et al.)", "56.8 (others)"),
+    Row("Omniglot 5-way 1-shot", "MAML", "omniglot_5way_1shot", 1, 0.4),
+    Row("Omniglot 5-way 1-shot", "no convolutions", "omniglot_5way_1shot_fc", 1, 0.4),
+    Row("Omniglot 5-way 1-shot", "first order", "omniglot_5way_1shot_first_order", 1, 0.4),
+    Row("Omniglot 5-way 5-shot", "MAML", "omniglot_5way_1shot", 5, 0.4),
+    Row("Omniglot 5-way 5-shot", "no convolutions", "omniglot_5way_1shot_fc", 5, 0.4),
+    Row("Omniglot 5-way 5-shot", "first order", "omniglot_5way_1shot_first_order", 5, 0.4),
+    Row("Omniglot 20-way 1-shot", "MAML", "omniglot_20way_1shot", 1, 0.1),
+    Row("Omniglot 20-way 5-shot", "MAML", "omniglot_20way_1shot", 5, 0.1),
+    Row("MiniImagenet 5-way 1-shot", "MAML", "miniimagenet_1shot", 1, 0.01),
+    Row("MiniImagenet 5-way 1-shot", "first order", "miniimagenet_1shot_first_order", 1, 0.01),
+    Row("MiniImagenet 5-way 5-shot", "MAML", "miniimagenet_5shot", 5, 0.01),
+    Row("MiniImagenet 5-way 5-shot", "first order", "miniimagenet_5shot_first_order", 5, 0.01),
+    Row("CIFAR-FS 5-way 1-shot", "MAML", "cifarfs_1shot", 1, 0.01),
 ]
+SUMMARY = [Row("Sinusoid 10-shot, error after 1 / 5 / 10 updates", "MAML", "sinusoid_maml", 10, 0.001), *IMAGES]
+SPEED = {
+    "sinusoid_10shot": "sinusoid 10-shot",
+    "omniglot_5way": "Omniglot 5-way 1-shot",
+    "omniglot_20way": "Omniglot 20-way 1-shot",
+    "omniglot_fc": "Omniglot 5-way 1-shot, `--conv=False`",
+    "miniimagenet_1shot": "MiniImagenet 5-way 1-shot",
+    "miniimagenet_5shot": "MiniImagenet 5-way 5-shot",
+}
 
 
-def tables(results: Path) -> str:
-    """Both tables, of the records results/<script>.json and, of other seeds, <script>.seed<n>.json."""
-    return "\n".join(
-        [
-            "Sinusoid: mean squared error after 1 / 5 / 10 updates; after +- the half width of its 95 % interval.\n",
-            HEADER,
-            *(_line(row, results, _errors) for row in SINUSOID),
-            "\nImages: test accuracy in %, after the updates that the paper counts.\n",
-            HEADER,
-            *(_line(row, results, _accuracy) for row in IMAGES),
-        ]
-    )
+# Ours and others' numbers.
 
 
-def _line(row, results, shown):
-    ours = []
+def ours(row: Row, results: Path) -> dict[str, list[tuple[Json, Json]]]:
+    """The recorded tests of a row, by protocol, the original's first.
+
+    Returns:
+      protocol -> (record, test) of each seed. The protocol is the queries a class, and what else is not the original's.
+    """
+    found = []
     for path in sorted([*results.glob(f"{row.script}.json"), *results.glob(f"{row.script}.seed*.json")]):
         record = json.loads(path.read_text())
-        protocol = {"support_examples_a_class_K": row.shot, "inner_step_size_alpha": row.alpha}
-        (test,) = [test for test in record["tests"] if protocol.items() <= test.items()]
-        reported = [column for column in test["results"] if column["the_papers_number"]]
-        ours.append(f"seed {test['training_seed']}: {shown(reported, record)}")
-    cell = "<br>".join(ours) or "not run yet"
-    return f"| {row.test} | {row.model} | {row.paper} | {row.original} | {cell} | `{row.script}.sh` |"
+        for test in record["tests"]:
+            if (test["support_examples_a_class_K"], test["inner_step_size_alpha"]) == (row.shot, row.alpha):
+                found.append((record, test))
+    by_protocol = defaultdict(list)
+    for record, test in sorted(found, key=lambda pair: _protocol_order(row, pair[1])):
+        by_protocol[_protocol(test)].append((record, test))
+    return dict(by_protocol)
 
 
-def _errors(columns, record):
+def _protocol_order(row, test):
+    query = test["query_examples_a_class_Q"]
+    return query != row.shot, query, test["tasks"], test["task_seed"], test["best_on_validation"]
+
+
+def _protocol(test):
+    parts = [str(test["query_examples_a_class_Q"])]
+    if (test["tasks"], test["task_seed"]) != (TASKS, TASK_SEED):
+        parts.append(f"{test['tasks']:,} tasks of seed {test['task_seed']}")
+    if test["best_on_validation"]:
+        parts.append("best on validation")
+    return ", ".join(parts)
+
+
+def published(row: Row, reported_by: str, results: Path, protocol: str = "") -> str:
+    """What others report for a row, with the digits that they give; empty where they report nothing.
+
+    A number that is known to be of another count of queries a class than the protocol's is left out.
+    """
+    for entry in json.loads((results / "published.json").read_text(), parse_float=str):
+        of_row = entry["row"], entry["support_examples_a_class_K"], float(entry["inner_step_size_alpha"])
+        query = entry["query_examples_a_class_Q"]
+        if of_row != (row.script, row.shot, row.alpha) or entry["reported_by"] != reported_by:
+            continue
+        if protocol and query and query != int(protocol.split(",")[0]):
+            continue
+        columns = entry["results"]
+        if _is_error(entry):
+            return " / ".join(column["mean"] for column in columns if column["updates"] in TABLE_UPDATES)
+        who = f" ({entry['shown_as']})" if "shown_as" in entry else ""
+        return ", ".join(f"{column['mean']} +- {column['ci95']}" for column in columns) + who
+    return ""
+
+
+def _reported(test):
+    """The columns of a test that the paper reports, as text."""
+    columns = [column for column in test["results"] if column["the_papers_number"]]
+    if not _is_error(test):
+        return ", ".join(f"{100 * column['mean']:.1f} +- {100 * column['ci95']:.1f}" for column in columns)
     means, ci95, medians = ([column[key] for column in columns] for key in ("mean", "ci95", "median"))
     if any(mean is None or mean > 10 * median for mean, median in zip(means, medians, strict=True)):
         return f"{_joined(means)}, medians {_joined(medians)}"  # a few tasks diverge, and the means with them
     return f"{_joined(means)} +- {_joined(ci95)}"
 
 
-def _accuracy(columns, record):
-    value = ", ".join(f"{100 * column['mean']:.1f} +- {100 * column['ci95']:.1f}" for column in columns)
-    return f"{value} ({record['iterations']:,} iterations, {record['hours']:.1f} hours)"
+def _is_error(test):
+    return test["metric"] == "mean squared error"
 
 
 def _joined(numbers):
     return " / ".join("diverged" if n is None else f"{n:.3f}" if n < 1000 else f"{n:.0e}" for n in numbers)
 
 
+# The tables.
+
+
+def table(rows: list[Row], queries: str, results: Path) -> str:
+    """Paper, the original's code, ours: a line for each protocol that a row was tested by.
+
+    Args:
+      queries: the heading of the column of protocols.
+      results: the folder of the records.
+    """
+    lines = [
+        f"| test | model | paper | original code | {queries} | ours | script |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    above = ""
+    for row in rows:
+        for protocol, tests in (ours(row, results) or {"": []}).items():
+            others = [published(row, reported_by, results, protocol) for reported_by in ("paper", "original code")]
+            mine = "<br>".join(_seed(record, test) for record, test in tests) or "not run yet"
+            cells = ["" if row.test == above else row.test, row.model, *others, protocol, mine, f"`{row.script}.sh`"]
+            lines.append(f"| {' | '.join(cells)} |")
+            above = row.test
+    return "\n".join(lines)
+
+
+def _seed(record, test):
+    cost = f" ({record['iterations']:,} iterations, {record['hours']:.1f} hours)"
+    return f"seed {test['training_seed']}: {_reported(test)}{'' if _is_error(test) else cost}"
+
+
+def summary(results: Path) -> str:
+    """The rows for which others report a number, theirs beside ours; then those of them that nobody has run."""
+    lines = ["| test | paper | ours, one line a seed | queries a class |", "| --- | --- | --- | --- |"]
+    missing = []
+    for row in SUMMARY:
+        name = row.test if row.model == "MAML" else f"{row.test}, {row.model}"
+        tested = ours(row, results)
+        if not tested and _theirs(row, results):
+            missing.append(name)
+        for protocol, tests in tested.items():
+            if theirs := _theirs(row, results, protocol):
+                mine = "<br>".join(_reported(test) for _, test in tests)
+                lines.append(f"| {name} | {theirs} | {mine} | {protocol} |")
+    if missing:
+        lines += ["", f"Not run yet: {'; '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def _theirs(row, results, protocol=""):
+    original = published(row, "original code", results, protocol)
+    return published(row, "paper", results, protocol) or (original and f"{original} (original code)")
+
+
+def speed(results: Path) -> str:
+    """Milliseconds of a training step beside the floor, the original's and the best peer's; then who measured them."""
+    measured = json.loads((results / "speed.json").read_text())
+    mine, original, peers = (measured[key] for key in ("ours", "original", "peers"))
+    of_ours, of_original = ({row["configuration"]: row for row in part["rows"]} for part in (mine, original))
+    lines = [
+        "| | ours | floor | x floor | first order | original | best peer's time / ours |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, title in SPEED.items():
+        step, first_order = of_ours[name], of_ours[f"{name} first order"]
+        timed = [row for row in peers["rows"] if row["configuration"] == name and "ratio" in row]
+        best = min(timed, key=itemgetter("ratio"), default=None)
+        cells = [
+            title,
+            _milliseconds(step["ms_per_step"]),
+            _milliseconds(step["floor_ms"]),
+            f"{step['times_floor']:.3g}",
+            _milliseconds(first_order["ms_per_step"]),
+            _milliseconds(of_original[name]["ms_per_step"]) if name in of_original else "",
+            f"{round(best['ratio'], 2)}: {best['form']}" if best else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for who, part in (("Ours", mine), ("Peers", peers)):
+        lines += ["", f"{who}: `{part['command']}`, {part['date']}, {part['machine']}, {part['versions']}."]
+    lines += ["", f"The original: {original['source']}, {original['machine']}."]
+    return "\n".join(lines)
+
+
+def _milliseconds(ms):
+    return f"{ms:.2f}" if ms < 1 else f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}"
+
+
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"summary": summary},
+    "docs/results.md": {
+        "sinusoid": partial(table, SINUSOID, "query points"),
+        "images": partial(table, IMAGES, "queries a class"),
+    },
+    "docs/design.md": {"speed": speed},
+}
+
+
+def written(page: str, text: str, results: Path) -> str:
+    """The text of a page with its tables as the results have them now."""
+    for name, made in PAGES[page].items():
+        begin = f"<!-- {name}: written by experiments/table.py -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(END, 1)
+        text = f"{before}{begin}\n\n{made(results)}\n\n{END}{after}"
+    return text
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n\n{tables(ROOT / 'results')}\n\n{END}{after}")
-    print("Written:", readme.name)
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(written(page, path.read_text(), ROOT / "results"))
+        print("Written:", page)

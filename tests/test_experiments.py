@@ -1,10 +1,11 @@
-"""The scripts behind the README's results: what they run and record, the tables made of it, published models."""
+"""The scripts behind the results: what they run and record, the tables made of it, published models."""
 
 import contextlib
 import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import unittest.mock
@@ -94,40 +95,200 @@ def test_tables_have_every_test_of_every_script(tmp_path):
     assert sorted(rows) == sorted(tested)
 
 
-def test_readme_is_in_step_with_results():
-    begin, end = (re.escape(marker) for marker in (table.BEGIN, table.END))
-    (shown,) = re.findall(f"{begin}(.*?){end}", (ROOT / "README.md").read_text(), re.S)
-    assert shown.strip() == table.tables(ROOT / "results").strip(), "python experiments/table.py writes it anew"
+@pytest.mark.parametrize("page", table.PAGES)
+def test_pages_are_in_step_with_results(page):
+    text = (ROOT / page).read_text()
+    assert text == table.written(page, text, ROOT / "results"), "python experiments/table.py writes it anew"
+
+
+def write_record(folder: Path, name: str, seed: int, *tests: dict) -> None:
+    """results/<name>.json. A test has the keys of its protocol, and columns (updates, mean, median, the paper's)."""
+    usual = {"query_examples_a_class_Q": 5, "tasks": 600, "task_seed": 0, "best_on_validation": False}
+    usual |= {"metric": "accuracy (share of query examples, 0 to 1)", "training_seed": seed}
+    keys = ("updates", "mean", "median", "the_papers_number")
+    for test in tests:
+        test["results"] = [dict(zip(keys, column, strict=True)) | {"ci95": 0.0123} for column in test["results"]]
+    record = {"iterations": 60000, "hours": 1.26, "tests": [usual | test for test in tests]}
+    path = folder / (f"{name}.seed{seed}.json" if seed else f"{name}.json")
+    path.write_text(json.dumps(record))
+
+
+def published_numbers(folder: Path, *entries: tuple) -> None:
+    """results/published.json: (row, K, alpha, Q or None, reported by, metric, columns as written)."""
+    lines = [
+        f'{{"row": "{row}", "support_examples_a_class_K": {shot}, "inner_step_size_alpha": {alpha}, '
+        f'"query_examples_a_class_Q": {query}, "reported_by": "{who}", "metric": "{metric}", "results": {columns}}}'
+        for row, shot, alpha, query, who, metric, columns in entries
+    ]
+    (folder / "published.json").write_text(f"[{', '.join(lines)}]")
 
 
 def test_table_cells(tmp_path):
-    """Several seeds, diverged tasks, accuracies, and what nobody has run."""
-
-    def write(name, shot, alpha, seed, *columns):
-        keys = ("updates", "mean", "median", "the_papers_number")
-        results = [dict(zip(keys, column, strict=True)) | {"ci95": 0.0123} for column in columns]
-        test = {"support_examples_a_class_K": shot, "inner_step_size_alpha": alpha, "training_seed": seed}
-        record = {"iterations": 60000, "hours": 1.26, "tests": [test | {"results": results}]}
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-
-    write("omniglot_20way_1shot", 5, 0.1, 0, (1, 0.5, 0.5, False), (5, 0.9576, 0.96, True))
+    """Several seeds, diverged tasks, accuracies, others' numbers to the digit, and what nobody has run."""
+    protocol = {"support_examples_a_class_K": 5, "inner_step_size_alpha": 0.1}
+    columns = [(1, 0.5, 0.5, False), (5, 0.9576, 0.96, True)]
+    write_record(tmp_path, "omniglot_20way_1shot", 0, protocol | {"results": columns})
+    protocol = {"support_examples_a_class_K": 20, "inner_step_size_alpha": 0.001, "query_examples_a_class_Q": 20}
     for seed, mean in ((0, 0.5), (1, 4e7)):
-        name = "sinusoid_oracle" + ".seed1" * seed
-        write(name, 20, 0.001, seed, (1, mean, 0.4, True), (10, None, 0.6, True))
-    lines = "\n".join(
-        table._line(one, tmp_path, shown)
-        for one, shown in (
-            (table.Row("20-way", "MAML", "omniglot_20way_1shot", 5, 0.1, "99", "97"), table._accuracy),
-            (table.Row("20-shot", "oracle", "sinusoid_oracle", 20, 0.001), table._errors),
-            (table.Row("20-shot", "MAML", "sinusoid_maml", 20, 0.001), table._errors),
-        )
+        columns = [(1, mean, 0.4, True), (10, None, 0.6, True)]
+        test = protocol | {"metric": "mean squared error", "results": columns}
+        write_record(tmp_path, "sinusoid_oracle", seed, test)
+    error, accuracy = "mean squared error", "accuracy in %"
+    published_numbers(
+        tmp_path,
+        ("omniglot_20way_1shot", 5, 0.1, "null", "paper", accuracy, '[{"updates": 5, "mean": 99.90, "ci95": 0.10}]'),
+        ("omniglot_20way_1shot", 5, 0.1, "null", "original code", accuracy, '[{"updates": 5, "mean": 97, "ci95": 1}]'),
+        (
+            "sinusoid_oracle",
+            20,
+            0.001,
+            20,
+            "original code",
+            error,
+            '[{"updates": 0, "mean": 9}, {"updates": 1, "mean": 0.20}]',
+        ),
+        ("sinusoid_oracle", 20, 0.01, 20, "paper", error, '[{"updates": 1, "mean": 7}]'),
     )
-    assert lines == (
-        "| 20-way | MAML | 99 | 97 | seed 0: 95.8 +- 1.2 (60,000 iterations, 1.3 hours) | `omniglot_20way_1shot.sh` |\n"
-        "| 20-shot | oracle |  |  | seed 0: 0.500 / diverged, medians 0.400 / 0.600<br>"
+    rows = [
+        table.Row("20-way", "MAML", "omniglot_20way_1shot", 5, 0.1),
+        table.Row("20-shot", "oracle", "sinusoid_oracle", 20, 0.001),
+        table.Row("20-shot", "MAML", "sinusoid_maml", 20, 0.001),
+    ]
+    assert table.table(rows, "queries", tmp_path) == (
+        "| test | model | paper | original code | queries | ours | script |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| 20-way | MAML | 99.90 +- 0.10 | 97 +- 1 | 5 | "
+        "seed 0: 95.8 +- 1.2 (60,000 iterations, 1.3 hours) | `omniglot_20way_1shot.sh` |\n"
+        "| 20-shot | oracle |  | 0.20 | 20 | seed 0: 0.500 / diverged, medians 0.400 / 0.600<br>"
         "seed 1: 4e+07 / diverged, medians 0.400 / 0.600 | `sinusoid_oracle.sh` |\n"
-        "| 20-shot | MAML |  |  | not run yet | `sinusoid_maml.sh` |"
+        "|  | MAML |  |  |  | not run yet | `sinusoid_maml.sh` |"
     )
+
+
+def test_a_line_for_each_protocol(tmp_path):
+    """The original's first; a seed stands only where it was tested; numbers of another Q are not beside ours."""
+    keys = {"support_examples_a_class_K": 5, "inner_step_size_alpha": 0.4}
+
+    def test(mean, **protocol):
+        return keys | protocol | {"results": [(3, mean, mean, True)]}
+
+    one = {"query_examples_a_class_Q": 1}
+    write_record(tmp_path, "row", 0, test(0.999, **one), test(0.996), test(0.5, inner_step_size_alpha=0.1))
+    other_tasks = one | {"tasks": 2000, "task_seed": 1}
+    write_record(tmp_path, "row", 1, test(0.995), test(0.998, **other_tasks), test(0.997, best_on_validation=True))
+    published_numbers(
+        tmp_path,
+        ("row", 5, 0.4, "null", "paper", "accuracy in %", '[{"updates": 3, "mean": 99.9, "ci95": 0.1}]'),
+        ("row", 5, 0.4, 5, "original code", "accuracy in %", '[{"updates": 3, "mean": 99.5, "ci95": 0.2}]'),
+    )
+    lines = table.table([table.Row("5-shot", "MAML", "row", 5, 0.4)], "queries", tmp_path).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-2]] for line in lines]
+    cost = " (60,000 iterations, 1.3 hours)"
+    assert cells == [
+        [
+            "5-shot",
+            "MAML",
+            "99.9 +- 0.1",
+            "99.5 +- 0.2",
+            "5",
+            f"seed 0: 99.6 +- 1.2{cost}<br>seed 1: 99.5 +- 1.2{cost}",
+        ],
+        ["", "MAML", "99.9 +- 0.1", "99.5 +- 0.2", "5, best on validation", f"seed 1: 99.7 +- 1.2{cost}"],
+        ["", "MAML", "99.9 +- 0.1", "", "1", f"seed 0: 99.9 +- 1.2{cost}"],
+        ["", "MAML", "99.9 +- 0.1", "", "1, 2,000 tasks of seed 1", f"seed 1: 99.8 +- 1.2{cost}"],
+    ]
+
+
+def test_summary_names_what_is_not_run(tmp_path):
+    (tmp_path / "published.json").write_bytes((ROOT / "results" / "published.json").read_bytes())
+    test = {"support_examples_a_class_K": 1, "inner_step_size_alpha": 0.4, "query_examples_a_class_Q": 1}
+    for seed in (0, 1):
+        write_record(tmp_path, "omniglot_5way_1shot", seed, test | {"results": [(3, 0.98, 1, True)]})
+    *lines, _, missing = table.summary(tmp_path).splitlines()
+    assert lines[2:] == ["| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2 | 1 |"]
+    assert "Omniglot 5-way 5-shot; Omniglot 5-way 5-shot, no convolutions; Omniglot 20-way" in missing
+    assert "Omniglot 5-way 1-shot;" not in missing
+
+
+def test_times_of_a_step_as_the_benchmarks_write_them(tmp_path):
+    """All digits, several peers, and what was not measured."""
+    names = [f"{name}{order}" for name in table.SPEED for order in ("", " first order")]
+    ours = [{"configuration": n, "ms_per_step": 61.2345, "floor_ms": 0.0381, "times_floor": 1.5512} for n in names]
+    peers = [
+        {"configuration": "omniglot_5way", "form": form, "ratio": ratio} for form, ratio in (("A", 3.0), ("B", 1.98765))
+    ]
+    peers.append({"configuration": "omniglot_5way", "form": "C", "why": "out of time"})
+    who = {"command": "python x.py", "date": "today", "machine": "here", "versions": "all", "source": "theirs"}
+    original = [{"configuration": "omniglot_5way", "ms_per_step": 3030}]
+    parts = {"ours": who | {"rows": ours}, "original": who | {"rows": original}, "peers": who | {"rows": peers}}
+    (tmp_path / "speed.json").write_text(json.dumps(parts))
+    lines = table.speed(tmp_path).splitlines()
+    assert "| Omniglot 5-way 1-shot | 61.2 | 0.04 | 1.55 | 61.2 | 3,030 | 1.99: B |" in lines
+    assert "| sinusoid 10-shot | 61.2 | 0.04 | 1.55 | 61.2 |  |  |" in lines
+    assert "Ours: `python x.py`, today, here, all." in lines
+
+
+def test_every_number_of_others_has_its_place_and_source():
+    rows = {(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES}
+    for entry in json.loads((ROOT / "results" / "published.json").read_text()):
+        place = entry["row"], entry["support_examples_a_class_K"], entry["inner_step_size_alpha"]
+        assert place in rows, "no table shows it"
+        assert entry["source"]
+
+
+def ended(program: Path, arguments: list[str], monkeypatch) -> int:
+    """The exit code of a program of experiments/ that is to end before it does any work."""
+    monkeypatch.setattr(sys, "argv", [str(program), *arguments])
+    for work in ("subprocess.Popen", "pathlib.Path.write_text", "pathlib.Path.mkdir"):
+        monkeypatch.setattr(work, unittest.mock.Mock(side_effect=AssertionError(f"{work} was called")))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(program), run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
+def test_help_does_nothing_else(program, monkeypatch, capsys):
+    assert ended(program, ["--help"], monkeypatch) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {program.name}")
+    assert ended(program, ["--no_such_flag"], monkeypatch) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "the following arguments are required"),
+        (
+            ["nowhere.sh", "--norm=None", "--"],
+            "nowhere.sh is no script of experiments/: call one of those, cifarfs_1shot.sh",
+        ),
+        (["experiments/row.py", "--"], "experiments/row.py is no script of experiments/"),
+        (["experiments/sinusoid_maml.sh", "--norm=None"], "no test, so there is nothing to record: begin one with --"),
+    ],
+)
+def test_a_row_without_a_script_or_a_test_is_refused(arguments, reason, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert ended(ROOT / "experiments" / "row.py", arguments, monkeypatch) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_script_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = os.path.relpath(SCRIPTS[0], tmp_path)
+    assert row.parse([script, "--help", "--", "--num_query=1"]) == (SCRIPTS[0], ["--help"], [["--num_query=1"]])
+
+
+def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
+    test = {"data_set": "sinusoid", "split": "test", "tasks": 600, "task_seed": 0, "inner_step_size_alpha": 0.001}
+    test |= {"support_examples_a_class_K": 10, "query_examples_a_class_Q": 10}
+    columns = [{"updates": j, "mean": 1 / (1 + j), "ci95": 0.01} for j in range(11)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([test | {"query_examples_a_class_Q": 1, "results": []}, test | {"results": columns}]))
+    monkeypatch.setattr(sys, "argv", ["compare_sinusoid.py", str(path)])
+    runpy.run_path(str(ROOT / "experiments" / "compare_sinusoid.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + 11
+    assert lines[3:5] == ["      0   1.000 +- 0.010      3.100", "      1   0.500 +- 0.010      0.431"]
+    assert lines[-1] == "     10   0.091 +- 0.010      0.142"
 
 
 def test_record_of_a_run(tmp_path, monkeypatch):

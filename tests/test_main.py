@@ -1056,7 +1056,7 @@ def test_validation_on_the_test_classes(miniimagenet_like, tmp_path):
 
 
 def test_the_test_classes_choose_no_best(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(main, "VALIDATION_INTERVAL", 1)
+    monkeypatch.setattr(train, "VALIDATION_INTERVAL", 1)
     printed = run(*small, "--test_set=True", "--metatrain_iterations=3", f"--logdir={tmp_path}")
     assert printed.count("Validation results: ") == 2
     assert "Best" not in printed

@@ -171,11 +171,3 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
-
-
-def test_pictures_of_the_readme_are_small():
-    shown = sorted((ROOT / "figures").glob("*.png"))
-    readme = (ROOT / "README.md").read_text()
-    assert shown
-    assert all(f"(figures/{path.name})" in readme for path in shown)
-    assert sum(path.stat().st_size for path in shown) < 150_000

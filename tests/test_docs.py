@@ -1,0 +1,161 @@
+"""README.md and docs/: links lead somewhere, files and flags exist, commands are accepted by their programs."""
+
+import argparse
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+import main
+
+ROOT = Path(main.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^    (.+)$|`([^`\n]+)`", re.M)  # a line of a block, or a span
+
+
+def code(page: Path) -> list[str]:
+    return [block or span for block, span in CODE.findall(page.read_text())]
+
+
+def commands() -> list[str]:
+    """Each `python ...` of the pages, with a word for every <placeholder>."""
+    found = (line for page in PAGES for line in code(page) if re.match(r"python3? ", line))
+    return sorted({re.sub(r"<[^>]+>", "placeholder", line) for line in found})
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        assert not path or (page.parent / path).exists(), target
+        if anchor:
+            assert anchor in anchors((page.parent / path).resolve() if path else page), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_in_code_exist(page):
+    for text in code(page):
+        for path in re.findall(r"(?<![\w/.<>*-])[\w./-]+\.(?:py|sh|md|txt)\b", text):
+            places = (ROOT, ROOT / "experiments", *ROOT.glob("data/*/"))
+            assert any((place / path).exists() for place in places), f"{path} in `{text}`"
+
+
+def test_flags_in_code_exist():
+    programs = "".join(path.read_text() for path in ROOT.glob("*/*.py")) + "".join(
+        path.read_text() for path in ROOT.glob("data/*/*.py")
+    )
+    for page in PAGES:
+        for text in code(page):
+            for flag in re.findall(r"(?<![\w-])--(\w+)", text):
+                assert flag in main.FLAGS or f'"--{flag}"' in programs, f"--{flag} in `{text}`"
+
+
+class Accepted(Exception):
+    """A program has read its command line."""
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_accepted(command, monkeypatch):
+    program, *arguments = shlex.split(command)[1:]
+    if program == "-m":
+        check_module(*arguments)
+    elif program == "main.py":
+        given = [argument for argument in arguments if argument != "--help"]
+        with flagsaver.flagsaver():
+            assert main.FLAGS(["main.py", *given]) == ["main.py"]
+    else:
+        check_program(ROOT / program, arguments, monkeypatch)
+
+
+def check_module(module: str, *arguments: str) -> None:
+    assert importlib.util.find_spec(module), module
+    if module == "pytest":
+        tests, _, word = " ".join(arguments).partition(" -k ")
+        (path,) = [ROOT / tests]
+        files = path.glob("test_*.py") if path.is_dir() else [path]
+        assert re.search(rf"^def test_\w*{word}", "".join(file.read_text() for file in files), re.M), tests
+
+
+def check_program(path: Path, arguments: list[str], monkeypatch) -> None:
+    """The program's own parser takes the arguments; it gets no further."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def accept(*given):
+        parse(*given)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", accept)
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    with pytest.raises((Accepted, SystemExit)) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    if ended.type is SystemExit:
+        assert arguments == ["--help"] and not ended.value.code
+
+
+def test_the_map_has_every_module():
+    section = (ROOT / "README.md").read_text().split("\n## Map of files\n")[1].split("\n## ")[0]
+    mapped = set(re.findall(r"`(\w+\.py)`", section))
+    assert mapped == {path.name for path in ROOT.glob("*.py")}
+    folders = set(re.findall(r"`([\w/]+)/`", section))
+    assert all((ROOT / folder).is_dir() for folder in folders)
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_prose_quotes_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    speed = json.loads((ROOT / "results" / "speed.json").read_text())
+    step, original = (
+        next(row["ms_per_step"] for row in speed[who]["rows"] if row["configuration"] == "omniglot_5way")
+        for who in ("ours", "original")
+    )
+    assert f"an Omniglot 5-way step takes {step:.0f} ms. The original's took {original:.0f} ms" in readme
+    ranges = speed["peers"]["one_task_after_the_other"]
+    (low, high), (least, most) = ranges["images"], ranges["sinusoid"]
+    prose = " ".join((ROOT / "docs" / "design.md").read_text().split())
+    assert f"{low} to {high} times our time on images, and {least} to {most} times on the sinusoid" in prose
+    test, five_shot = json.loads((ROOT / "results" / "omniglot_5way_1shot.json").read_text())["tests"][:2]
+    (column,) = [column for column in test["results"] if column["the_papers_number"]]
+    assert f"ours {100 * column['mean']:.1f} +- {100 * column['ci95']:.1f} %" in readme
+    assert f"{100 * column['mean']:.2f} +- {100 * column['ci95']:.2f} %" in readme
+    (column,) = [column for column in five_shot["results"] if column["the_papers_number"]]
+    assert f"Omniglot 5-shot test gives {100 * column['mean']:.1f} %" in readme
+
+
+def test_extending_shows_a_row_and_its_script_as_they_are():
+    diff = (ROOT / "docs" / "extending.md").read_text().split("```diff\n")[1].split("```")[0]
+    row, script = (re.findall(r"^\+(?!\+)(.*)$", part, re.M) for part in diff.split("--- /dev/null\n"))
+    assert row[0] in (ROOT / "data_generator.py").read_text().splitlines()
+    assert script == (ROOT / "data" / "fc100" / "prepare.py").read_text().splitlines()
+
+
+def test_pictures_are_shown_and_small():
+    drawn = {path.resolve() for path in (ROOT / "figures").glob("*.png")}
+    shown = {
+        (page.parent / path).resolve() for page in PAGES for path in re.findall(r"\((\S+\.png)\)", page.read_text())
+    }
+    assert shown == drawn
+    assert sum(path.stat().st_size for path in drawn) < 150_000
