@@ -24,7 +24,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util.event_pb2 import Event
 from tensorflow.python.lib.io.tf_record import tf_record_random_reader
 
-from utils import Curve, Tasks, writing
+from utils import Curve, Tasks, printable, say, writing
 
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
@@ -76,6 +76,7 @@ class Events:
 
     def flags(self, iteration: int, flags: Mapping) -> None:
         """Writes the run's flags, as text and as the hyperparameters of TensorBoard's table of runs."""
+        flags = {name: printable(value) if isinstance(value, str) else value for name, value in flags.items()}
         rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
@@ -172,7 +173,7 @@ def read_all(folder: Path) -> list[tuple[Event, bytes]]:
     for path in _in_order(folder):
         one = read(path)
         if one.fault:
-            print(f"WARNING: {path} is damaged ({one.fault}): what can be read of it is used.", file=sys.stderr)
+            say(f"WARNING: {path} is damaged ({one.fault}): what can be read of it is used.", sys.stderr)
         found += one.events
     return found
 
@@ -208,7 +209,7 @@ def _drop_from(folder, start, validated):
                 kept.append(record)
         if one.fault:
             aside = _free(folder / path.name.replace("events.out.tfevents", "damaged-events"))
-            print(f"WARNING: {path} is damaged ({one.fault}): it is now {aside.name}.", file=sys.stderr)
+            say(f"WARNING: {path} is damaged ({one.fault}): it is now {aside.name}.", sys.stderr)
         if one.fault or one.cut or len(kept) < len(one.events):
             with tf.io.TFRecordWriter(str(beside)) as writer:
                 for record in kept:

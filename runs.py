@@ -12,7 +12,6 @@ Any of these may come from a stranger. Only JSON, checkpoints and events are rea
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import math
@@ -28,17 +27,24 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from utils import InputError, move_in, statistics, write_whole, writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from utils import (
+    InputError,
+    lock,
+    move_in,
+    printable,
+    read_regular,
+    remove_leftovers,
+    say,
+    statistics,
+    write_whole,
+    writing,
+)
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations")
 VALIDATION = "validation/.ATTRIBUTES/VARIABLE_VALUE"  # what a checkpoint calls its Validation
 MOST_JSON = 10_000_000  # bytes; ours have some thousands
+WRITTEN = ("flags.json", "results.json", "*_ubs*_stepsize*.csv", "*_ubs*_stepsize*.pkl")  # by write_whole
 
 
 class Model(Protocol):
@@ -79,6 +85,11 @@ class Run:
                 f"{folder} has a [ or a backslash, which TensorFlow takes for a pattern when it reads checkpoints: "
                 "give another --logdir"
             )
+        if os.fsencode(folder) != str(folder).encode("utf-8", "replace") or "\0" in str(folder):
+            raise InputError(
+                f"{folder} has letters that are not UTF-8 on this system, and TensorFlow reads no others: "
+                "give another --logdir"
+            )
         self.folder = folder
         self.validation = Validation()
 
@@ -88,15 +99,19 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Makes the folder if need be, and lets no other process train in it. The lock of a killed process is free."""
         check_writable(self.folder, "--logdir")
-        with open(self.folder / ".lock", "ab") as file:
+        path = self.folder / ".lock"
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is not a regular file: delete it")
+        with open(path, "ab") as file:
             try:
-                _lock(file, wait=False)
+                lock(file)
             except BlockingIOError:
                 raise InputError(
                     f"{self.folder} is in use, another process trains in it: stop that one, or give another --logdir"
                 ) from None
             except OSError as error:  # some network disks have no locks
-                print(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains in it.")
+                say(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains in it.")
+            shutil.rmtree(self.folder / ".saving", ignore_errors=True)  # of a process that was killed while it saved
             yield
 
     def check(self, flags: Mapping, defaults: Mapping, resume: bool) -> None:
@@ -114,7 +129,7 @@ class Run:
         """Records in the folder that its run is the one with these flags."""
         path, text = self.folder / "flags.json", json.dumps(dict(flags), indent=1).encode()
         with writing(self.folder):
-            if not path.exists() or path.read_bytes() != text:
+            if not (path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text):
                 write_whole(path, lambda file: file.write(text))
 
     def check_flags(self, flags: Mapping, defaults: Mapping, training: bool = True) -> None:
@@ -139,7 +154,8 @@ class Run:
         if training and there != here and not (isinstance(there, int) and self.iterations()[-1] < min(there, here)):
             differing.append("pretrain_iterations")
         if differing:
-            listed = ", ".join(f"--{name}={_shown(recorded.get(name))} there, {flags[name]} here" for name in differing)
+            pairs = [(name, printable(recorded.get(name))[:60], flags[name]) for name in differing]
+            listed = ", ".join(f"--{name}={there} there, {here} here" for name, there, here in pairs)
             raise InputError(
                 f"{self.folder} belongs to another run ({listed}): give the same flags, or another --logdir"
             )
@@ -229,7 +245,7 @@ class Run:
                 self.restore(model, prefix)
                 return prefix
             except DamagedError as error:
-                print(f"WARNING: {error}. The one before it is taken.", file=sys.stderr)
+                say(f"WARNING: {error}. The one before it is taken.", sys.stderr)
         raise InputError(f"none of the checkpoints in {self.folder} can be read: delete them to begin anew")
 
     @staticmethod
@@ -310,25 +326,25 @@ def _folder_lock(folder):
         with contextlib.suppress(OSError):
             held = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, held)
-            _lock(held, wait=True)
+            lock(held, wait=True)
         yield
 
 
-def _lock(file, wait):
-    """Locks an open file for this process. Raises BlockingIOError where another has it, OSError without locks."""
-    if fcntl is None:
-        raise OSError(errno.ENOSYS, "this system has no file locks")
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
 def check_writable(folder: Path, flag: str) -> None:
-    """Makes the folder and a file in it. Raises InputError naming the flag to change where that fails."""
+    """Makes the folder and a file in it, and removes what killed processes left there.
+
+    Raises InputError naming the flag to change where that fails.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ".writable", lambda file: None)
         (folder / ".writable").unlink(missing_ok=True)  # another process may try the same
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): give another {flag}") from None
+        for name in WRITTEN:
+            remove_leftovers(folder, name)
+    except (OSError, ValueError) as error:  # a name may have a zero byte
+        raise InputError(
+            f"cannot write to {folder} ({getattr(error, 'strerror', error)}): give another {flag}"
+        ) from None
 
 
 def _read_into(prefix, reader, model):
@@ -369,9 +385,7 @@ def _check_shapes(prefix, expected, stored):
 def read_json(path: Path, kind: type, way_out: str) -> list | dict:
     """A list of dicts, or a dict, in a file that anybody may have written. Raises InputError, or FileNotFoundError."""
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"larger than {MOST_JSON:,} bytes")
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path, MOST_JSON))
         if not (isinstance(found, kind) and all(isinstance(one, dict) for one in found if kind is list)):
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
@@ -379,8 +393,3 @@ def read_json(path: Path, kind: type, way_out: str) -> list | dict:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {way_out}") from None
     return found
-
-
-def _shown(value):
-    """A recorded value, short and on one line whatever it is."""
-    return repr(str(value))[1:-1][:60]

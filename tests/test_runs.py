@@ -19,6 +19,7 @@ import tensorflow as tf
 import networks
 import recipe
 import runs
+import utils
 from maml import MAML
 from utils import InputError, accuracy, mse
 
@@ -550,7 +551,7 @@ def test_a_disk_without_locks(run, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    monkeypatch.setattr(utils.fcntl, "flock", flock)
     claim(run, FLAGS)
     assert "cannot be locked (Function not implemented): see that no other process trains" in capsys.readouterr().out
 
