@@ -42,7 +42,8 @@ from utils import (
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations")
-VALIDATION = "validation/.ATTRIBUTES/VARIABLE_VALUE"  # what a checkpoint calls its Validation
+SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"  # of the name of each variable in a checkpoint
+VALIDATION = f"validation{SUFFIX}"  # what a checkpoint calls its Validation
 MOST_JSON = 10_000_000  # bytes; ours have some thousands
 WRITTEN = ("flags.json", "results.json", "*_ubs*_stepsize*.csv", "*_ubs*_stepsize*.pkl")  # by write_whole
 
@@ -252,6 +253,9 @@ class Run:
     def _reading(prefix, read, *arguments):
         """read(prefix, reader, *arguments), where the reader checks all that it reads against checksums."""
         try:
+            for path in Path(prefix).parent.glob(f"{Path(prefix).name}.*"):
+                if not path.is_file():
+                    raise ValueError(f"{path.name} is not a regular file")
             return read(prefix, tf.train.load_checkpoint(prefix), *arguments)
         except InputError:
             raise
@@ -348,25 +352,72 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 def _read_into(prefix, reader, model):
-    """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation."""
+    """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation.
+
+    Nothing is read before its shape is known to be right, and nothing of the model changes before all is read.
+    """
     stored = reader.get_variable_to_shape_map()
-    if "_CHECKPOINTABLE_OBJECT_GRAPH" in stored:
-        suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
-        names = {name: f"weights/{name}{suffix}" for name in model.weights}
-        stored = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{suffix}", key)}
-        _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, stored)
-        tf.train.Checkpoint(**model.state).read(prefix).expect_partial().assert_existing_objects_matched()
+    ours = "_CHECKPOINTABLE_OBJECT_GRAPH" in stored
+    if ours:
+        names = {name: f"weights/{name}{SUFFIX}" for name in model.weights}
+        weights = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{SUFFIX}", key)}
     else:
-        names = model.tf1_names
-        _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, stored)
-        for name, weight in model.weights.items():
-            weight.assign(reader.get_tensor(names[name]))
-    return _validation(prefix, reader)
+        names, weights = model.tf1_names, stored
+    _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, weights)
+    variables = _by_key(model) if ours else {names[name]: weight for name, weight in model.weights.items()}
+    for key, variable in variables.items():
+        if list(variable.shape) != stored.get(key):
+            raise ValueError(f"{key} has the shape {stored.get(key)}, not {list(variable.shape)}")
+    values = {key: reader.get_tensor(key) for key in variables}
+    validation = _validation(prefix, reader)
+    if ours:
+        _check_counts(prefix, values, validation)
+    for key, variable in variables.items():
+        variable.assign(values[key])
+    return validation
+
+
+def _by_key(model):
+    """The variables of a model's state, by the names that tf.train.Checkpoint gives them in a file."""
+    found = {}
+
+    def add(path, part):
+        if isinstance(part, tf.Variable):
+            if not any(part is variable for variable in found.values()):  # the optimizers hold the weights too
+                found[path + SUFFIX] = part
+        elif isinstance(part, Mapping | tf.Module):
+            children = part if isinstance(part, Mapping) else vars(part)
+            for name, child in children.items():
+                if not name.startswith("_"):
+                    add(f"{path}/{name}", child)
+
+    for name, part in model.state.items():
+        add(name, part)
+    return found
+
+
+def _check_counts(prefix, values, validation):
+    """Raises ValueError where the step is not that of the checkpoint's name, or a count is none."""
+    iteration, step = _iteration(prefix), values[f"step{SUFFIX}"]
+    if step != iteration + 1:
+        raise ValueError(f"it is the state after {step} steps, and its name says {iteration + 1}")
+    for key, value in values.items():
+        if value.dtype.kind == "i" and value < 0:
+            raise ValueError(f"{key} is {value}, and counts steps")
+    last, best, accuracy, tasks = validation
+    if not (-1 <= best <= last <= iteration and accuracy <= 1 and tasks >= 0):
+        raise ValueError(f"its validation is {tuple(validation)}, after iteration {iteration}")
+
+
+def _iteration(prefix):
+    return int(re.search(r"[0-9]+$", prefix)[0])
 
 
 def _validation(prefix, reader):
     if not reader.has_tensor(VALIDATION):  # the original's, or an early one of ours
-        return Validation(last=int(re.search(r"\d+$", prefix)[0]))
+        return Validation(last=_iteration(prefix))
+    if reader.get_variable_to_shape_map()[VALIDATION] != [4]:
+        raise ValueError(f"{VALIDATION} is not four numbers")
     last, best, accuracy, tasks = reader.get_tensor(VALIDATION).tolist()
     return Validation(int(last), int(best), accuracy, int(tasks))
 

@@ -24,6 +24,7 @@ import runs
 import utils
 from data_generator import DATASETS
 from tests.test_events import read_events, write_events
+from tests.test_runs import line_model_at
 from utils import InputError
 
 ROOT = Path(main.__file__).parent
@@ -337,3 +338,90 @@ def test_every_start_looks_for_leftovers(tmp_path):
     with run.locked():
         pass
     assert not any(path.exists() for path in left)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path) -> runs.Run:
+    """With the checkpoints model99 and model499, right in all."""
+    run = runs.Run(tmp_path / "run")
+    run.folder.mkdir()
+    for step in (100, 500):
+        run.validation = runs.Validation(step - 1, 99, 0.5, 20)
+        run.save(line_model_at(step))
+    return run
+
+
+def crafted(run: runs.Run, iteration: int, validation: tuple = (-1, -1, -np.inf, 0), **parts: tf.Variable) -> None:
+    """Writes model<iteration> with right checksums and whatever is in it."""
+    state = line_model_at(iteration + 1).state | parts
+    validation = tf.Variable(validation, dtype=tf.float64)
+    tf.train.Checkpoint(**state, validation=validation).write(run.prefix(iteration))
+
+
+def renamed(run: runs.Run, iteration: int) -> None:
+    for ending in (".index", ".data-00000-of-00001"):
+        os.rename(run.prefix(499) + ending, run.prefix(iteration) + ending)
+
+
+def counted(updates: int) -> tf.Module:
+    adam = line_model_at(600).meta_optimizer
+    adam.updates.assign(updates)
+    return adam
+
+
+def claiming(run: runs.Run, name: str) -> None:
+    """Writes model599 as model499 is, where one array says that it is one part of 8 TB."""
+    reader = tf.train.load_checkpoint(run.prefix(499))
+    names = list(reader.get_variable_to_shape_map())
+    slices = ["1099511627776 0,4" if one.startswith(name) else "" for one in names]
+    arrays = [tf.zeros(4, tf.float64) if one.startswith(name) else tf.constant(reader.get_tensor(one)) for one in names]
+    tf.raw_ops.SaveV2(prefix=run.prefix(599), tensor_names=names, shape_and_slices=slices, tensors=arrays)
+
+
+CHECKPOINTS = {
+    "negative": lambda run: crafted(run, 599, step=tf.Variable(-5, dtype=tf.int64)),
+    "most negative": lambda run: crafted(run, 599, step=tf.Variable(-(2**63), dtype=tf.int64)),
+    "enormous": lambda run: crafted(run, 599, step=tf.Variable(2**63 - 1, dtype=tf.int64)),
+    "many steps": lambda run: crafted(run, 599, step=tf.Variable([600, 600], dtype=tf.int64)),
+    "of a later name": lambda run: renamed(run, 599),
+    "no updates": lambda run: crafted(run, 599, meta_optimizer=counted(-7)),
+    "validated later": lambda run: crafted(run, 599, (9000, 9000, 0.5, 20)),
+    "validated never": lambda run: crafted(run, 599, (-7, -9, 0.5, 20)),
+    "no accuracy": lambda run: crafted(run, 599, (500, 500, 17.0, 20)),
+    "no number": lambda run: crafted(run, 599, (500, np.nan, 0.5, 20)),
+    "many validations": lambda run: crafted(run, 599, (500, 500, 0.5, 20, 1, 2)),
+    "huge validation": lambda run: claiming(run, "validation"),
+    "huge moments": lambda run: claiming(run, "meta_optimizer/m/w1"),
+    "huge step": lambda run: claiming(run, "step"),
+    "a pipe": lambda run: crafted(run, 599) or DAMAGES["a pipe"][0](Path(run.prefix(599) + ".index")),
+    "a device": lambda run: (
+        crafted(run, 599) or DAMAGES["an endless device"][0](Path(run.prefix(599) + ".data-00000-of-00001"))
+    ),
+}
+
+
+@pytest.mark.parametrize("craft", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_a_crafted_checkpoint(run, capfd, craft):
+    """With right checksums. The one before is taken, in one line and none of TensorFlow's; the model is left alone."""
+    craft(run)
+    maml = line_model_at(7)
+    with pytest.raises(InputError, match=r"checkpoint .*model599 is damaged \(.*\): delete it, or test another"):
+        run.restore(maml, run.prefix(599))
+    assert maml.step == 7
+    expected = run.prefix(99 if craft is CHECKPOINTS["of a later name"] else 499)
+    assert run.restore_newest(maml) == expected
+    assert maml.step == run.validation.last + 1 == int(expected.rpartition("model")[2]) + 1
+    del maml
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("WARNING: checkpoint ")
+
+
+def test_a_damaged_checkpoint_is_one_line(run, capfd):
+    """TensorFlow wrote four more about values that were not restored."""
+    flip(Path(run.prefix(499) + ".data-00000-of-00001"), 20)
+    with pytest.raises(InputError, match="is damaged"):
+        run.restore(line_model_at(0), run.checkpoint(499))
+    assert capfd.readouterr().err == ""
