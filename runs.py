@@ -354,9 +354,11 @@ def check_writable(folder: Path, flag: str) -> None:
 def _read_into(prefix, reader, model):
     """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation.
 
-    Nothing is read before its shape is known to be right, and nothing of the model changes before all is read.
+    Nothing is read before its shape and dtype are known to be right, and nothing of the model changes before all is
+    read. Text is never read, since one that says it is enormous ends the process. So tf.train.Checkpoint.read is not
+    used: it reads a description of Python's objects, which is text.
     """
-    stored = reader.get_variable_to_shape_map()
+    stored, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     ours = "_CHECKPOINTABLE_OBJECT_GRAPH" in stored
     if ours:
         names = {name: f"weights/{name}{SUFFIX}" for name in model.weights}
@@ -366,8 +368,9 @@ def _read_into(prefix, reader, model):
     _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, weights)
     variables = _by_key(model) if ours else {names[name]: weight for name, weight in model.weights.items()}
     for key, variable in variables.items():
-        if list(variable.shape) != stored.get(key):
-            raise ValueError(f"{key} has the shape {stored.get(key)}, not {list(variable.shape)}")
+        expected, found = (list(variable.shape), variable.dtype), (stored.get(key), dtypes.get(key))
+        if found != expected:
+            raise ValueError(f"{key} has the shape and dtype {found}, not {expected}")
     values = {key: reader.get_tensor(key) for key in variables}
     validation = _validation(prefix, reader)
     if ours:
@@ -416,7 +419,8 @@ def _iteration(prefix):
 def _validation(prefix, reader):
     if not reader.has_tensor(VALIDATION):  # the original's, or an early one of ours
         return Validation(last=_iteration(prefix))
-    if reader.get_variable_to_shape_map()[VALIDATION] != [4]:
+    shape, dtype = reader.get_variable_to_shape_map()[VALIDATION], reader.get_variable_to_dtype_map()[VALIDATION]
+    if shape != [4] or dtype != tf.float64:
         raise ValueError(f"{VALIDATION} is not four numbers")
     last, best, accuracy, tasks = reader.get_tensor(VALIDATION).tolist()
     return Validation(int(last), int(best), accuracy, int(tasks))

@@ -396,6 +396,7 @@ CHECKPOINTS = {
     "huge validation": lambda run: claiming(run, "validation"),
     "huge moments": lambda run: claiming(run, "meta_optimizer/m/w1"),
     "huge step": lambda run: claiming(run, "step"),
+    "text": lambda run: crafted(run, 599, step=tf.Variable(b"600")),
     "a pipe": lambda run: crafted(run, 599) or DAMAGES["a pipe"][0](Path(run.prefix(599) + ".index")),
     "a device": lambda run: (
         crafted(run, 599) or DAMAGES["an endless device"][0](Path(run.prefix(599) + ".data-00000-of-00001"))
@@ -417,6 +418,20 @@ def test_a_crafted_checkpoint(run, capfd, craft):
     del maml
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("WARNING: checkpoint ")
+
+
+def test_text_that_says_it_is_enormous(run):
+    """TensorFlow ends the process where it reads it: the description of Python's objects, behind all numbers."""
+    path = Path(run.prefix(499) + ".data-00000-of-00001")
+    graph = tf.train.load_checkpoint(run.prefix(499)).get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
+    before, _ = path.read_bytes().split(graph)
+    length = b"\x80\x80\x80\x80\x80\x40"  # 2**41, as protocol buffers write it
+    said = length + struct.pack("<I", masked_crc32c(struct.pack("<Q", 2**41)))
+    begin = before[:-6]  # behind it two bytes of the length, and its checksum
+    path.write_bytes((begin + said).ljust(path.stat().st_size, b"x"))
+    maml = line_model_at(0)
+    run.restore(maml, run.prefix(499))
+    assert maml.step == 500
 
 
 def test_a_damaged_checkpoint_is_one_line(run, capfd):
