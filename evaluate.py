@@ -13,7 +13,7 @@ from data_generator import ImageTasks, SinusoidTasks
 from maml import MAML
 from recipe import Recipe
 from runs import Run, write_results
-from utils import Curve, statistics
+from utils import Curve, say, statistics
 
 TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
 CHUNK = 2  # tasks for each core, or groups, that are in memory at once; a stop waits for so many
@@ -148,7 +148,7 @@ def test(
         if dataset.images:
             shown = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
         print(f"The paper's column, update{update}: {metric} {shown} over {protocol.tasks} {protocol.split} tasks.")
-    print(f"Written: {results / name}.csv, .pkl and results.json.")
+    say(f"Written: {results / name}.csv, .pkl and results.json.")
 
 
 def _print_table(values, metric, protocol):

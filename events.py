@@ -4,24 +4,34 @@ Tags are the original's (metatrain_ and metaval_, its maml.py), and ours: mean l
 meta-gradient, milliseconds per step, the run's flags, and pictures of a validation task.
 """
 
+import contextlib
 import math
 import os
+import re
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams import api as hparams
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
-from tensorflow.core.util import event_pb2
+from tensorflow.core.util.event_pb2 import Event
+from tensorflow.python.lib.io.tf_record import tf_record_random_reader
 
-from utils import Curve, Tasks, writing
+from utils import Curve, Tasks, printable, say, writing
 
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
 RIGHT, WRONG, WHITE = (40, 170, 60), (220, 50, 40), (255, 255, 255)  # frames, red green blue
 MOST_SIDE = 84  # pixels to which small images are enlarged
+MOST_RECORD = 2**31  # bytes; no protocol buffer is longer
+FILES = "events.out.tfevents.*"  # how TensorFlow calls files of events; seconds, host, process and a number follow
 
 
 class Events:
@@ -41,6 +51,7 @@ class Events:
         if log:
             with writing(folder):
                 _drop_from(folder, start, math.inf if validated is None else validated)
+                _put_before(folder, int(time.time()))
                 self.writer = tf.summary.create_file_writer(str(folder))
 
     def __enter__(self) -> "Events":
@@ -65,6 +76,7 @@ class Events:
 
     def flags(self, iteration: int, flags: Mapping) -> None:
         """Writes the run's flags, as text and as the hyperparameters of TensorBoard's table of runs."""
+        flags = {name: printable(value) if isinstance(value, str) else value for name, value in flags.items()}
         rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
@@ -115,23 +127,116 @@ def _framed(image, colour):
     return framed
 
 
+class Read(NamedTuple):
+    """What is read of a file of events."""
+
+    events: list[tuple[Event, bytes]]  # each with its record in the file
+    fault: str | None  # what is wrong with the file; None: nothing
+    cut: bool  # its last record is not whole, since a process was killed while it wrote that
+
+
+def read(path: Path) -> Read:
+    """Reads a file of events, which may come from anybody.
+
+    A record is 8 bytes of length, their checksum (4), an event, and its checksum (4). One that is damaged is left out.
+    Source: TensorFlow's record_reader.cc. It takes any length as it stands, and an enormous one ends the process.
+    """
+    if not path.is_file():
+        return Read([], "not a regular file", cut=False)
+    found, fault, at, size = [], None, 0, path.stat().st_size
+    reader = tf_record_random_reader(str(path))
+    with open(path, "rb") as file:
+        while at < size:
+            file.seek(at)
+            header = file.read(12)
+            if len(header) < 12:
+                return Read(found, fault, cut=True)
+            length = int.from_bytes(header[:8], "little")
+            if masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little") or length >= MOST_RECORD:
+                fault = f"no record can be read from byte {at:,} on"
+                break
+            end = at + 16 + length
+            if end > size:
+                return Read(found, fault, cut=True)
+            try:
+                record, _ = reader.read(at)
+                found.append((Event.FromString(record), record))
+            except (tf.errors.DataLossError, DecodeError):
+                fault = fault or f"the record at byte {at:,} cannot be read"
+            at = end
+    return Read(found, fault, cut=False)
+
+
+def read_all(folder: Path) -> list[tuple[Event, bytes]]:
+    """Reads all events of a run folder, file by file, with a warning for each file that is damaged."""
+    found = []
+    for path in _in_order(folder):
+        one = read(path)
+        if one.fault:
+            say(f"WARNING: {path} is damaged ({one.fault}): what can be read of it is used.", sys.stderr)
+        found += one.events
+    return found
+
+
+def number(value: Summary.Value) -> float | None:
+    """Gives the number that a value of an event is; None where it is none. The original's are simple values."""
+    if value.HasField("simple_value"):
+        return value.simple_value
+    tensor = value.tensor
+    if tensor.dtype not in (tf.float32, tf.float64) or tensor.tensor_shape.dim or tensor.tensor_shape.unknown_rank:
+        return None
+    with contextlib.suppress(ValueError, TypeError):  # it holds more than one number, or a part of one
+        return tf.make_ndarray(tensor).item()
+    return None
+
+
+def _in_order(folder):
+    """Its files of events in the order of their names, numbers as numbers, so in that of their times."""
+    return sorted(folder.glob(FILES), key=lambda path: [int(number) for number in re.findall(r"[0-9]+", path.name)])
+
+
 def _drop_from(folder, start, validated):
-    """Rewrites the files that have events from iteration `start` on, or of validations after `validated`."""
-    for path in folder.glob("events.out.tfevents.*"):
-        kept, dropped = [], False
-        try:
-            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                event = event_pb2.Event.FromString(record)
-                validation = any(value.tag.startswith(VALIDATION_TAGS) for value in event.summary.value)
-                if event.file_version or (event.step < start and not (validation and event.step > validated)):
-                    kept.append(record)
-                else:
-                    dropped = True
-        except tf.errors.DataLossError:
-            dropped = True  # a kill cut the last record
-        if dropped:
-            beside = str(path.with_name(".events"))
-            with tf.io.TFRecordWriter(beside) as writer:
+    """Rewrites the files that have events from iteration `start` on, or of validations after `validated`.
+
+    A damaged one is set aside under a name that TensorBoard passes over, and what can be read of it stays.
+    """
+    beside = folder / ".events"
+    for path in _in_order(folder):
+        one, kept = read(path), []
+        for event, record in one.events:
+            validation = any(value.tag.startswith(VALIDATION_TAGS) for value in event.summary.value)
+            if event.file_version or (event.step < start and not (validation and event.step > validated)):
+                kept.append(record)
+        if one.fault:
+            aside = _free(folder / path.name.replace("events.out.tfevents", "damaged-events"))
+            say(f"WARNING: {path} is damaged ({one.fault}): it is now {aside.name}.", sys.stderr)
+        if one.fault or one.cut or len(kept) < len(one.events):
+            with tf.io.TFRecordWriter(str(beside)) as writer:
                 for record in kept:
                     writer.write(record)
+            if one.fault:
+                os.rename(path, aside)
             os.replace(beside, path)
+    beside.unlink(missing_ok=True)  # of a process that was killed here
+
+
+def _free(path):
+    """This path, or one with a number behind it, where nothing is yet."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
+def _put_before(folder, now):
+    """Renames the files of times to come, which a clock that was set back leaves, so that the next is the last.
+
+    TensorBoard takes the files in the order of their names.
+    """
+    found = [(path, re.match(r"events\.out\.tfevents\.([0-9]+)", path.name)) for path in _in_order(folder)]
+    if any(name and int(name[1]) > now for _, name in found):
+        for path, name in reversed(found):
+            if name and int(name[1]) >= now:
+                os.rename(path, _free(folder / f"events.out.tfevents.{now - 1:010}{path.name[name.end() :]}"))
+            now = min(now - 1, int(name[1])) if name else now

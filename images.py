@@ -1,11 +1,15 @@
 """Images on disk: the folders of classes, their splits, and a cache of the decoded pixels beside them."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
-from collections import Counter
+import threading
+import warnings
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +20,16 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import InputError, write_whole
+from utils import InputError, read_regular, remove_leftovers, say, write_whole
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # a split's place is part of the key of its random stream
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 DECODED_AT_ONCE = 1000  # images that the decoding threads may be ahead of the file that is written
+BYTES_AT_ONCE = 2**28  # the same in bytes
+MOST_INDEX = 10**8  # bytes of a cache's index, which names the broken images
+MOST_SIDE = 10**6  # pixels: to resize one side takes 48 bytes for each of its pixels, so 48 MB here
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million, Pillow's own limit for one image; here for all threads together
 
 
 class Images(NamedTuple):
@@ -113,21 +121,19 @@ def _cut(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:
 
 def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[str, list[str]]:
     """Which class belongs to which split; another set of classes than the published one is said aloud."""
-    published = json.loads(split_list.read_text())
+    published = json.loads(split_list.read_bytes())
     published = {split: published[split] for split in SPLITS}
     known = set().union(*published.values())
     if set(names) == known:
         return published
     if set(names) <= known:
-        print(
-            f"{folder} has {len(names):,} of the {len(known):,} published classes: each stays in its published split."
-        )
+        say(f"{folder} has {len(names):,} of the {len(known):,} published classes: each stays in its published split.")
         return published
     # The published list is itself cut by this rule.
     train, val = (round(len(names) * len(published[split]) / len(known)) for split in ("train", "val"))
     sizes = (train, val, len(names) - train - val)
     shown = "/".join(map(str, sizes))
-    print(f"{folder} has {len(names):,} classes, not the {len(known):,} published: split {shown} by a seed-1 shuffle.")
+    say(f"{folder} has {len(names):,} classes, not the {len(known):,} published: split {shown} by a seed-1 shuffle.")
     return _cut(names, sizes)
 
 
@@ -145,8 +151,7 @@ def _load_classes(images: Images, folder: Path, split: str) -> Classes:
     pixels, broken = _cached(images, folder, root, paths, "all" if split == "." else split)
     if broken:
         shown = ", ".join(broken[:10]) + (f" and {len(broken) - 10:,} more" if len(broken) > 10 else "")
-        shown = shown.encode(errors="replace").decode()  # a name may be no text
-        print(f"Left out of {root}, {len(broken):,} of {len(paths):,} images, which cannot be read: {shown}")
+        say(f"Left out of {root}, {len(broken):,} of {len(paths):,} images, which cannot be read: {shown}")
     left_out = Counter(path.rpartition("/")[0] for path in broken)
     counts = np.array([len(files[name]) - left_out[name] for name in names])
     return Classes(names, np.cumsum(counts) - counts, counts, pixels)
@@ -208,11 +213,15 @@ def _cached(images: Images, folder: Path, root: str, paths: list[str], name: str
     shape = (len(paths), *images.size, images.channels)
     index = {"format": CACHE_FORMAT, "shape": list(shape), "files": _digest(root, paths)}
 
+    for kept in ("*.npy", "*.json"):
+        remove_leftovers(cache, kept)
     try:
-        kept = json.loads(index_file.read_text())
-        broken = kept.pop("broken")
-        if kept == index and (images.skip_broken or not broken):
-            return _mapped(array_file, shape), broken
+        kept = json.loads(read_regular(index_file, MOST_INDEX))
+        broken, checksum = kept.pop("broken"), kept.pop("checksum")
+        if kept == index and set(broken) <= set(paths) and (images.skip_broken or not broken):
+            pixels = _mapped(array_file, shape)
+            if zlib.crc32(pixels[: len(paths) - len(broken)]) == checksum:  # 0.24 s a GB on one core
+                return pixels, broken
     except Exception:  # no cache yet, or a damaged one, which raises nearly every kind there is: it is made anew
         pass
 
@@ -221,7 +230,7 @@ def _cached(images: Images, folder: Path, root: str, paths: list[str], name: str
         broken = []
 
         def decode(file):
-            _write_array(file, images, root, paths, shape, broken)
+            index["checksum"] = _write_array(file, images, root, paths, shape, broken)
             index_file.unlink(missing_ok=True)  # never an index beside an array that it does not describe
 
         write_whole(array_file, decode)
@@ -236,18 +245,25 @@ def _cached(images: Images, folder: Path, root: str, paths: list[str], name: str
 
 
 def _digest(root, paths):
-    """Of the names, sizes and times of all files."""
+    """Of the names, sizes and times of all files.
+
+    The time of change is among them, which no program can set: it tells a file that was replaced by one of the same
+    size and time of modification. A copy of the folder has other ones, and is decoded anew.
+    """
     digest = hashlib.sha256()
     for path in paths:
         try:
             status = os.stat(f"{root}/{path}")
-            digest.update(b"%s %d %d\n" % (os.fsencode(path), status.st_size, status.st_mtime_ns))
+            times = status.st_mtime_ns, status.st_ctime_ns
+            digest.update(b"%s %d %d %d\n" % (os.fsencode(path), status.st_size, *times))
         except OSError:  # told where it is decoded
             digest.update(b"%s\n" % os.fsencode(path))
     return digest.hexdigest()
 
 
 def _mapped(file, shape):
+    if not file.is_file():
+        raise ValueError(f"{file} is not a regular file")
     pixels = np.load(file, mmap_mode="r", allow_pickle=False)
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise ValueError(f"{file} is another array")
@@ -257,15 +273,23 @@ def _mapped(file, shape):
 @functools.cache
 def _tell_once(reason):
     """One line, though each split has an array of its own."""
-    print(f"{reason}: the images are decoded anew at every start.")
+    say(f"{reason}: the images are decoded anew at every start.")
 
 
 def _write_array(file, images, root, paths, shape, broken):
-    """An .npy file, an image at a time: a data set may be larger than the memory."""
+    """An .npy file, an image at a time: a data set may be larger than the memory. Returns the images' checksum."""
+    checksum = 0
+
+    def put(image):
+        nonlocal checksum
+        checksum = zlib.crc32(image, checksum)
+        file.write(image)
+
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     end = file.tell() + math.prod(shape)
-    broken += _decode(images, root, paths, file.write)
+    broken += _decode(images, root, paths, put)
     file.truncate(end)
+    return checksum
 
 
 class _Unreadable(InputError):
@@ -276,6 +300,7 @@ def _decode(images: Images, root: str, paths: list[str], put: Callable[[np.ndarr
     """Puts all images in order. Returns the paths of those that cannot be read, if --skip_broken, else raises."""
 
     def decode(path):
+        at.path = path
         try:
             return read_image(f"{root}/{path}", images)
         except _Unreadable:
@@ -283,13 +308,15 @@ def _decode(images: Images, root: str, paths: list[str], put: Callable[[np.ndarr
                 return None
             raise
 
-    broken = []
+    broken, at = [], threading.local()
+    ahead = max(1, min(DECODED_AT_ONCE, BYTES_AT_ONCE // (math.prod(images.size) * images.channels)))
     with (
+        _warnings_in_a_line(root, at),
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(desc="Decoding images", total=len(paths), disable=None, unit=" images") as bar,
     ):
-        for first in range(0, len(paths), DECODED_AT_ONCE):
-            some = paths[first : first + DECODED_AT_ONCE]
+        for first in range(0, len(paths), ahead):
+            some = paths[first : first + ahead]
             for path, image in zip(some, pool.map(decode, some), strict=True):
                 bar.update()
                 if image is None:
@@ -299,31 +326,78 @@ def _decode(images: Images, root: str, paths: list[str], put: Callable[[np.ndarr
     return broken
 
 
+@contextlib.contextmanager
+def _warnings_in_a_line(root: str, at: threading.local) -> Iterator[None]:
+    """Says in a line what Pillow warns of, however many images it warns of. at.path: the image that a thread reads."""
+    warned = defaultdict(list)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image has limits of its own
+        warnings.showwarning = lambda message, *_: warned[str(message)].append(getattr(at, "path", "?"))
+        yield
+    for message, paths in warned.items():
+        others = f" and {len(paths) - 1:,} others" if len(paths) > 1 else ""
+        say(f"Pillow warns of {paths[0]}{others} in {root}: {message}")
+
+
+class _Room:
+    """So much of something, which threads take a part of and give back. One waits until there is room for its part."""
+
+    def __init__(self, size: int):
+        self.left, self.changed = size, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, part: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: part <= self.left)
+            self.left -= part
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += part
+                self.changed.notify_all()
+
+
+ROOM = _Room(MOST_PIXELS)  # so that many large images at once are no more than one
+
+
 def read_image(path: str | Path, images: Images) -> np.ndarray:
     """uint8 [height, width, channels]: upright, grey or RGB, and white where it is transparent."""
+    height, width = images.size
     try:
-        with Image.open(path, formats=_formats()) as opened:
-            image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion would cut at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError(f"its mode {image.mode} has no white; save it with 8 or 16 bits a channel")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("L" if images.channels == 1 else "RGB")
+        with Image.open(path, formats=_formats()) as image:
+            pixels = math.prod(image.size)
+            if pixels > MOST_PIXELS or max(image.size) > MOST_SIDE:
+                raise ValueError(f"it says that it has {image.height:,} x {image.width:,} pixels, too many to decode")
+            with ROOM.taken(pixels):
+                if images.any_size and pixels > Image.MAX_IMAGE_PIXELS:  # a JPEG can be decoded smaller
+                    image.draft(None, (4 * width, 4 * height))
+                ImageOps.exif_transpose(image, in_place=True)
+                image = _in_colours(image, images.channels)
+                if images.any_size and image.size != (width, height):
+                    image = image.resize((width, height), Image.LANCZOS)
     except Exception as error:  # on damaged files the decoders raise nearly every kind there is
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _Unreadable(
             f"cannot read image {path} of class {os.path.basename(os.path.dirname(path))}: {reason}; "
             "replace or delete it, or leave out all such images with --skip_broken"
         ) from error
-    height, width = images.size
     if image.size != (width, height):
-        if not images.any_size:
-            raise InputError(
-                f"image {path} is {image.height}x{image.width} pixels, not {height}x{width}: prepare the folder as "
-                f"{images.prepare} says, or have all images resized with --image_size"
-            )
-        image = image.resize((width, height), Image.LANCZOS)
+        raise InputError(
+            f"image {path} is {image.height}x{image.width} pixels, not {height}x{width}: prepare the folder as "
+            f"{images.prepare} says, or have all images resized with --image_size"
+        )
     return np.asarray(image).reshape(*images.size, images.channels)
+
+
+def _in_colours(image, channels):
+    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion would cut at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} has no white; save it with 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)

@@ -39,7 +39,7 @@ from data_generator import DATASETS, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
 from maml import MAML
 from recipe import Recipe
-from utils import InputError, stopping_on_signals
+from utils import InputError, say, stopping_on_signals
 
 FLAGS = flags.FLAGS
 
@@ -366,7 +366,7 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, trainin
         f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
         for split, classes in data.classes.items()
     )
-    print("Images of {}, read as {}x{}x{}: {}.".format(folder, *images.size, images.channels, found))
+    say("Images of {}, read as {}x{}x{}: {}.".format(folder, *images.size, images.channels, found))
     return data
 
 
@@ -431,7 +431,7 @@ def test_run(recipe: Recipe) -> None:
         prefix = run.restore_newest(maml)
     else:
         run.restore(maml, prefix)
-    print("Restoring model weights from", prefix)
+    say(f"Restoring model weights from {prefix}")
     evaluate.test(maml, data, trained, protocol, run, prefix, results)
 
 
@@ -475,7 +475,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def fail(error: object) -> NoReturn:
     """Ends the program with one line on stderr."""
-    print(f"main.py: {error}", file=sys.stderr)
+    say(f"main.py: {error}", sys.stderr)
     sys.exit(1)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from PIL import Image
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 try:
     import matplotlib
@@ -30,6 +29,7 @@ except ImportError:
         sys.exit("plot.py needs matplotlib: pip install -r requirements-plot.txt")
     raise
 
+import events
 import recipe
 import runs
 from data_generator import SinusoidTasks
@@ -166,11 +166,10 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
 def scalars(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """tag -> (iterations, values) of a run's event files, in order of the iterations. metatrain_ and metaval_ alone."""
     found = {}
-    for path in folder.glob("events.out.tfevents.*"):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tag.startswith(("metatrain_", "metaval_")):
-                    found.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor).item()
+    for event, _ in events.read_all(folder):
+        for value in event.summary.value:
+            if value.tag.startswith(("metatrain_", "metaval_")) and (number := events.number(value)) is not None:
+                found.setdefault(value.tag, {})[event.step] = number
     if not found:
         raise InputError(f"{folder} has no TensorBoard events of training: name a run folder, trained without --nolog")
     return {tag: tuple(map(np.array, zip(*sorted(points.items()), strict=True))) for tag, points in found.items()}

@@ -9,7 +9,7 @@ from data_generator import DATASETS, Dataset
 from images import Images
 from maml import MAML
 from networks import NETWORKS
-from utils import InputError, accuracy, mse, xent
+from utils import InputError, accuracy, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
 
@@ -122,7 +122,7 @@ def from_flags(flags: Mapping[str, Any]) -> Recipe:
         value = getattr(recipe, field.name)
         if not _is_a(value, field.type) or (flag in choices and value not in choices[flag]):
             raise InputError(
-                f"flags.json has --{flag}={_shown(value)}, which that flag cannot be: put a right one there"
+                f"flags.json has --{flag}={printable(value)[:60]}, which that flag cannot be: put a right one there"
             )
     sizes_of_split(recipe.split)
     return recipe
@@ -179,9 +179,5 @@ def sizes_of_split(split: str | None) -> tuple[int, int, int] | None:
     try:
         train, val, test = map(int, split.split(","))
     except ValueError:
-        raise InputError(f"--split={_shown(split)} must be three numbers of classes, e.g. 64,16,20") from None
+        raise InputError(f"--split={printable(split)[:60]} must be three numbers of classes, e.g. 64,16,20") from None
     return train, val, test
-
-
-def _shown(value: object) -> str:
-    return repr(str(value))[1:-1][:60]

@@ -12,7 +12,6 @@ Any of these may come from a stranger. Only JSON, checkpoints and events are rea
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import math
@@ -28,17 +27,25 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
-from utils import InputError, move_in, statistics, write_whole, writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from utils import (
+    InputError,
+    lock,
+    move_in,
+    printable,
+    read_regular,
+    remove_leftovers,
+    say,
+    statistics,
+    write_whole,
+    writing,
+)
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations", "iterations")
-VALIDATION = "validation/.ATTRIBUTES/VARIABLE_VALUE"  # what a checkpoint calls its Validation
+SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"  # of the name of each variable in a checkpoint
+VALIDATION = f"validation{SUFFIX}"  # what a checkpoint calls its Validation
 MOST_JSON = 10_000_000  # bytes; ours have some thousands
+WRITTEN = ("flags.json", "results.json", "*_ubs*_stepsize*.csv", "*_ubs*_stepsize*.pkl")  # by write_whole
 
 
 class Model(Protocol):
@@ -79,6 +86,11 @@ class Run:
                 f"{folder} has a [ or a backslash, which TensorFlow takes for a pattern when it reads checkpoints: "
                 "give another --logdir"
             )
+        if os.fsencode(folder) != str(folder).encode("utf-8", "replace") or "\0" in str(folder):
+            raise InputError(
+                f"{folder} has letters that are not UTF-8 on this system, and TensorFlow reads no others: "
+                "give another --logdir"
+            )
         self.folder = folder
         self.validation = Validation()
 
@@ -88,15 +100,19 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Makes the folder if need be, and lets no other process train in it. The lock of a killed process is free."""
         check_writable(self.folder, "--logdir")
-        with open(self.folder / ".lock", "ab") as file:
+        path = self.folder / ".lock"
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is not a regular file: delete it")
+        with open(path, "ab") as file:
             try:
-                _lock(file, wait=False)
+                lock(file)
             except BlockingIOError:
                 raise InputError(
                     f"{self.folder} is in use, another process trains in it: stop that one, or give another --logdir"
                 ) from None
             except OSError as error:  # some network disks have no locks
-                print(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains in it.")
+                say(f"{self.folder} cannot be locked ({error.strerror}): see that no other process trains in it.")
+            shutil.rmtree(self.folder / ".saving", ignore_errors=True)  # of a process that was killed while it saved
             yield
 
     def check(self, flags: Mapping, defaults: Mapping, resume: bool) -> None:
@@ -114,7 +130,7 @@ class Run:
         """Records in the folder that its run is the one with these flags."""
         path, text = self.folder / "flags.json", json.dumps(dict(flags), indent=1).encode()
         with writing(self.folder):
-            if not path.exists() or path.read_bytes() != text:
+            if not (path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text):
                 write_whole(path, lambda file: file.write(text))
 
     def check_flags(self, flags: Mapping, defaults: Mapping, training: bool = True) -> None:
@@ -139,7 +155,8 @@ class Run:
         if training and there != here and not (isinstance(there, int) and self.iterations()[-1] < min(there, here)):
             differing.append("pretrain_iterations")
         if differing:
-            listed = ", ".join(f"--{name}={_shown(recorded.get(name))} there, {flags[name]} here" for name in differing)
+            pairs = [(name, printable(recorded.get(name))[:60], flags[name]) for name in differing]
+            listed = ", ".join(f"--{name}={there} there, {here} here" for name, there, here in pairs)
             raise InputError(
                 f"{self.folder} belongs to another run ({listed}): give the same flags, or another --logdir"
             )
@@ -229,13 +246,16 @@ class Run:
                 self.restore(model, prefix)
                 return prefix
             except DamagedError as error:
-                print(f"WARNING: {error}. The one before it is taken.", file=sys.stderr)
+                say(f"WARNING: {error}. The one before it is taken.", sys.stderr)
         raise InputError(f"none of the checkpoints in {self.folder} can be read: delete them to begin anew")
 
     @staticmethod
     def _reading(prefix, read, *arguments):
         """read(prefix, reader, *arguments), where the reader checks all that it reads against checksums."""
         try:
+            for path in Path(prefix).parent.glob(f"{Path(prefix).name}.*"):
+                if not path.is_file():
+                    raise ValueError(f"{path.name} is not a regular file")
             return read(prefix, tf.train.load_checkpoint(prefix), *arguments)
         except InputError:
             raise
@@ -310,47 +330,98 @@ def _folder_lock(folder):
         with contextlib.suppress(OSError):
             held = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, held)
-            _lock(held, wait=True)
+            lock(held, wait=True)
         yield
 
 
-def _lock(file, wait):
-    """Locks an open file for this process. Raises BlockingIOError where another has it, OSError without locks."""
-    if fcntl is None:
-        raise OSError(errno.ENOSYS, "this system has no file locks")
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-
 def check_writable(folder: Path, flag: str) -> None:
-    """Makes the folder and a file in it. Raises InputError naming the flag to change where that fails."""
+    """Makes the folder and a file in it, and removes what killed processes left there.
+
+    Raises InputError naming the flag to change where that fails.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ".writable", lambda file: None)
         (folder / ".writable").unlink(missing_ok=True)  # another process may try the same
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): give another {flag}") from None
+        for name in WRITTEN:
+            remove_leftovers(folder, name)
+    except (OSError, ValueError) as error:  # a name may have a zero byte
+        raise InputError(
+            f"cannot write to {folder} ({getattr(error, 'strerror', error)}): give another {flag}"
+        ) from None
 
 
 def _read_into(prefix, reader, model):
-    """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation."""
-    stored = reader.get_variable_to_shape_map()
-    if "_CHECKPOINTABLE_OBJECT_GRAPH" in stored:
-        suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
-        names = {name: f"weights/{name}{suffix}" for name in model.weights}
-        stored = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{suffix}", key)}
-        _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, stored)
-        tf.train.Checkpoint(**model.state).read(prefix).expect_partial().assert_existing_objects_matched()
+    """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation.
+
+    Nothing is read before its shape and dtype are known to be right, and nothing of the model changes before all is
+    read. Text is never read, since one that says it is enormous ends the process. So tf.train.Checkpoint.read is not
+    used: it reads a description of Python's objects, which is text.
+    """
+    stored, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+    ours = "_CHECKPOINTABLE_OBJECT_GRAPH" in stored
+    if ours:
+        names = {name: f"weights/{name}{SUFFIX}" for name in model.weights}
+        weights = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{SUFFIX}", key)}
     else:
-        names = model.tf1_names
-        _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, stored)
-        for name, weight in model.weights.items():
-            weight.assign(reader.get_tensor(names[name]))
-    return _validation(prefix, reader)
+        names, weights = model.tf1_names, stored
+    _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, weights)
+    variables = _by_key(model) if ours else {names[name]: weight for name, weight in model.weights.items()}
+    for key, variable in variables.items():
+        expected, found = (list(variable.shape), variable.dtype), (stored.get(key), dtypes.get(key))
+        if found != expected:
+            raise ValueError(f"{key} has the shape and dtype {found}, not {expected}")
+    values = {key: reader.get_tensor(key) for key in variables}
+    validation = _validation(prefix, reader)
+    if ours:
+        _check_counts(prefix, values, validation)
+    for key, variable in variables.items():
+        variable.assign(values[key])
+    return validation
+
+
+def _by_key(model):
+    """The variables of a model's state, by the names that tf.train.Checkpoint gives them in a file."""
+    found = {}
+
+    def add(path, part):
+        if isinstance(part, tf.Variable):
+            if not any(part is variable for variable in found.values()):  # the optimizers hold the weights too
+                found[path + SUFFIX] = part
+        elif isinstance(part, Mapping | tf.Module):
+            children = part if isinstance(part, Mapping) else vars(part)
+            for name, child in children.items():
+                if not name.startswith("_"):
+                    add(f"{path}/{name}", child)
+
+    for name, part in model.state.items():
+        add(name, part)
+    return found
+
+
+def _check_counts(prefix, values, validation):
+    """Raises ValueError where the step is not that of the checkpoint's name, or a count is none."""
+    iteration, step = _iteration(prefix), values[f"step{SUFFIX}"]
+    if step != iteration + 1:
+        raise ValueError(f"it is the state after {step} steps, and its name says {iteration + 1}")
+    for key, value in values.items():
+        if value.dtype.kind == "i" and value < 0:
+            raise ValueError(f"{key} is {value}, and counts steps")
+    last, best, accuracy, tasks = validation
+    if not (-1 <= best <= last <= iteration and accuracy <= 1 and tasks >= 0):
+        raise ValueError(f"its validation is {tuple(validation)}, after iteration {iteration}")
+
+
+def _iteration(prefix):
+    return int(re.search(r"[0-9]+$", prefix)[0])
 
 
 def _validation(prefix, reader):
     if not reader.has_tensor(VALIDATION):  # the original's, or an early one of ours
-        return Validation(last=int(re.search(r"\d+$", prefix)[0]))
+        return Validation(last=_iteration(prefix))
+    shape, dtype = reader.get_variable_to_shape_map()[VALIDATION], reader.get_variable_to_dtype_map()[VALIDATION]
+    if shape != [4] or dtype != tf.float64:
+        raise ValueError(f"{VALIDATION} is not four numbers")
     last, best, accuracy, tasks = reader.get_tensor(VALIDATION).tolist()
     return Validation(int(last), int(best), accuracy, int(tasks))
 
@@ -369,9 +440,7 @@ def _check_shapes(prefix, expected, stored):
 def read_json(path: Path, kind: type, way_out: str) -> list | dict:
     """A list of dicts, or a dict, in a file that anybody may have written. Raises InputError, or FileNotFoundError."""
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"larger than {MOST_JSON:,} bytes")
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path, MOST_JSON))
         if not (isinstance(found, kind) and all(isinstance(one, dict) for one in found if kind is list)):
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
@@ -379,8 +448,3 @@ def read_json(path: Path, kind: type, way_out: str) -> list | dict:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {way_out}") from None
     return found
-
-
-def _shown(value):
-    """A recorded value, short and on one line whatever it is."""
-    return repr(str(value))[1:-1][:60]

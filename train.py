@@ -16,7 +16,7 @@ from events import Events, curve_scalars, task_picture
 from maml import MAML
 from recipe import Recipe, to_flags
 from runs import Run
-from utils import Curve, InputError, Stop, Tasks
+from utils import Curve, InputError, Stop, Tasks, say
 
 # The original's (its main.py), in iterations.
 SUMMARY_INTERVAL = 100
@@ -101,7 +101,7 @@ def train(
             raise InputError(
                 f"{prefix} holds weights alone, to be tested and not trained further: give another --logdir"
             )
-        print("Restoring model weights from", prefix)
+        say(f"Restoring model weights from {prefix}")
     start = saved = int(maml.step)
     if start <= total:  # else the folder has more than this recipe says
         run.record(to_flags(recipe))
@@ -113,7 +113,7 @@ def train(
         print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
         return True
 
-    print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
+    say(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")
     print("Done initializing, starting training.", flush=True)
@@ -190,7 +190,7 @@ def train(
             return False
         if settings.log and last_picture and (picture := last_picture(maml)) is not None:
             events.picture(total - 1, "test_task", picture)
-    print(f"Done: {total} iterations, the last saved in {prefix}.")
+    say(f"Done: {total} iterations, the last saved in {prefix}.")
     if (best := run.validation).best >= 0:
         print(f"Best on validation: model{best.best}, accuracy {best.accuracy:.6g} on {best.tasks} tasks.")
     return True
@@ -338,7 +338,7 @@ def before_and_after(curve: Curve, updates: int) -> tuple[float, float]:
 def tell(line: str) -> None:
     """Prints a line, above the progress line where there is one."""
     with tqdm.external_write_mode():
-        print(line, flush=True)
+        say(line)
 
 
 def _validation_picture(maml, data, seed, updates):

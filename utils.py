@@ -1,18 +1,47 @@
 """What two or more modules need: records, losses, accuracy, statistics, files written whole, the user's error."""
 
 import contextlib
+import errno
+import glob
 import os
+import re
 import signal
+import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import tensorflow as tf
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class InputError(Exception):
     """Bad input: one line that names the thing, its value and the way out. main.py prints it and exits with 1."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(value: object) -> str:
+    """Writes a value on one line. Newlines, a terminal's commands and bytes that are no text are escaped."""
+
+    def shown(character):
+        if character.isprintable() or unicodedata.category(character) == "Zs":  # any kind of space
+            return character
+        return character.encode("unicode_escape").decode()
+
+    return "".join(map(shown, str(value)))
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Prints one line, whatever names are in it, to stdout unless `file` is given."""
+    print(printable(line), file=file, flush=True)
 
 
 class Stop:
@@ -115,14 +144,57 @@ def _unwritable(folder, reason):
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes the whole file or none: `fill` writes it beside its place, and it is moved in."""
+    """Writes the whole file or none: `fill` writes it beside its place, and it is moved in.
+
+    The file beside it is locked until then, so that one whose process was killed is known by its lack of a lock.
+    """
+    remove_leftovers(path.parent, glob.escape(path.name))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as file:
-            fill(file)
-        move_in(beside, path)
+        with contextlib.ExitStack() as held:
+            with open(beside, "wb") as file:
+                with contextlib.suppress(OSError):  # some disks have no locks
+                    lock(file)
+                    held.callback(os.close, os.dup(file.fileno()))  # with it, the lock outlives `file`
+                fill(file)
+            move_in(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Removes what write_whole left beside the files of this name, a glob pattern, when its process was killed.
+
+    Where there are no locks nothing is removed. An empty file is left too: its process may be about to lock it.
+    """
+    for path in folder.glob(f".{name}.*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if re.fullmatch(r"\.[0-9]+", path.suffix) and stat.S_ISREG(status.st_mode) and status.st_size:
+                with open(path, "r+b") as file:
+                    lock(file)
+                    path.unlink()
+
+
+def lock(file: BinaryIO | int, wait: bool = False) -> None:
+    """Locks an open file for this process. Raises BlockingIOError where another has it, OSError without locks."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "this system has no file locks")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Reads a file that anybody may have put there: a pipe would never end, and so would a device.
+
+    Raises FileNotFoundError, other OSErrors, or ValueError where it is no regular file or has more than `most` bytes.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"larger than {most:,} bytes")
+    return data
 
 
 def move_in(beside: Path, path: Path) -> None:

@@ -17,9 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorflow.core.util import event_pb2
 
+import events
 import recipe
 import runs
 from utils import InputError
@@ -62,12 +61,10 @@ def write_weights(maml, prefix: Path) -> None:
 def write_events(folder: Path, path: Path) -> None:
     """The metatrain_ and metaval_ events of every 1,000th iteration, in one file."""
     kept = []
-    for source in folder.glob("events.out.tfevents.*"):
-        for record in RawEventFileLoader(str(source)).Load():
-            event = event_pb2.Event.FromString(record)
-            curve = all(value.tag.startswith(("metatrain_", "metaval_")) for value in event.summary.value)
-            if curve and event.step % EVENT_INTERVAL == 0:
-                kept.append((event.step, event.wall_time, record))
+    for event, record in events.read_all(folder):
+        curve = all(value.tag.startswith(("metatrain_", "metaval_")) for value in event.summary.value)
+        if curve and event.step % EVENT_INTERVAL == 0:
+            kept.append((event.step, event.wall_time, record))
     with tf.io.TFRecordWriter(str(path)) as writer:
         for _, _, record in sorted(kept):
             writer.write(record)

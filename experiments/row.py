@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import tensorflow as tf
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import devices
+import events
 import main
 from utils import write_whole
 
@@ -90,8 +90,8 @@ def training_hours(folder: Path) -> float:
     Every start of main.py begins a file, so the time between a stop and the next start does not count.
     """
     seconds = 0.0
-    for path in folder.glob("events.out.tfevents.*"):
-        times = [event.wall_time for event in EventFileLoader(str(path)).Load()]
+    for path in folder.glob(events.FILES):
+        times = [event.wall_time for event, _ in events.read(path).events]
         if times:  # none where the disk was full
             seconds += max(times) - min(times)
     return seconds / 3600

@@ -458,7 +458,7 @@ DAMAGES = {
     "index cut short": ("test.json", shortened),
     "index no text": ("test.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
     "index of another kind": ("test.json", lambda file: file.write_text("[1]")),
-    "index of another format": ("test.json", lambda file: file.write_text(file.read_text().replace(": 2,", ": 1,", 1))),
+    "index of another format": ("test.json", lambda file: file.write_text(file.read_text().replace(": 3,", ": 2,", 1))),
 }
 
 

@@ -19,6 +19,7 @@ import tensorflow as tf
 import networks
 import recipe
 import runs
+import utils
 from maml import MAML
 from utils import InputError, accuracy, mse
 
@@ -401,7 +402,7 @@ def test_the_checkpoint_of_another_network(run, saved, here, message):
 
 
 def truncated(data: bytes) -> bytes:
-    return data[: len(data) // 2]
+    return data[: len(data) // 10]
 
 
 def flipped(at: float) -> Callable[[bytes], bytes]:
@@ -422,14 +423,13 @@ DAMAGES = {
     "data, empty": (".data-00000-of-00001", lambda data: b""),
     "data, truncated": (".data-00000-of-00001", truncated),
     "data, the first bit": (".data-00000-of-00001", flipped(0)),
-    "data, a bit": (".data-00000-of-00001", flipped(0.5)),
-    "data, the last bit": (".data-00000-of-00001", flipped(1 - 1e-9)),
+    "data, a bit": (".data-00000-of-00001", flipped(0.1)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint(run, damage, capsys):
-    """Every byte is checked when it is read. The one before is used, aloud; one that is asked for is not replaced."""
+    """Every number is checked when it is read. The one before is used, aloud; one that is asked for is not replaced."""
     before = line_model()
     expected = filled(before, seed=1, step=100)
     run.validation = runs.Validation(50, 40, 0.5, 200)
@@ -449,6 +449,16 @@ def test_a_damaged_checkpoint(run, damage, capsys):
     assert run.validation.best == 40
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(rf"WARNING: {message}\. The one before it is taken\.", line)
+
+
+def test_a_damaged_description_of_the_objects(run):
+    """TensorFlow writes it behind the numbers. It is not read: all that counts is there."""
+    expected = filled(maml := line_model(), seed=1, step=100)
+    path = Path(run.save(maml) + ".data-00000-of-00001")
+    path.write_bytes(flipped(1 - 1e-9)(path.read_bytes()))
+    restored = line_model()
+    run.restore(restored, run.checkpoint())
+    assert_same(values(restored), expected)
 
 
 def test_no_checkpoint_can_be_read(run):
@@ -550,7 +560,7 @@ def test_a_disk_without_locks(run, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    monkeypatch.setattr(utils.fcntl, "flock", flock)
     claim(run, FLAGS)
     assert "cannot be locked (Function not implemented): see that no other process trains" in capsys.readouterr().out
 

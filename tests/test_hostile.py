@@ -1,0 +1,442 @@
+"""What nobody means well with (files, flags, names, surroundings) is one line, or works. docs/safety.md lists it."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+import events
+import images
+import main
+import runs
+import utils
+from data_generator import DATASETS
+from tests.test_events import read_events, write_events
+from tests.test_runs import line_model_at
+from utils import InputError
+
+ROOT = Path(main.__file__).parent
+
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+def event_file(folder: Path) -> Path:
+    """Of the events 0, 100 and 200, value 1."""
+    write_events(folder, 0, [0, 100, 200], value=1)
+    (path,) = folder.iterdir()
+    return path
+
+
+def record(data: bytes, length: int | None = None) -> bytes:
+    """A record with right checksums, whatever its length says."""
+    header = struct.pack("<Q", len(data) if length is None else length)
+    return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def second_record(path: Path) -> int:
+    """Where the record of event 0 begins, behind that of the file's version."""
+    return 16 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+DAMAGES = {  # name -> (what is done, the steps that can still be read)
+    "an enormous length": (lambda path: path.write_bytes(path.read_bytes() + record(b"x", 2**36)), [0, 100, 200]),
+    "an absurd length": (lambda path: path.write_bytes(path.read_bytes() + record(b"x", 2**64 - 1)), [0, 100, 200]),
+    "no event": (lambda path: path.write_bytes(path.read_bytes() + record(b"\xff" * 9)), [0, 100, 200]),
+    "a bit of an event": (lambda path: flip(path, second_record(path) + 20), [100, 200]),
+    "a bit of a length": (lambda path: flip(path, second_record(path) + 5), []),
+    "text": (lambda path: path.write_text("events\n" * 99), []),
+    "a pipe": (lambda path: path.unlink() or os.mkfifo(path), []),
+    "an endless device": (lambda path: path.unlink() or path.symlink_to("/dev/zero"), []),
+}
+
+
+@pytest.mark.parametrize(("damage", "steps"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_file_of_events_is_set_aside(tmp_path, capsys, damage, steps):
+    """Under a name that TensorBoard passes over, in one line; what can be read of it stays, and the run goes on."""
+    path = event_file(tmp_path)
+    damage(path)
+    damaged = path.read_bytes() if path.is_file() else None
+    write_events(tmp_path, 201, [300], value=2)
+    aside = path.with_name(path.name.replace("events.out.tfevents", "damaged-events"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"WARNING: {path} is damaged (")
+    assert line.endswith(f"): it is now {aside.name}.")
+    assert damaged is None or aside.read_bytes() == damaged
+    assert read_events(tmp_path) == [*((step, 1) for step in steps), (300, 2)]
+    write_events(tmp_path, 301, [400], value=3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_of_events_takes_what_it_can(tmp_path, capsys):
+    """As plot.py, publish.py and row.py read them."""
+    DAMAGES["an enormous length"][0](event_file(tmp_path))
+    assert [event.step for event, _ in events.read_all(tmp_path) if event.summary.value] == [0, 100, 200]
+    assert "what can be read of it is used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (tf.compat.v1.Summary.Value(simple_value=2.0), 2.0),
+        (tf.compat.v1.Summary.Value(tensor=tf.make_tensor_proto(3.0)), 3.0),
+        (tf.compat.v1.Summary.Value(tensor=tf.make_tensor_proto(b"text")), None),
+        (tf.compat.v1.Summary.Value(tensor=tf.make_tensor_proto(0.0, shape=[2**20])), None),  # small in the file
+        (tf.compat.v1.Summary.Value(), None),
+    ],
+    ids=["the original's", "ours", "text", "many", "none"],
+)
+def test_only_numbers_are_numbers(value, number):
+    assert events.number(value) == number
+
+
+def test_a_clock_that_was_set_back(tmp_path):
+    """TensorBoard takes files in the order of their names, which begin with the time."""
+    for start in (0, 100):
+        write_events(tmp_path, start, [start], value=1)
+    paths = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for path, hours in zip(paths, (24, 48), strict=True):
+        seconds = int(time.time()) + 3600 * hours
+        path.rename(path.with_name(f"events.out.tfevents.{seconds}.here.1.1.v2"))
+    write_events(tmp_path, 200, [200], value=1)
+    assert read_events(tmp_path) == [(0, 1), (100, 1), (200, 1)]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+OWN = DATASETS["folder"].images._replace(size=(4, 4), split_sizes=(2, 0, 0))
+
+
+def photographs(folder: Path, count: int = 2) -> Path:
+    """Two classes of grey images."""
+    for number in range(2 * count):
+        path = folder / "ab"[number % 2] / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (9 * number,) * 3).save(path)
+    return folder
+
+
+def pixels(folder: Path, like: images.Images = OWN) -> np.ndarray:
+    """All images of the training classes, in order."""
+    classes = images.load_splits(like, folder, ("train",))["train"]
+    return np.array(classes.pixels[: classes.counts.sum()])
+
+
+def png(path: Path, width: int, height: int) -> None:
+    """A white grey PNG, a thousand times as large in memory as on the disk."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    pack, row = zlib.compressobj(9), b"\0" + b"\xff" * width
+    rows = b"".join(pack.compress(row) for _ in range(height)) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+
+
+def test_an_image_whose_resizing_would_fill_the_memory(tmp_path, capsys):
+    """Two million pixels, all in one row: the filter of the resizing takes 48 bytes for each."""
+    folder = photographs(tmp_path, count=3)
+    png(folder / "a" / "2.png", 2_000_000, 1)
+    with pytest.raises(
+        InputError, match="says that it has 1 x 2,000,000 pixels, too many to decode; replace or delete"
+    ):
+        pixels(folder)
+    assert len(pixels(folder, OWN._replace(skip_broken=True))) == 6
+    assert "which cannot be read: a/2.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", ["exif_transpose", "resize"])
+def test_memory_that_runs_out_is_told(tmp_path, monkeypatch, step):
+    """Wherever it does while an image is read."""
+    folder = photographs(tmp_path)
+
+    def run_out(*_, **__):
+        raise MemoryError
+
+    Image.new("RGB", (8, 8)).save(folder / "a" / "0.bmp")
+    monkeypatch.setattr(*((Image.Image, step) if step == "resize" else (images.ImageOps, step)), run_out)
+    with pytest.raises(
+        InputError, match=r"cannot read image .*/a/0\.bmp of class a: MemoryError; replace or delete it"
+    ):
+        pixels(folder)
+
+
+def test_large_images_are_not_decoded_at_once(tmp_path, monkeypatch):
+    """Not more pixels together than one image may have, whatever the number of threads; and small ones side by side."""
+    folder = photographs(tmp_path, count=8)
+    monkeypatch.setattr(images, "ROOM", images._Room(40))  # two of 4x4, not three
+    monkeypatch.setattr(images.os, "cpu_count", lambda: 8)
+    at_once, most, counting = 0, 0, threading.Lock()
+    transpose = images.ImageOps.exif_transpose
+
+    def slowly(image, **options):
+        nonlocal at_once, most
+        with counting:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        transpose(image, **options)
+        with counting:
+            at_once -= 1
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", slowly)
+    assert len(pixels(folder)) == 16
+    assert most == 2
+
+
+def test_an_enormous_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
+    """A photograph of more pixels than Pillow thinks wise: by its own means, and the picture is the same."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    halves = Image.new("RGB", (128, 128), "red")
+    halves.paste("lime", (0, 0, 64, 128))
+    halves.save(tmp_path / "image.jpg", quality=95)
+    decoded = []
+    transpose = images.ImageOps.exif_transpose
+    monkeypatch.setattr(
+        images.ImageOps,
+        "exif_transpose",
+        lambda image, **options: transpose(image, **options) or decoded.append(image.size),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        found = images.read_image(tmp_path / "image.jpg", OWN)
+    assert decoded == [(16, 16)]
+    np.testing.assert_allclose(found[:, [0, 3]], [[(0, 255, 0), (255, 0, 0)]] * 4, atol=30)
+
+
+def test_what_pillow_warns_of_is_one_line(tmp_path, capsys, monkeypatch):
+    folder = photographs(tmp_path)
+    transpose = images.ImageOps.exif_transpose
+
+    def warn(image, **options):
+        warnings.warn("Truncated File Read", stacklevel=1)
+        transpose(image, **options)
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", warn)
+    pixels(folder)
+    printed = capsys.readouterr()
+    assert printed.out == f"Pillow warns of a/0.bmp and 3 others in {folder}: Truncated File Read\n"
+    assert printed.err == ""
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_in_the_cache(tmp_path):
+    folder = photographs(tmp_path)
+    expected = pixels(folder)
+    flip(folder / ".cache" / "all_4x4x3.npy", -1)
+    np.testing.assert_array_equal(pixels(folder), expected)
+
+
+def test_an_image_replaced_by_one_of_the_same_size_and_time(tmp_path):
+    folder = photographs(tmp_path)
+    file = folder / "a" / "0.bmp"
+    assert pixels(folder)[0].max() == 0
+    before = file.stat()
+    Image.new("RGB", (4, 4), (250,) * 3).save(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert pixels(folder)[0].max() == 250
+
+
+@pytest.mark.parametrize("name", ["all_4x4x3.npy", "all_4x4x3.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "an endless device"])
+def test_a_cache_that_is_no_regular_file(tmp_path, name, kind):
+    folder = photographs(tmp_path)
+    expected = pixels(folder)
+    DAMAGES[kind][0](folder / ".cache" / name)
+    np.testing.assert_array_equal(pixels(folder), expected)
+    assert (folder / ".cache" / name).is_file()
+
+
+@pytest.mark.parametrize("broken", [7, ["no/such.png"], [["a/0.bmp"]], {"a/0.bmp": 1}])
+def test_a_strangers_index(tmp_path, broken):
+    folder = photographs(tmp_path)
+    expected = pixels(folder)
+    index = folder / ".cache" / "all_4x4x3.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"broken": broken}))
+    np.testing.assert_array_equal(pixels(folder, OWN._replace(skip_broken=True)), expected)
+
+
+# -- what killed processes leave --------------------------------------------------------------------------------------
+
+WRITER = """
+import sys, time, utils
+from pathlib import Path
+
+def fill(file):
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(600)
+
+utils.write_whole(Path(sys.argv[1]), fill)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that has written a half of the file `here`, and goes on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, tmp_path / "here"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_start(writer, tmp_path):
+    """What a living one is writing stays, and so does what is another's."""
+    left = tmp_path / f".here.{writer.pid}"
+    others = [tmp_path / name for name in (".here.tmp", ".here.1a", "here.12", ".here.12.txt", ".there.12")]
+    for path in others:
+        path.write_text("mine")
+    utils.remove_leftovers(tmp_path, "here")
+    assert left.read_bytes() == b"half"
+    writer.kill()
+    writer.wait()
+    utils.remove_leftovers(tmp_path, "here")
+    assert not left.exists()
+    assert all(path.read_text() == "mine" for path in others)
+
+
+def test_every_start_looks_for_leftovers(tmp_path):
+    """Of the cache, of the run folder and of the results; as large as a data set, they may be."""
+    folder, run = photographs(tmp_path / "images"), runs.Run(tmp_path / "run")
+    pixels(folder)
+    run.folder.mkdir()
+    (run.folder / ".saving").mkdir()
+    left = [folder / ".cache" / ".all_9x9x3.npy.1234567"]
+    left += [
+        run.folder / name for name in (".flags.json.1234567", ".saving/half", ".test_ubs5_stepsize0.1.csv.1234567")
+    ]
+    for path in left:
+        path.write_text("half")
+    pixels(folder)
+    with run.locked():
+        pass
+    assert not any(path.exists() for path in left)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path) -> runs.Run:
+    """With the checkpoints model99 and model499, right in all."""
+    run = runs.Run(tmp_path / "run")
+    run.folder.mkdir()
+    for step in (100, 500):
+        run.validation = runs.Validation(step - 1, 99, 0.5, 20)
+        run.save(line_model_at(step))
+    return run
+
+
+def crafted(run: runs.Run, iteration: int, validation: tuple = (-1, -1, -np.inf, 0), **parts: tf.Variable) -> None:
+    """Writes model<iteration> with right checksums and whatever is in it."""
+    state = line_model_at(iteration + 1).state | parts
+    validation = tf.Variable(validation, dtype=tf.float64)
+    tf.train.Checkpoint(**state, validation=validation).write(run.prefix(iteration))
+
+
+def renamed(run: runs.Run, iteration: int) -> None:
+    for ending in (".index", ".data-00000-of-00001"):
+        os.rename(run.prefix(499) + ending, run.prefix(iteration) + ending)
+
+
+def counted(updates: int) -> tf.Module:
+    adam = line_model_at(600).meta_optimizer
+    adam.updates.assign(updates)
+    return adam
+
+
+def claiming(run: runs.Run, name: str) -> None:
+    """Writes model599 as model499 is, where one array says that it is one part of 8 TB."""
+    reader = tf.train.load_checkpoint(run.prefix(499))
+    names = list(reader.get_variable_to_shape_map())
+    slices = ["1099511627776 0,4" if one.startswith(name) else "" for one in names]
+    arrays = [tf.zeros(4, tf.float64) if one.startswith(name) else tf.constant(reader.get_tensor(one)) for one in names]
+    tf.raw_ops.SaveV2(prefix=run.prefix(599), tensor_names=names, shape_and_slices=slices, tensors=arrays)
+
+
+CHECKPOINTS = {
+    "negative": lambda run: crafted(run, 599, step=tf.Variable(-5, dtype=tf.int64)),
+    "most negative": lambda run: crafted(run, 599, step=tf.Variable(-(2**63), dtype=tf.int64)),
+    "enormous": lambda run: crafted(run, 599, step=tf.Variable(2**63 - 1, dtype=tf.int64)),
+    "many steps": lambda run: crafted(run, 599, step=tf.Variable([600, 600], dtype=tf.int64)),
+    "of a later name": lambda run: renamed(run, 599),
+    "no updates": lambda run: crafted(run, 599, meta_optimizer=counted(-7)),
+    "validated later": lambda run: crafted(run, 599, (9000, 9000, 0.5, 20)),
+    "validated never": lambda run: crafted(run, 599, (-7, -9, 0.5, 20)),
+    "no accuracy": lambda run: crafted(run, 599, (500, 500, 17.0, 20)),
+    "no number": lambda run: crafted(run, 599, (500, np.nan, 0.5, 20)),
+    "many validations": lambda run: crafted(run, 599, (500, 500, 0.5, 20, 1, 2)),
+    "huge validation": lambda run: claiming(run, "validation"),
+    "huge moments": lambda run: claiming(run, "meta_optimizer/m/w1"),
+    "huge step": lambda run: claiming(run, "step"),
+    "text": lambda run: crafted(run, 599, step=tf.Variable(b"600")),
+    "a pipe": lambda run: crafted(run, 599) or DAMAGES["a pipe"][0](Path(run.prefix(599) + ".index")),
+    "a device": lambda run: (
+        crafted(run, 599) or DAMAGES["an endless device"][0](Path(run.prefix(599) + ".data-00000-of-00001"))
+    ),
+}
+
+
+@pytest.mark.parametrize("craft", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_a_crafted_checkpoint(run, capfd, craft):
+    """With right checksums. The one before is taken, in one line and none of TensorFlow's; the model is left alone."""
+    craft(run)
+    maml = line_model_at(7)
+    with pytest.raises(InputError, match=r"checkpoint .*model599 is damaged \(.*\): delete it, or test another"):
+        run.restore(maml, run.prefix(599))
+    assert maml.step == 7
+    expected = run.prefix(99 if craft is CHECKPOINTS["of a later name"] else 499)
+    assert run.restore_newest(maml) == expected
+    assert maml.step == run.validation.last + 1 == int(expected.rpartition("model")[2]) + 1
+    del maml
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("WARNING: checkpoint ")
+
+
+def test_text_that_says_it_is_enormous(run):
+    """TensorFlow ends the process where it reads it: the description of Python's objects, behind all numbers."""
+    path = Path(run.prefix(499) + ".data-00000-of-00001")
+    graph = tf.train.load_checkpoint(run.prefix(499)).get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
+    before, _ = path.read_bytes().split(graph)
+    length = b"\x80\x80\x80\x80\x80\x40"  # 2**41, as protocol buffers write it
+    said = length + struct.pack("<I", masked_crc32c(struct.pack("<Q", 2**41)))
+    begin = before[:-6]  # behind it two bytes of the length, and its checksum
+    path.write_bytes((begin + said).ljust(path.stat().st_size, b"x"))
+    maml = line_model_at(0)
+    run.restore(maml, run.prefix(499))
+    assert maml.step == 500
+
+
+def test_a_damaged_checkpoint_is_one_line(run, capfd):
+    """TensorFlow wrote four more about values that were not restored."""
+    flip(Path(run.prefix(499) + ".data-00000-of-00001"), 20)
+    with pytest.raises(InputError, match="is damaged"):
+        run.restore(line_model_at(0), run.checkpoint(499))
+    assert capfd.readouterr().err == ""
