@@ -34,7 +34,7 @@ class MAML(tf.Module):
         parallel_tasks: tasks computed side by side; one a core is fastest.
 
         Every public step is one graph, which is traced at its first call:
-        train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps).
+        train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps, query_norm).
         """
         super().__init__(name="maml")
         self.network, self.loss, self.accuracy = network, loss, accuracy
@@ -82,6 +82,22 @@ class MAML(tf.Module):
                 gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
             path.append(path[-1] | {name: adapted[name] - self.inner_lr * gradient[name] for name in adapted})
         return path
+
+    def scores(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
+        """What the network answers to query inputs, each normalised by itself together with the support set.
+
+        So an answer does not depend on what else is asked, as it does where all query inputs are one batch (the paper's
+        way). Only batch norm makes the two differ. Its statistics are others for every query input, so exact answers
+        take a batch of N * K + 1 inputs each.
+        Args: weights after the updates; support_x [N * K, *D]; query_x [n, *D]. Returns [n, O].
+        """
+        if not self.network.batch_statistics:
+            return self.network.apply(weights, query_x)
+
+        def score(x):
+            return self.network.apply(weights, tf.concat([support_x, x[None]], 0))[-1]
+
+        return tf.map_fn(score, query_x, fn_output_signature=query_x.dtype, parallel_iterations=self.parallel_tasks)
 
     def query_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
         """What meta-training minimises, for one task: the loss on its query set after J updates. A scalar."""
@@ -136,10 +152,11 @@ class MAML(tf.Module):
         self.step.assign_add(1)
         return loss, norm
 
-    def _evaluate(self, tasks: Tasks, steps: int) -> Curve:
+    def _evaluate(self, tasks: Tasks, steps: int, query_norm: str = "batch") -> Curve:
         """Computes loss and accuracy of every task before and after each of `steps` updates. Changes nothing.
 
-        Under batch norm it is transductive: a query image is normalised together with its task's other query images.
+        query_norm: with what a query image is normalised under batch norm. "batch": its task's other query images, as
+        in the paper (transductive). "support": the support set, see scores.
         """
         self._check(tasks)
         weights, dtype = self._values(), tasks.query_x.dtype
@@ -147,7 +164,12 @@ class MAML(tf.Module):
         def curve(task):
             before, *after = self.adapt(weights, task, steps)
             scored = [(self.network.apply(before, task.support_x), task.support_y)]
-            scored += [(self.network.apply(adapted, task.query_x), task.query_y) for adapted in after]
+            for adapted in after:
+                if query_norm == "support":
+                    outputs = self.scores(adapted, task.support_x, task.query_x)
+                else:
+                    outputs = self.network.apply(adapted, task.query_x)
+                scored.append((outputs, task.query_y))
             accuracies = [self.accuracy(*pair) for pair in scored] if self.accuracy else tf.zeros([0], dtype)
             return Curve(tf.stack([self.loss(*pair) for pair in scored]), tf.stack(accuracies))
 

@@ -105,7 +105,7 @@ def conv4(
         x = tf.reduce_mean(x, [1, 2]) if mean_head else tf.reshape(x, [-1, height * width * filters])
         return tf.linalg.matmul(x, weights["w5"]) + weights["b5"]
 
-    return network(weights, apply)
+    return network(weights, apply, batch_statistics=norm == "batch_norm")
 
 
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
@@ -142,10 +142,11 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
             x = tf.nn.relu(_normalized(product(x, weights[f"w{layer}"]), weights, layer, norm))
         return product(x, weights[f"w{last}"]) + weights[f"b{last}"]
 
-    if not tiny:
-        return network(weights, apply)
-    inner_apply = functools.partial(apply, product=special_grads.matmul)
-    return network(weights, apply, inner_apply=inner_apply, tasks_in_one_operation=True, steps_a_call=STEPS_A_CALL)
+    more = {"batch_statistics": norm == "batch_norm"}
+    if tiny:
+        more["inner_apply"] = functools.partial(apply, product=special_grads.matmul)
+        more |= {"tasks_in_one_operation": True, "steps_a_call": STEPS_A_CALL}
+    return network(weights, apply, **more)
 
 
 def _conv_row(mean_head: bool) -> Callable[..., Network]:

@@ -32,13 +32,15 @@ Weights = dict[str, tf.Tensor]
 class Network(NamedTuple):
     """One model: how its weights begin, what it computes, and which of them the inner loop changes.
 
-    The last three fields make tiny networks fast, and change what is computed by rounding alone.
+    batch_statistics says how outputs of one batch belong together. The three fields after it make tiny networks fast,
+    and change what is computed by rounding alone.
     """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
     apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O], of one task
     adapted: tuple[str, ...]  # names that the inner loop changes; the norms' beta and gamma are only meta-learned
     tf1_names: dict[str, str]  # our name -> the variable's name in checkpoints of the original
+    batch_statistics: bool = False  # under batch norm: an output depends on the other inputs of its batch
     inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
     tasks_in_one_operation: bool = False  # an operation computes all tasks of a meta-batch; else one task a core
     steps_a_call: int = 1  # outer steps in one compiled program; above 1 only where the network is tiny
@@ -56,14 +58,19 @@ def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.square(outputs - targets))
 
 
-def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int) -> tf.Tensor:
+def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int | None) -> tf.Tensor:
     """Softmax cross-entropy in nats, summed over the examples and divided by K: a scalar, NOT the mean.
 
     On the support set of an N-way task it is N times the mean; the original's step sizes are meant for it.
-    Args: logits [n, N]; labels one-hot [n, N]; shot K, support examples a class, for support and query alike.
+    Args: logits [n, N]; labels one-hot [n, N]; shot K, support examples a class, for support and query alike. None:
+        every example is divided by the number of examples that its own class has here. With K of each class that is the
+        same number; with uneven ones every class still weighs as much as every other, and alpha keeps its scale.
     Source: the original's utils.py, where update_batch_size is the divisor.
     """
-    return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(labels, logits)) / shot
+    losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits)
+    if shot is None:
+        return tf.reduce_sum(losses / tf.linalg.matvec(labels, tf.reduce_sum(labels, 0)))
+    return tf.reduce_sum(losses) / shot
 
 
 def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
