@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import random
 import shutil
 import zipfile
 from pathlib import Path
@@ -276,13 +277,14 @@ def test_omniglots_test_characters(shared, model):
     drawings, labels = {"labelled": [], "unlabelled": []}, {"labelled": [], "unlabelled": []}
     folder = shared / "data" / "omniglot"
     archives = [zipfile.ZipFile(folder / f"images_{part}.zip") for part in ("background", "evaluation")]
-    for name in [test[i] for i in (3, 90, 180, 270, 360)]:
+    for name in random.Random(0).sample(test, 5):
         listed = ((file, archive) for archive in archives for file in archive.namelist())
         files = sorted((file, archive) for file, archive in listed if f"/{name}/" in file and file.endswith(".png"))
         assert len(files) == 20
         for place, (file, archive) in enumerate(files):
             part = "unlabelled" if place else "labelled"
-            drawings[part].append(read_image(archive.open(file), model.images))
+            drawing = Image.open(archive.open(file)).resize((28, 28), Image.NEAREST)  # as resize_images.py
+            drawings[part].append(np.uint8(drawing.convert("L"))[..., None])
             labels[part].append(name)
     adapted = model.adapt(np.stack(drawings["labelled"]), labels["labelled"])
     asked, true = np.stack(drawings["unlabelled"]), np.array([adapted.classes.index(n) for n in labels["unlabelled"]])
