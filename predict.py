@@ -1,6 +1,7 @@
 """Tells which image is of which class, by a trained model and a few labelled images of each class.
 
     python predict.py RUN LABELLED UNLABELLED [--csv=answers.csv]
+    python predict.py RUN --export=DIR
 
 RUN is a run folder, such as one of logs/published/. LABELLED is a folder of class folders: as many as the model has
 classes, with one image or more in each, and not the same number in all if you like. UNLABELLED are images, or folders
@@ -22,6 +23,7 @@ import hashlib
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from tensorflow.core.protobuf import saved_model_pb2
 from tqdm import tqdm
 
 import recipe as recipes
@@ -37,7 +40,7 @@ from data_generator import DATASETS
 from images import ROOT, class_folders, image_files, read_image
 from maml import MAML
 from recipe import Recipe
-from utils import InputError, Tasks, Weights, write_whole, xent
+from utils import InputError, Tasks, Weights, write_whole, writing, xent
 
 PUBLISHED = ROOT / "logs" / "published"
 NORMALISED = {
@@ -236,6 +239,62 @@ class Adapted:
         return np.concatenate(parts)
 
 
+def export(model: Model, folder: Path | str) -> None:
+    """Writes the model as a SavedModel, which TensorFlow runs without this project.
+
+    Its one function is adapt_and_predict(support_x, support_y, query_x) -> probabilities [n, N], for any number of
+    images, all uint8 (0 to 255) or all float32 (0 to 1), [n, height, width, channels]; support_y holds class numbers
+    from 0 to N - 1, int64, each of them once or more. Column c is class c. The signature of the same name takes uint8,
+    adapt_and_predict_float takes float32. Preprocessing, updates and how an image is normalised are inside.
+    Raises InputError where the folder exists or cannot be written.
+    """
+    folder, way = Path(folder), model.recipe.way
+    if folder.exists():
+        raise InputError(f"{folder} exists: remove it, or give another folder")
+    runs.check_writable(folder.parent, "folder to export to")
+    module = tf.Module()
+    module.weights = {name: tf.Variable(weight) for name, weight in model.maml.weights.items()}
+
+    def adapt_and_predict(support_x, support_y, query_x):
+        for images in (support_x, query_x):
+            if images.dtype != tf.uint8:
+                tf.debugging.assert_greater_equal(tf.reduce_min(images), 0.0, "float images are of 0 to 1")
+                tf.debugging.assert_less_equal(tf.reduce_max(images), 1.0, "float images are of 0 to 1")
+        labels = tf.one_hot(support_y, way)  # of no class where a number is not one of 0 to N - 1
+        tf.debugging.assert_equal(tf.reduce_sum(labels, 1), 1.0, f"support_y is from 0 to {way - 1}")
+        tf.debugging.assert_positive(tf.reduce_sum(labels, 0), f"support_y has each of the classes 0 to {way - 1}")
+        support, query = model.inputs(support_x), model.inputs(query_x)
+        weights = {name: tf.convert_to_tensor(weight) for name, weight in module.weights.items()}
+        for _ in range(model.updates):
+            weights = model._one_update(weights, support, labels)
+        return {"probabilities": model._answers(weights, support, query)}
+
+    def concrete(dtype):
+        shape = [None, *model.images.size, model.images.channels]
+        support_x, query_x = (tf.TensorSpec(shape, dtype, name) for name in ("support_x", "query_x"))
+        labels = tf.TensorSpec([None], tf.int64, "support_y")
+        return module.adapt_and_predict.get_concrete_function(support_x, labels, query_x)
+
+    module.adapt_and_predict = tf.function(adapt_and_predict, autograph=False)
+    signatures = {"adapt_and_predict": concrete(tf.uint8), "adapt_and_predict_float": concrete(tf.float32)}
+    with writing(folder.parent), tempfile.TemporaryDirectory(prefix=".export", dir=folder.parent) as beside:
+        tf.saved_model.save(module, f"{beside}/model", signatures)
+        _forget_gradients(Path(beside) / "model" / "saved_model.pb")
+        os.replace(f"{beside}/model", folder)
+
+
+def _forget_gradients(graph):
+    """Takes the names of our gradients by hand out of a SavedModel: else TensorFlow warns, each time it loads it.
+
+    The updates' gradients are operations of the graph already, and nobody differentiates those once more.
+    """
+    saved = saved_model_pb2.SavedModel.FromString(graph.read_bytes())
+    for function in saved.meta_graphs[0].graph_def.library.function:
+        for node in function.node_def:
+            node.attr.pop("_gradient_op_type", None)
+    graph.write_bytes(saved.SerializeToString(deterministic=True))
+
+
 def _models_of(way, folder):
     """The way out of a wrong number of classes."""
     if way < 2:
@@ -257,8 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Answers what the command line asks. What the user can mend is told in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of a trained model")
-    parser.add_argument("labelled", metavar="LABELLED", help="folder of class folders of images")
-    parser.add_argument("unlabelled", metavar="UNLABELLED", nargs="+", help="images, or folders of images")
+    parser.add_argument("labelled", metavar="LABELLED", nargs="?", help="folder of class folders of images")
+    parser.add_argument("unlabelled", metavar="UNLABELLED", nargs="*", help="images, or folders of images")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all probabilities there, one image a row")
     parser.add_argument("--updates", type=int, metavar="J", help="updates on the labelled images (the paper's number)")
     parser.add_argument("--checkpoint", default="-1", help="iteration, -1: the latest (-1), or best: on validation")
@@ -268,7 +327,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=list(NORMALISED),
         help="under batch norm, each image is normalised: " + "; ".join(f"{k}: {v}" for k, v in NORMALISED.items()),
     )
-    args = parser.parse_args(arguments)
+    parser.add_argument("--export", metavar="DIR", help="write the model there as a SavedModel, instead of answers")
+    args = parser.parse_intermixed_args(arguments)
+    if bool(args.export) == bool(args.unlabelled) or (args.export and (args.labelled or args.csv)):
+        parser.error("give RUN LABELLED UNLABELLED for answers, or RUN --export=DIR")
     logging.set_verbosity(logging.WARNING)
     devices.start()
     try:
@@ -278,7 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             updates=args.updates,
             normalise_with=args.normalise_with,
         )
-        answer(model, args.labelled, args.unlabelled, args.csv)
+        if args.export:
+            export(model, args.export)
+            print(f"Written: {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
+        else:
+            answer(model, args.labelled, args.unlabelled, args.csv)
     except BrokenPipeError:  # the reader of what is printed, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:

@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -59,7 +62,7 @@ def refusal(capsys, *arguments: object) -> str:
 def test_the_command(characters, capsys, tmp_path):
     """Every image has its line and its row, and most are right."""
     table = tmp_path / "answers.csv"
-    out, err = command(capsys, PUBLISHED, characters / "labelled", characters / "unlabelled", f"--csv={table}")
+    out, err = command(capsys, PUBLISHED, f"--csv={table}", characters / "labelled", characters / "unlabelled")
     assert err == ""
     assert "model59999 of omniglot, 3 updates on 15 labelled images of 5 classes.\n" in out
     assert "by itself together with the labelled images: --normalise_with=support.\n" in out
@@ -269,6 +272,70 @@ def test_models_that_would_do(model, tmp_path):
     (other / "flags.json").write_text(json.dumps(flags | {"num_classes": 7}))
     with pytest.raises(InputError, match=r"labels are of 7 classes, but .* is a model of 5: models of 7 are .*cls_7$"):
         predict.load(folder).adapt(np.zeros((7, 28, 28), np.uint8), range(7))
+
+
+STRANGER = """
+import sys
+import numpy as np
+import tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(1)  # as predict.py; another number rounds in another way
+assert not any("maml" in str(getattr(module, "__file__", "")) for module in list(sys.modules.values()))
+loaded = tf.saved_model.load(sys.argv[1])
+given = dict(np.load(sys.argv[2]))
+found = {"uint8": loaded.adapt_and_predict(**given)["probabilities"]}
+tensors = {name: tf.constant(value) for name, value in given.items()}
+found["signature"] = loaded.signatures["adapt_and_predict"](**tensors)["probabilities"]
+tensors |= {name: tf.cast(tensors[name], tf.float32) / 255 for name in ("support_x", "query_x")}
+found["float"] = loaded.signatures["adapt_and_predict_float"](**tensors)["probabilities"]
+np.savez(sys.argv[3], **found)
+for name, wrong, reason in (
+    ("support_y", tensors["support_y"] % 4, "support_y has each of the classes 0 to 4"),
+    ("support_y", tf.concat([[5], tensors["support_y"][1:]], 0), "support_y is from 0 to 4"),
+    ("query_x", tensors["query_x"] * 255, "float images are of 0 to 1"),
+):
+    try:
+        loaded.adapt_and_predict(**tensors | {name: wrong})
+    except tf.errors.InvalidArgumentError as error:
+        assert reason in error.message, error.message
+    else:
+        raise AssertionError(reason)
+"""
+
+
+@pytest.mark.parametrize("way", ["support", "batch"])
+def test_export(characters, capsys, tmp_path, way):
+    """TensorFlow alone, in a process that cannot import the project, gives the same numbers."""
+    out, _ = command(capsys, PUBLISHED, f"--export={tmp_path / 'exported'}", f"--normalise_with={way}")
+    assert out.startswith(f"Written: {tmp_path / 'exported'}, a SavedModel of ")
+    model = predict.load(PUBLISHED, normalise_with=way)
+    adapted = _adapted(model, characters)
+    asked = sorted((characters / "unlabelled").glob("*/*"))
+    labelled = sorted((characters / "labelled").glob("*/*"))
+    labels = np.array([adapted.classes.index(path.parent.name) for path in labelled])
+    np.savez(tmp_path / "given.npz", support_x=model.read(labelled), support_y=labels, query_x=model.read(asked))
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, "exported", "given.npz", "found.npz"],
+        cwd=tmp_path,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "WARNING:absl" not in ended.stderr
+    with np.load(tmp_path / "found.npz") as found:
+        for kind in ("uint8", "signature", "float"):
+            np.testing.assert_allclose(found[kind], adapted.predict(asked), atol=1e-6)
+    assert "exported exists: remove it, or give another folder" in refusal(
+        capsys, PUBLISHED, f"--export={tmp_path / 'exported'}"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--export=a", "labelled", "b"], ["labelled"], []])
+def test_answers_or_an_export(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(PUBLISHED), *arguments])
+    assert ended.value.code == 2
+    assert "give RUN LABELLED UNLABELLED for answers, or RUN --export=DIR" in capsys.readouterr().err
 
 
 def test_omniglots_test_characters(shared, model):
