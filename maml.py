@@ -41,6 +41,8 @@ class MAML(tf.Module):
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.clip, self.parallel_tasks = clip, parallel_tasks
         self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
+        if network.adapted is None:
+            self.network = network._replace(adapted=tuple(self.weights))
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
         self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
@@ -64,7 +66,7 @@ class MAML(tf.Module):
     @property
     def tf1_names(self) -> dict[str, str]:
         """The names of the weights in checkpoints of the original."""
-        return self.network.tf1_names
+        return {name: name for name in self.weights} | (self.network.tf1_names or {})
 
     def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
         """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.

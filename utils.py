@@ -32,14 +32,14 @@ Weights = dict[str, tf.Tensor]
 class Network(NamedTuple):
     """One model: how its weights begin, what it computes, and which of them the inner loop changes.
 
-    batch_statistics says how outputs of one batch belong together. The three fields after it make tiny networks fast,
-    and change what is computed by rounding alone.
+    Two functions are enough. The last three fields make tiny networks fast, and change what is computed by rounding
+    alone.
     """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
     apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O], of one task
-    adapted: tuple[str, ...]  # names that the inner loop changes; the norms' beta and gamma are only meta-learned
-    tf1_names: dict[str, str]  # our name -> the variable's name in checkpoints of the original
+    adapted: tuple[str, ...] | None = None  # names that the inner loop changes; None: all. Ours leave the norms' out
+    tf1_names: dict[str, str] | None = None  # our name -> the variable's name in checkpoints of the original
     batch_statistics: bool = False  # under batch norm: an output depends on the other inputs of its batch
     inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
     tasks_in_one_operation: bool = False  # an operation computes all tasks of a meta-batch; else one task a core
