@@ -9,6 +9,7 @@ import devices  # isort: skip  it comes first, since it imports TensorFlow witho
 
 import argparse
 import json
+import socket
 import sys
 import threading
 import webbrowser
@@ -207,9 +208,11 @@ def serve(port: int = 0) -> BaseWSGIServer:
     """
     site = Site({"/characters": Characters().answer, "/sinusoid": Sinusoid().answer})
     try:
-        server = make_server("127.0.0.1", port, site, threaded=True, request_handler=Quiet)
-    except (OSError, SystemExit):  # Werkzeug prints why, and exits
-        raise InputError(f"port {port} is in use or not allowed: give another --port, or none") from None
+        listening = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise InputError(f"port {port} cannot be had ({error.strerror}): give another --port, or none") from None
+    with listening:
+        server = make_server("127.0.0.1", port, site, True, request_handler=Quiet, fd=listening.fileno())
     server.daemon_threads = True
     site.hosts = {f"{name}:{server.port}" for name in ("127.0.0.1", "localhost")}
     return server
