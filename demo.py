@@ -9,6 +9,7 @@ import devices  # isort: skip  it comes first, since it imports TensorFlow witho
 
 import argparse
 import json
+import os
 import socket
 import sys
 import threading
@@ -210,7 +211,9 @@ def serve(port: int = 0) -> BaseWSGIServer:
     try:
         listening = socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise InputError(f"port {port} cannot be had ({error.strerror}): give another --port, or none") from None
+        raise InputError(
+            f"port {port} cannot be had ({os.strerror(error.errno)}): give another --port, or none"
+        ) from None
     with listening:
         server = make_server("127.0.0.1", port, site, True, request_handler=Quiet, fd=listening.fileno())
     server.daemon_threads = True

@@ -166,7 +166,9 @@ def test_ten_pages_at_once(server):
 
 
 def test_a_port_in_use(server):
-    with pytest.raises(demo.InputError, match=f"port {server.port} is in use or not allowed: give another --port"):
+    with pytest.raises(
+        demo.InputError, match=rf"port {server.port} cannot be had \(Address already in use\): give another --port"
+    ):
         demo.serve(server.port)
 
 
