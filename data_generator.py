@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from images import SPLITS, Classes, Images, load_splits
-from utils import Tasks
+from utils import InputError, Tasks
 
 
 class Dataset(NamedTuple):
@@ -172,6 +172,49 @@ class ImageTasks:
             for quarter in (1, 2, 3):
                 pixels[quarters == quarter] = np.rot90(pixels[quarters == quarter], quarter, axes=(1, 2))
         return pixels, order
+
+
+def tasks_from_arrays(
+    support_x: np.ndarray, support_y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray, way: int | None = None
+) -> Tasks:
+    """Makes a meta-batch of your own arrays, checked, as MAML takes it.
+
+    Args:
+        support_x, query_x: [T, n, *D], numbers; n may be another for support and query.
+        support_y, query_y: targets [T, n, O], numbers; or, with `way`, class numbers [T, n] from 0 to way - 1.
+        way: N, for classification.
+    Returns Tasks, float32, with one-hot labels for classification.
+    Raises InputError where a shape or a value is another.
+    """
+    x, y = {}, {}
+    for part, inputs, targets in (("support", support_x, support_y), ("query", query_x, query_y)):
+        inputs, targets = np.asarray(inputs), np.asarray(targets)
+        if inputs.ndim < 3 or inputs.dtype.kind not in "fiub":
+            raise InputError(
+                f"{part}_x is {inputs.dtype}, of the shape {list(inputs.shape)}: give numbers [tasks, examples, ...]"
+            )
+        if way is not None:
+            wrong = targets.ndim != 2 or targets.dtype.kind not in "iu" or not targets.size
+            if wrong or not 0 <= targets.min() <= targets.max() < way:
+                raise InputError(
+                    f"{part}_y is {targets.dtype}, of the shape {list(targets.shape)}: give class numbers from 0 to "
+                    f"{way - 1}, [tasks, examples]"
+                )
+            targets = np.eye(way)[targets]
+        if targets.ndim != 3 or targets.dtype.kind not in "fiub" or targets.shape[:2] != inputs.shape[:2]:
+            raise InputError(
+                f"{part}_y is {targets.dtype}, of the shape {list(targets.shape)}, beside {part}_x of "
+                f"{list(inputs.shape)}: give a target [tasks, examples, outputs] for each, or class numbers and way"
+            )
+        x[part], y[part] = inputs.astype(np.float32), targets.astype(np.float32)
+        if not (np.isfinite(x[part]).all() and np.isfinite(y[part]).all()):
+            raise InputError(f"{part}_x or {part}_y has a value that is no number, or infinite in float32: mend it")
+    if len(x["support"]) != len(x["query"]) or x["support"].shape[2:] != x["query"].shape[2:]:
+        raise InputError(
+            f"support_x of {list(x['support'].shape)} and query_x of {list(x['query'].shape)} differ in the number of "
+            "tasks or in the shape of an example: give both for the same tasks"
+        )
+    return Tasks(x["support"], y["support"], x["query"], y["query"])
 
 
 def _words(seed: int, split: str, first: int, count: int, per_task: int) -> np.ndarray:

@@ -33,6 +33,7 @@ class Protocol(NamedTuple):
     class_split: str | None = None  # "64,16,20" where the folders do not say which classes are which
     tasks: int = 600  # the paper's
     task_seed: int = 0
+    query_norm: str = "batch"  # with what a query image is normalised: see MAML.evaluate
 
     def name(self, recipe: Recipe) -> str:
         """The name of a test's files: the original's, with suffixes for what that leaves out, if not at its default."""
@@ -43,7 +44,8 @@ class Protocol(NamedTuple):
                 name += f"_split{self.class_split}"
             if recipe.data_path:  # runs on two folders of images have one name, and may share a --results_dir
                 name += f"_trained{_folder_suffix(recipe.data_path)}"
-        for field, suffix in (("query", "query"), ("tasks", "tasks"), ("task_seed", "evalseed")):
+        suffixes = {"query": "query", "tasks": "tasks", "task_seed": "evalseed", "query_norm": "querynorm"}
+        for field, suffix in suffixes.items():
             if getattr(self, field) != self._field_defaults[field]:
                 name += f"_{suffix}{getattr(self, field)}"
         return name
@@ -62,11 +64,12 @@ def evaluate(
     updates: int,
     seed: int,
     stopped: Callable[[], bool] = lambda: False,
+    query_norm: str = "batch",
 ) -> Curve | None:
     """Evaluates tasks 0 .. count - 1 of a split, some at a time.
 
     Args: the model; where its tasks are drawn from; "val" or "test"; how many tasks; inner steps; the seed of the
-    tasks; stopped() is asked before every chunk of tasks.
+    tasks; stopped() is asked before every chunk of tasks; query_norm as of MAML.evaluate.
     Returns a Curve of arrays [count, 1 + updates], or None where it was stopped.
     """
     size, chunks = _chunk_size(maml, count), []
@@ -74,7 +77,7 @@ def evaluate(
         if stopped():
             return None
         tasks = data.draw(seed, split, first, size)
-        chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates)))
+        chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates, query_norm)))
     # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
 
@@ -102,7 +105,9 @@ def test(
     its training; the protocol; the run's folder; the folder of the results.
     """
     updates = max(recipe.inner_steps, TEST_UPDATES)
-    curve = evaluate(maml, data, protocol.split, protocol.tasks, updates, protocol.task_seed)
+    curve = evaluate(
+        maml, data, protocol.split, protocol.tasks, updates, protocol.task_seed, query_norm=protocol.query_norm
+    )
     dataset = recipe.dataset
     values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
     print(TITLE)
@@ -133,8 +138,11 @@ def test(
         "tasks": protocol.tasks,
         "task_seed": protocol.task_seed,
         "norm": recipe.norm,
-        "transductive": recipe.norm == "batch_norm",  # a task's query examples are normalised together
+        # A task's query examples are normalised together.
+        "transductive": recipe.norm == "batch_norm" and protocol.query_norm == "batch",
     }
+    if protocol.query_norm != "batch":
+        entry["query_normalised_with"] = protocol.query_norm
     known = {
         "best_on_validation": is_best,
         "validation_accuracy": best.accuracy if is_best else None,

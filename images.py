@@ -140,7 +140,7 @@ def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[
 def _load_classes(images: Images, folder: Path, split: str) -> Classes:
     """The class folders below folder/split ('.': the folder itself), decoded once and kept in folder/.cache."""
     root = os.path.normpath(folder / split)
-    files = dict(_class_folders(root)) if os.path.isdir(root) else {}
+    files = class_folders(root) if os.path.isdir(root) else {}
     if not any(files.values()):
         raise InputError(
             f"no images in {root}: expected class folders of images there, as {images.prepare} says"
@@ -157,11 +157,22 @@ def _load_classes(images: Images, folder: Path, split: str) -> Classes:
     return Classes(names, np.cumsum(counts) - counts, counts, pixels)
 
 
-def _class_folders(root: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, sorted file names of its images) of every class folder below `root`; hidden ones are passed over.
+def class_folders(root: str) -> dict[str, list[str]]:
+    """Finds the class folders below `root`: name, which is the path from there -> sorted file names of its images.
 
-    A class folder holds images, or nothing at all: that its class is too small is told later.
+    A class folder holds images, or nothing at all: that its class is too small is told later. Hidden ones are passed
+    over. Raises InputError where a folder cannot be read, or is a link to one above it.
     """
+    return {name: files for name, files in _folders(root) if name}
+
+
+def image_files(root: str) -> list[str]:
+    """Finds the images in `root` and in the folders below it: their paths, sorted. Raises as class_folders."""
+    return sorted(os.path.join(root, name, file) for name, files in _folders(root) for file in files)
+
+
+def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
+    """`root` (its name is empty) and all folders below it that hold images or nothing at all."""
     pending = [(root, "", frozenset())]
     while pending:
         folder, name, above = pending.pop()
@@ -176,7 +187,7 @@ def _class_folders(root: str) -> Iterator[tuple[str, list[str]]]:
             raise InputError(
                 f"cannot read {error.filename} ({error.strerror}): make it readable, or remove it"
             ) from error
-        if name and (files or not folders):
+        if files or not folders:
             yield name, files
         pending += [(entry.path, f"{name}/{entry.name}".lstrip("/"), above | {real}) for entry in folders]
 

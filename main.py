@@ -10,7 +10,8 @@ Train on your own images, which lie in DIR/<class>/, with 64 classes to train, 1
 
   python main.py --datasource=folder --data_path=DIR --split=64,16,20 --update_batch_size=1 --logdir=logs/own/
 
-Evaluation is transductive under batch norm, as in the paper: the query images of a task are normalised together.
+Evaluation is transductive under batch norm, as in the paper: the query images of a task are normalised together, unless
+--query_norm=support is given.
 """
 
 import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
@@ -178,6 +179,13 @@ flags.DEFINE_integer("test_tasks", 600, "Tasks of a test. Paper: 600.")
 flags.DEFINE_integer(
     "eval_seed", 0, "Seed of the validation and test tasks: the same for all runs, whatever --seed is."
 )
+flags.DEFINE_enum(
+    "query_norm",
+    "batch",
+    ["batch", "support"],
+    "At test, under batch norm: a query image is normalised together with its task's other query images (batch, the "
+    "paper's transductive way), or by itself together with the support set (support).",
+)
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
 
@@ -217,7 +225,7 @@ GROUPS = {
     "pretrain_iterations baseline stop_grad norm num_filters conv max_pool",
     "The data": "num_classes num_query data_path split image_size image_channels skip_broken val_tasks",
     "The test": "test_set test_iter train_update_batch_size train_update_lr test_tasks eval_seed test_datasource "
-    "test_data_path results_dir",
+    "test_data_path query_norm results_dir",
 }
 
 # What the system may refuse and the user can mend. Any other OSError is a fault of this program, and has its traceback.
@@ -406,6 +414,11 @@ def train_run(recipe: Recipe) -> None:
 def test_run(recipe: Recipe) -> None:
     """Tests a checkpoint on --test_tasks tasks, always the same ones. recipe: with the K and alpha of the test."""
     trained, run = trained_recipe(recipe, FLAGS), run_folder(FLAGS)
+    if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
+        raise InputError(
+            f"--query_norm={FLAGS.query_norm} is for batch norm, and with --norm={recipe.norm} it changes nothing: "
+            "leave it out"
+        )
     prefix = run.checkpoint(FLAGS.test_iter)
     expected = recipes.to_flags(trained)
     del expected["num_query"]  # at test it is the test's own, and so is --split where other data are tested
@@ -425,6 +438,7 @@ def test_run(recipe: Recipe) -> None:
         class_split=FLAGS.split,
         tasks=FLAGS.test_tasks,
         task_seed=FLAGS.eval_seed,
+        query_norm=FLAGS.query_norm,
     )
     data, maml = open_data(dataset, (protocol.split,), recipe, training=False), build(recipe)
     if FLAGS.test_iter == -1:

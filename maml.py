@@ -38,7 +38,7 @@ class MAML(tf.Module):
             On a CPU one task a group is fastest.
 
         Every public step is one graph, which is traced at its first call:
-        train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps).
+        train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps, query_norm).
         """
         super().__init__(name="maml")
         self.network, self.loss, self.accuracy = network, loss, accuracy
@@ -46,6 +46,8 @@ class MAML(tf.Module):
         self.clip, self.parallel_tasks = clip, parallel_tasks
         self.tasks_at_once = tasks_at_once
         self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
+        if network.adapted is None:
+            self.network = network._replace(adapted=tuple(self.weights))
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
         self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
@@ -69,7 +71,7 @@ class MAML(tf.Module):
     @property
     def tf1_names(self) -> dict[str, str]:
         """The names of the weights in checkpoints of the original."""
-        return self.network.tf1_names
+        return {name: name for name in self.weights} | (self.network.tf1_names or {})
 
     def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
         """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.
@@ -89,6 +91,32 @@ class MAML(tf.Module):
                 gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
             path.append(path[-1] | {name: adapted[name] - self.inner_lr * gradient[name] for name in adapted})
         return path
+
+    def scores(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
+        """What the network answers to query inputs, each normalised by itself together with the support set.
+
+        So an answer does not depend on what else is asked, as it does where all query inputs are one batch (the paper's
+        way). Only batch norm makes the two differ. Its statistics are others for every query input, so exact answers
+        take a batch of N * K + 1 inputs each.
+        Args: weights after the updates; support_x [N * K, *D]; query_x [n, *D]; of a group, all with a leading axis G.
+        Returns [n, O], or [G, n, O].
+        """
+        if not self.network.batch_statistics:
+            return self.network.apply(weights, query_x)
+        name, weight = next(iter(weights.items()))
+        axis = weight.shape.rank - self.weights[name].shape.rank  # of the examples: 1 in a group of tasks, else 0
+
+        def score(x):
+            batch = tf.concat([support_x, tf.expand_dims(x, axis)], axis)
+            return self.network.apply(weights, batch)[..., -1, :]
+
+        def swapped(x):
+            return tf.transpose(x, [1, 0, *range(2, x.shape.rank)]) if axis else x
+
+        scores = tf.map_fn(
+            score, swapped(query_x), fn_output_signature=query_x.dtype, parallel_iterations=self.parallel_tasks
+        )
+        return swapped(scores)
 
     def query_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
         """What meta-training minimises, for one task: the loss on its query set after J updates. A scalar, or [G]."""
@@ -144,10 +172,11 @@ class MAML(tf.Module):
         self.step.assign_add(1)
         return loss, norm
 
-    def _evaluate(self, tasks: Tasks, steps: int) -> Curve:
+    def _evaluate(self, tasks: Tasks, steps: int, query_norm: str = "batch") -> Curve:
         """Computes loss and accuracy of every task before and after each of `steps` updates. Changes nothing.
 
-        Under batch norm it is transductive: a query image is normalised together with its task's other query images.
+        query_norm: with what a query image is normalised under batch norm. "batch": its task's other query images, as
+        in the paper (transductive). "support": the support set, see scores.
         """
         tasks = self._checked(tasks)
         weights, dtype = self.values(), tasks.query_x.dtype
@@ -155,7 +184,12 @@ class MAML(tf.Module):
         def curve(weights, task):
             before, *after = self.adapt(weights, task, steps)
             scored = [(self.network.apply(before, task.support_x), task.support_y)]
-            scored += [(self.network.apply(adapted, task.query_x), task.query_y) for adapted in after]
+            for adapted in after:
+                if query_norm == "support":
+                    outputs = self.scores(adapted, task.support_x, task.query_x)
+                else:
+                    outputs = self.network.apply(adapted, task.query_x)
+                scored.append((outputs, task.query_y))
             losses = tf.stack([self.loss(*pair) for pair in scored], -1)
             if not self.accuracy:
                 return Curve(losses, losses[..., :0])

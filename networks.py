@@ -10,6 +10,7 @@ the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and ga
 
 import functools
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def conv4(
         x = tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
         return _plus(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
 
-    return network(weights, apply, takes_groups=True)
+    return network(weights, apply, batch_statistics=norm == "batch_norm", takes_groups=True)
 
 
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
@@ -151,10 +152,65 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
             x = apart(tf.nn.relu(_normalized(x, weights, layer, norm)), group)
         return _plus(product(x, weights[f"w{last}"]), weights[f"b{last}"])
 
-    if not tiny:
-        return network(weights, apply, takes_groups=True)
-    inner_apply = functools.partial(apply, product=special_grads.matmul)
-    return network(weights, apply, inner_apply=inner_apply, steps_a_call=STEPS_A_CALL)
+    more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
+    if tiny:
+        more["inner_apply"] = functools.partial(apply, product=special_grads.matmul)
+        more["steps_a_call"] = STEPS_A_CALL
+    return network(weights, apply, **more)
+
+
+def from_keras(model: "tf.keras.Model", **more: object) -> Network:
+    """Makes a Network of a Keras 3 model, whose layers have no state but their weights.
+
+    The names of the weights are those of the layers and their variables, as in dense_kernel. A seed initialises a copy
+    of the model, so its initialisers are used; the values at hand and the model itself are left alone.
+    Args: a built Sequential or functional model, of one input and one output; more fields of Network.
+    Raises InputError for a model that is not built, has no weights, or has a layer that would be wrong here.
+    """
+    if not model.built:
+        raise InputError(f"the Keras model {model.name} is not built: begin it with keras.Input(shape)")
+    _refuse_layers(model)
+    names = ["_".join(variable.path.split("/")[1:]) for variable in model.trainable_variables]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"the Keras model {model.name} has no weights, or two of one name: name its layers")
+
+    def init(seed: int) -> Weights:
+        state = random.getstate()  # an initialiser without a seed of its own draws one there
+        try:
+            random.seed(seed)
+            variables = tf.keras.models.clone_model(model).trainable_variables
+        finally:
+            random.setstate(state)
+        return {name: tf.convert_to_tensor(variable) for name, variable in zip(names, variables, strict=True)}
+
+    def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        return model.stateless_call([weights[name] for name in names], [], x)[0]
+
+    return Network(init, apply, **more)
+
+
+def _leaves(model):
+    """The layers, and those of the models among them."""
+    for layer in model.layers:
+        yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
+
+
+def _refuse_layers(model):
+    """Layers with state, and two whose second derivatives are wrong, since Keras' tf.nn.moments stops a gradient."""
+    for layer in _leaves(model):
+        kind = type(layer).__name__
+        if kind == "BatchNormalization":
+            why = "has moving averages, which adaptation to one task must not change for the others"
+            way_out = "write the network as two functions with special_grads.batch_norm (docs/predict.md)"
+        elif kind in ("LayerNormalization", "GroupNormalization"):
+            why = "stops a gradient, so that its second derivatives are wrong"
+            way_out = "take RMSNormalization, or write the network as two functions (docs/predict.md)"
+        elif layer.non_trainable_variables:
+            held = ", ".join(variable.name for variable in layer.non_trainable_variables)
+            why, way_out = f"has state, or weights that are not trained ({held})", "leave it out"
+        else:
+            continue
+        raise InputError(f"layer {layer.name} ({kind}) of the Keras model {model.name} {why}: {way_out}")
 
 
 def _conv_row(mean_head: bool) -> Callable[..., Network]:

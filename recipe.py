@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,11 @@ from networks import NETWORKS
 from utils import InputError, accuracy, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
+# The original's folder names, without our suffixes: a folder that has one of those has a flags.json too.
+RUN_NAME = re.compile(
+    r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d[\d.]*(?:e-?\d+)?)"
+    r"(?:hidden(\d+))?(maxpool)?(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)"
+)
 
 
 def _flag(name: str, default: Any) -> Any:
@@ -126,6 +132,34 @@ def from_flags(flags: Mapping[str, Any]) -> Recipe:
             )
     sizes_of_split(recipe.split)
     return recipe
+
+
+def from_run_name(name: str, data_set: str) -> Recipe:
+    """Makes the recipe of a run folder without flags.json, such as the original's released model, from its name.
+
+    The name is the original's, and it does not say the data set. What it leaves out has its default.
+    Raises InputError where it is another name.
+    """
+    found = RUN_NAME.fullmatch(name)
+    if not found:
+        raise InputError(
+            f"{name} has no flags.json, and its name does not say how it was trained, as the original's do "
+            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm): give the folder of a run"
+        )
+    way, meta_batch, shot, inner_steps, inner_lr, filters, max_pool, first_order, baseline, norm = found.groups()
+    return Recipe(
+        data_set=data_set,
+        way=int(way),
+        baseline=baseline,
+        meta_batch=int(meta_batch),
+        shot=int(shot),
+        inner_lr=float(inner_lr),
+        inner_steps=int(inner_steps),
+        norm={part: norm for norm, part in NORMS.items()}[norm],
+        filters=int(filters or 64),
+        max_pool=bool(max_pool),
+        first_order=bool(first_order),
+    )
 
 
 def _is_a(value: object, kind: type) -> bool:

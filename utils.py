@@ -72,13 +72,14 @@ Weights = dict[str, tf.Tensor]
 class Network(NamedTuple):
     """One model: how its weights begin, what it computes, and which of them the inner loop changes.
 
-    The last three fields say how it is computed fast, and change results by rounding alone.
+    Two functions are enough. The last three fields say how it is computed fast, and change results by rounding alone.
     """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
     apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O], of one task
-    adapted: tuple[str, ...]  # names that the inner loop changes; the norms' beta and gamma are only meta-learned
-    tf1_names: dict[str, str]  # our name -> the variable's name in checkpoints of the original
+    adapted: tuple[str, ...] | None = None  # names that the inner loop changes; None: all. Ours leave the norms' out
+    tf1_names: dict[str, str] | None = None  # our name -> the variable's name in checkpoints of the original
+    batch_statistics: bool = False  # under batch norm: an output depends on the other inputs of its batch
     inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
     takes_groups: bool = False  # apply computes a group of G tasks too: weights, inputs, outputs with a leading axis G
     steps_a_call: int = 1  # outer steps in one compiled program, all tasks in one operation; above 1 for tiny networks
@@ -99,15 +100,20 @@ def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.square(outputs - targets), [-2, -1])
 
 
-def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int) -> tf.Tensor:
+def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int | None) -> tf.Tensor:
     """Softmax cross-entropy in nats, summed over the examples of a task and divided by K: NOT the mean.
 
     On the support set of an N-way task it is N times the mean; the original's step sizes are meant for it.
     Args: logits [n, N] and labels one-hot [n, N], which give a scalar, or [G, n, N] of a group of tasks, which give
-    [G]; shot K, support examples a class, for support and query alike.
+        [G]; shot K, support examples a class, for support and query alike. None: every example is divided by the number
+        of examples that its own class has here. With K of each class that is the same number; with uneven ones every
+        class still weighs as much as every other, and alpha keeps its scale.
     Source: the original's utils.py, where update_batch_size is the divisor.
     """
-    return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(labels, logits), -1) / shot
+    losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits)
+    if shot is None:
+        return tf.reduce_sum(losses / tf.linalg.matvec(labels, tf.reduce_sum(labels, -2)), -1)
+    return tf.reduce_sum(losses, -1) / shot
 
 
 def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,9 +28,10 @@ from scipy import stats
 import data_generator
 import images
 import utils
-from data_generator import DATASETS, ImageTasks, SinusoidTasks
+from data_generator import DATASETS, ImageTasks, SinusoidTasks, tasks_from_arrays
 from images import ROOT, SPLITS, Classes, load_splits, read_image
-from utils import InputError, Tasks
+from maml import MAML
+from utils import InputError, Network, Tasks, accuracy, xent
 
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
 PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
@@ -1045,3 +1047,54 @@ def test_sinusoid_test_tasks_are_pinned():
     digits = np.rint(np.concatenate([x, y], 2) * 1e4).astype(int)
     digest = hashlib.sha256(" ".join(map(str, digits.ravel())).encode()).hexdigest()
     assert digest == "0d06b8830fe123464a5513670b63862ab2278131d56a02bea33e0d6afaa475fc"
+
+
+def test_tasks_of_ones_own_arrays():
+    """Float32 and one-hot, ready for a step; two functions are a network."""
+    random = np.random.default_rng(0)
+    labels = np.tile([0, 1, 2], (4, 2))
+    tasks = tasks_from_arrays(
+        random.normal(size=(4, 6, 5)), labels, random.normal(size=(4, 9, 5)), labels[:, :1].repeat(9, 1), way=3
+    )
+    assert {part.dtype for part in tasks} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(tasks.support_y.argmax(-1), labels)
+    network = Network(
+        init=lambda seed: {"w": tf.random.stateless_normal([5, 3], [seed, 0])},
+        apply=lambda weights, x: x @ weights["w"],
+    )
+    maml = MAML(network, functools.partial(xent, shot=2), accuracy, inner_lr=0.1, inner_steps=1)
+    before = float(maml.train_step(tasks)[0])
+    for _ in range(20):
+        loss = float(maml.train_step(tasks)[0])
+    assert loss < before
+    assert maml.tf1_names == {"w": "w"}
+    regression = tasks_from_arrays(labels[..., None], labels[..., None], labels[..., None], labels[..., None])
+    assert regression.query_y.shape == (4, 6, 1)
+
+
+@pytest.mark.parametrize(
+    "changed, way, reason",
+    [
+        ({"support_x": np.zeros((4, 6))}, 3, r"support_x is float64, of the shape \[4, 6\]: give numbers \[tasks"),
+        ({"query_x": np.full((4, 9, 5), "a")}, 3, "query_x is <U1, of the shape"),
+        ({"support_y": np.full((4, 6), 3)}, 3, "support_y is int64, .* class numbers from 0 to 2, "),
+        ({"support_y": np.full((4, 6), 1.0)}, 3, "support_y is float64, .* class numbers from 0 to 2, "),
+        (
+            {"query_y": np.zeros((4, 8), int)},
+            3,
+            r"query_y is float64, of the shape \[4, 8, 3\], beside query_x of \[4, 9, 5\]",
+        ),
+        ({}, None, r"support_y is int64, of the shape \[4, 6\], beside .* or class numbers and way"),
+        ({"query_x": np.full((4, 9, 5), np.nan)}, 3, "query_x or query_y has a value that is no number"),
+        ({"query_x": np.zeros((4, 9, 6))}, 3, r"support_x of \[4, 6, 5\] and query_x of \[4, 9, 6\] differ"),
+    ],
+)
+def test_wrong_arrays(changed, way, reason):
+    arrays = {
+        "support_x": np.zeros((4, 6, 5)),
+        "support_y": np.zeros((4, 6), int),
+        "query_x": np.zeros((4, 9, 5)),
+        "query_y": np.zeros((4, 9), int),
+    }
+    with pytest.raises(InputError, match=reason):
+        tasks_from_arrays(**arrays | changed, way=way)

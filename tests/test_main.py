@@ -36,7 +36,7 @@ from evaluate import Protocol
 from events import Events
 from images import SPLITS
 from maml import MAML
-from utils import Curve, accuracy, mse, xent
+from utils import Curve, Tasks, accuracy, mse, xent
 
 PROGRAM = Path(main.__file__)
 NUMBER = r"-?\d\S*"
@@ -558,6 +558,33 @@ def test_other_tasks_at_test(omniglot_run, miniimagenet_like, tmp_path):
     for entry in entries:
         assert (entry["data_set"], entry["trained_on"]) == ("folder", "omniglot")
         assert (entry["tasks"], entry["task_seed"], entry["query_examples_a_class_Q"]) == (6, 3, 2)
+
+
+def test_queries_normalised_with_the_support_set(omniglot_run, sinusoid_run, few_test_tasks, tmp_path):
+    """What a test says of each query image does not depend on the others; its files say that it is so."""
+    flags = *omniglot_run.flags, "--train=False", "--test_set=True", "--num_query=2", f"--results_dir={tmp_path}"
+    run(*flags, "--query_norm=support")
+    values = read_pickle(tmp_path / "test_ubs1_stepsize0.4_query2_querynormsupport.pkl")
+    data = Path(omniglot_run.flags[2].removeprefix("--data_path="))
+    tasks = ImageTasks.from_folder(DATASETS["omniglot"].images, data, ("test",), 5, 1, 2).draw(0, "test", 0, 4)
+    network = networks.conv4((28, 28), 1, 5, 4, norm="batch_norm", max_pool=False, mean_head=True)
+    maml = MAML(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.4, inner_steps=1)
+    runs.Run(omniglot_run.folder).restore(maml, str(omniglot_run.folder / "model509"))
+    for t in range(4):
+        task = Tasks(*(part[t] for part in tasks))
+        after = maml.adapt(maml.weights, task, 1)[1]
+        alone = [
+            maml.network.apply(after, np.concatenate([task.support_x, image[None]]))[-1].numpy().argmax()
+            for image in task.query_x
+        ]
+        assert values[t, 1] == pytest.approx(np.mean(alone == task.query_y.argmax(1)))
+    run(*flags)
+    support, batch = json.loads((tmp_path / "results.json").read_text())
+    assert (support["transductive"], support["query_normalised_with"]) == (False, "support")
+    assert batch["transductive"] and "query_normalised_with" not in batch
+    assert "--query_norm=support is for batch norm, and with --norm=None it changes nothing" in refusal(
+        *sinusoid_run.flags, "--train=False", "--query_norm=support"
+    )
 
 
 def test_omniglot_tasks_for_a_model_of_photographs(omniglot, own_run, few_test_tasks):

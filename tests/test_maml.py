@@ -304,3 +304,30 @@ def test_cross_entropy_is_summed_over_examples_and_divided_by_the_shot():
 def test_statistics_are_the_original_s():
     values = np.array([[0.0], [1.0], [1.0], [0.0]])
     np.testing.assert_allclose(statistics(values), [[0.5], [0.5], [1.96 * 0.5 / 2]])
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", None])
+@pytest.mark.parametrize("tiny", [False, True])
+def test_scores_of_each_query_alone(norm, tiny):
+    """A query input is normalised together with the support set, and what else is asked changes nothing."""
+    network = networks.fc(6, (8, 5), 3, norm=norm, tiny=tiny)
+    task = Tasks(*(part[0] for part in random_tasks(1, 3, 9, (6,), 3, dtype=np.float32)))
+    maml = MAML(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.1, inner_steps=1)
+    scores = maml.scores(maml.weights, task.support_x, task.query_x)
+    for query, score in zip(task.query_x, scores, strict=True):
+        alone = network.apply(maml.weights, np.concatenate([task.support_x, query[None]]))[-1]
+        np.testing.assert_allclose(score, alone, rtol=1e-5, atol=1e-7)
+    few = maml.scores(maml.weights, task.support_x, task.query_x[4:6])
+    np.testing.assert_allclose(few, scores[4:6], rtol=1e-5, atol=1e-7)
+    tasks = Tasks(*(part[None] for part in task))
+    together, apart = (maml.evaluate(tasks, 1, query_norm) for query_norm in ("batch", "support"))
+    assert np.allclose(together.losses, apart.losses) == (norm != "batch_norm")
+
+
+def test_the_loss_of_uneven_classes():
+    """With K of each class it is the sum divided by K; and a class weighs the same, however often it is shown."""
+    logits = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    labels = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]]
+    np.testing.assert_allclose(xent(logits, labels, shot=None), xent(logits, labels, shot=2), rtol=1e-6)
+    again = [0, 1, 2, 3, 4, 5, 0, 3, 0, 3]  # class 0 three times
+    np.testing.assert_allclose(xent(logits[again], labels[again], shot=None), xent(logits, labels, shot=2), rtol=1e-6)

@@ -89,3 +89,20 @@ def test_one_resolution_leaves_no_trace_in_the_next():
     assert [one.meta_batch for one in found] == [25, 25, 4, 25]
     assert found[1] == found[3]
     assert main.FLAGS["norm"].default == "batch_norm"
+
+
+@pytest.mark.parametrize("record", PUBLISHED, ids=lambda path: path.parent.name)
+def test_the_originals_folder_names_say_the_recipe(record):
+    """All that the name says is read back, so the name of what is read is the same again."""
+    one = recipe.from_flags(json.loads(record.read_text()))
+    name = one.run_name.removesuffix(".pretrain")
+    assert recipe.from_run_name(name, one.data_set).run_name == name
+
+
+def test_the_name_of_the_released_model():
+    name = "cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm"
+    one = recipe.from_run_name(name, "miniimagenet")
+    assert one.run_name == name
+    assert (one.way, one.shot, one.inner_steps, one.inner_lr, one.filters, one.max_pool) == (5, 1, 5, 0.01, 32, True)
+    with pytest.raises(InputError, match=r"my_model has no flags.json, and its name does not say how it was trained"):
+        recipe.from_run_name("my_model", "miniimagenet")

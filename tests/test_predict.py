@@ -1,0 +1,362 @@
+"""predict.py: the command and the library, on the published Omniglot model."""
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import predict
+from data_generator import DATASETS, ImageTasks
+from images import Classes, read_image
+from utils import InputError
+
+PUBLISHED = predict.PUBLISHED / "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm"
+
+
+@pytest.fixture(scope="module")
+def model() -> predict.Model:
+    return predict.load(PUBLISHED)
+
+
+@pytest.fixture(scope="module")
+def characters(omniglot_like, tmp_path_factory) -> Path:
+    """labelled/<class>/: 1 to 5 drawings of five characters; unlabelled/<class>/: the other drawings."""
+    root = tmp_path_factory.mktemp("characters")
+    for shot, folder in enumerate(sorted(omniglot_like.glob("Alphabet_1/*"))[:5], start=1):
+        for place, drawing in enumerate(sorted(folder.iterdir())):
+            part = root / ("labelled" if place < shot else "unlabelled") / folder.name
+            part.mkdir(parents=True, exist_ok=True)
+            shutil.copy(drawing, part / drawing.name)
+    return root
+
+
+def command(capsys, *arguments: object) -> tuple[str, str]:
+    """What the command prints, to a good end: on stdout and on stderr."""
+    capsys.readouterr()
+    predict.main(list(map(str, arguments)))
+    return capsys.readouterr()
+
+
+def refusal(capsys, *arguments: object) -> str:
+    """The one line that refuses bad input; warnings may stand before it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        predict.main(list(map(str, arguments)))
+    assert ended.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("predict.py: ")
+    return line
+
+
+def test_the_command(characters, capsys, tmp_path):
+    """Every image has its line and its row, and most are right."""
+    table = tmp_path / "answers.csv"
+    out, err = command(capsys, PUBLISHED, f"--csv={table}", characters / "labelled", characters / "unlabelled")
+    assert err == ""
+    assert "model59999 of omniglot, 3 updates on 15 labelled images of 5 classes.\n" in out
+    assert "by itself together with the labelled images: --normalise_with=support.\n" in out
+    header, *rows = csv.reader(io.StringIO(table.read_text()))
+    classes = sorted(folder.name for folder in (characters / "labelled").iterdir())
+    assert header == ["image", "class", "probability", *classes]
+    assert [row[0] for row in rows] == sorted(map(str, (characters / "unlabelled").glob("*/*")))
+    for path, answer, probability, *probabilities in rows:
+        numbers = list(map(float, probabilities))
+        assert sum(numbers) == pytest.approx(1, abs=1e-5)
+        assert float(probability) == max(numbers) == numbers[classes.index(answer)]
+        second = classes[np.argsort(numbers)[-2]]
+        (line,) = (line for line in out.splitlines() if line.startswith(f"{path} "))
+        assert line.split()[1] == answer and line.split()[3] == second
+    right = [Path(row[0]).parent.name == row[1] for row in rows]
+    assert np.mean(right) > 0.9
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(model, characters):
+    adapted = _adapted(model, characters)
+    asked = sorted((characters / "unlabelled").glob("*/*"))
+    together = adapted.predict(asked)
+    np.testing.assert_allclose([adapted.predict([path])[0] for path in asked[::10]], together[::10], atol=1e-6)
+    model = predict.load(PUBLISHED, normalise_with="batch")
+    adapted = _adapted(model, characters)
+    assert not np.allclose(adapted.predict(asked[:1])[0], adapted.predict(asked)[0], atol=0.01)
+    pixels = model.inputs(model.read(asked))
+    scores = model.maml.network.apply(adapted.path[-1], pixels)
+    np.testing.assert_allclose(adapted.predict(asked), tf.nn.softmax(scores), atol=1e-6)
+
+
+def _adapted(model, characters):
+    labelled = sorted((characters / "labelled").glob("*/*"))
+    return model.adapt(labelled, [path.parent.name for path in labelled])
+
+
+def test_paths_and_arrays_are_the_same(model, characters):
+    paths = sorted((characters / "labelled").glob("*/*"))
+    labels = [path.parent.name for path in paths]
+    pixels = np.stack([read_image(path, model.images) for path in paths])
+    expected = model.adapt(paths, labels).predict(paths)
+    for images in (pixels, pixels[..., 0], pixels / 255, np.float32(pixels / 255), list(pixels), tf.constant(pixels)):
+        np.testing.assert_allclose(model.adapt(images, labels).predict(images), expected, atol=1e-5)
+
+
+def test_images_enter_as_in_training(model, characters):
+    """Inverted and divided by 255, to the bit."""
+    paths = sorted((characters / "labelled").glob("*/*"))[:4]
+    pixels = model.read(paths)
+    images = DATASETS["omniglot"].images._replace(rotations=False)
+    classes = Classes(["a", "b"], np.array([0, 2]), np.array([2, 2]), pixels)
+    drawn = ImageTasks(images, {"test": classes}, way=2, shot=1, query=1).draw(0, "test", 0, 1)
+    assert {x.tobytes() for x in drawn.support_x[0]} <= {x.tobytes() for x in model.inputs(pixels).numpy()}
+
+
+def test_updates(model, characters):
+    """As many as are asked, and the answers after each of them."""
+    asked = sorted((characters / "unlabelled").glob("*/*"))[:5]
+    adapted = _adapted(model, characters)
+    one = _adapted(predict.load(PUBLISHED, updates=1), characters)
+    assert (len(adapted.path), len(one.path)) == (4, 2)
+    np.testing.assert_allclose(adapted.predict(asked, updates=1), one.predict(asked), atol=1e-6)
+    assert not np.allclose(adapted.predict(asked, updates=0), one.predict(asked), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "images, labels, reason",
+    [
+        (np.zeros((5, 28, 28), np.uint8), "abcd", "5 images, but 4 labels: give a label to each"),
+        (
+            np.zeros((5, 28, 28), np.uint8),
+            "abcdd",
+            "the labels are of 4 classes, but .* is a model of 5: no model of 4 ",
+        ),
+        (np.zeros((5, 84, 84, 3), np.uint8), "abcde", r"shape \[5, 84, 84, 3\], but the model takes \[n, 28, 28, 1\]"),
+        (np.zeros((28, 28), np.uint8), "abcde", r"shape \[28, 28\], but the model takes \[n, 28, 28, 1\]"),
+        (np.zeros((0, 28, 28, 1), np.uint8), "", r"shape \[0, 28, 28, 1\], but the model takes"),
+        (np.zeros((5, 28, 28), np.int64), "abcde", "the images are int64: give uint8 of 0 to 255, or floats of 0 to 1"),
+        (np.full((5, 28, 28), 255.0), "abcde", "floats of 255 to 255: divide them to 0 to 1"),
+        (np.full((5, 28, 28), np.nan), "abcde", "floats of nan to nan"),
+        ([np.zeros((28, 28)), np.zeros((29, 28))], "ab", "the images have different shapes"),
+        ("a.png", "a", "a.png is one path: give a list of paths"),
+        (["nowhere.png"], "a", "cannot read image nowhere.png"),
+    ],
+)
+def test_wrong_images_and_labels(model, images, labels, reason):
+    with pytest.raises(InputError, match=reason):
+        model.adapt(images, list(labels))
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ((PUBLISHED.parent / "nowhere",), "no run folder .*nowhere"),
+        (
+            (predict.PUBLISHED / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm",),
+            "a run of the sinusoid",
+        ),
+        ((PUBLISHED, 3), "no checkpoint|--test_iter=3, but"),
+    ],
+)
+def test_a_run_without_what_is_asked(arguments, reason):
+    run, *checkpoint = arguments
+    with pytest.raises(InputError, match=reason):
+        predict.load(run, checkpoint=(checkpoint or [-1])[0])
+
+
+def test_a_run_without_its_flags(characters, model, tmp_path):
+    """The original's folders have none: the name says the recipe, the shapes of the weights the data set."""
+    copy = tmp_path / PUBLISHED.name
+    shutil.copytree(PUBLISHED, copy, ignore=shutil.ignore_patterns("flags.json"))
+    found = predict.load(copy)
+    assert found.recipe.data_set == "omniglot"
+    asked = sorted((characters / "unlabelled").glob("*/*"))[:5]
+    expected = _adapted(model, characters).predict(asked)
+    np.testing.assert_allclose(_adapted(found, characters).predict(asked), expected, atol=1e-6)
+    copy.rename(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"mine has no flags.json, and its name does not say"):
+        predict.load(tmp_path / "mine")
+
+
+def test_wrong_folders(characters, capsys, tmp_path):
+    """One line each, before anything is written."""
+    labelled, unlabelled = characters / "labelled", characters / "unlabelled"
+    one, six, empty = tmp_path / "one", tmp_path / "six", tmp_path / "empty"
+    shutil.copytree(next(labelled.iterdir()), one / "a")
+    shutil.copytree(labelled, six)
+    shutil.copytree(one / "a", six / "another")
+    shutil.copytree(labelled, empty)
+    for image in (victim := min(empty.iterdir())).iterdir():
+        image.unlink()
+    (nothing := tmp_path / "nothing").mkdir()
+    for arguments, reason in (
+        ((one, unlabelled), "one has 1 class folders: a, but "),
+        ((six, unlabelled), "is a model of 5 classes: no model of 6 is at hand, train one with --num_classes=6"),
+        ((nothing, unlabelled), "nothing has 0 class folders, but "),
+        ((empty, unlabelled), f"class {victim.name} in {empty} has no image: give it one, or remove the folder"),
+        ((tmp_path / "absent", unlabelled), "absent of labelled images: give one with a folder of images for each"),
+        ((labelled, labelled / victim.name), "lie one in the other: keep labelled and other images apart"),
+        ((labelled, characters), "lie one in the other: keep labelled and other images apart"),
+        ((labelled, tmp_path / "absent"), "absent: give images, or folders of images"),
+        ((labelled, nothing), "no images in "),
+        ((labelled, unlabelled, f"--csv={nothing}"), "nothing is a folder: name a file"),
+        ((labelled, unlabelled, "--checkpoint=newest"), "--checkpoint=newest must be an iteration, -1 for the latest"),
+        ((labelled, unlabelled, "--updates=-1"), "updates=-1 must be 0 or more"),
+    ):
+        assert reason in refusal(capsys, PUBLISHED, *arguments)
+
+
+def test_images_that_cannot_be_read_are_left_out(characters, capsys, tmp_path):
+    labelled = tmp_path / "labelled"
+    shutil.copytree(characters / "labelled", labelled)
+    some = sorted(labelled.iterdir())
+    (some[0] / "broken.png").write_text("no image")
+    (labelled / "loose.png").write_bytes(next(some[0].glob("0*")).read_bytes())
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    good = next((characters / "unlabelled").glob("*/*"))
+    out, err = command(capsys, PUBLISHED, labelled, broken, good)
+    assert f"Not used, 1 images in {labelled} that lie in no class folder.\n" in err
+    assert f"Left out, 1 images that cannot be read: {some[0] / 'broken.png'}\n" in err
+    assert f"Left out, 1 images that cannot be read: {broken}\n" in err
+    assert f"\n{good} " in out and "\n{broken} " not in out
+    assert "no image of UNLABELLED can be read" in refusal(capsys, PUBLISHED, labelled, broken)
+    for image in some[0].iterdir():
+        image.write_text("no image")
+    assert f"no image of class {some[0].name} in {labelled} can be read" in refusal(capsys, PUBLISHED, labelled, good)
+
+
+def test_the_same_image_in_two_classes(characters, capsys, tmp_path):
+    shutil.copytree(characters / "labelled", tmp_path / "labelled")
+    one, other, *_ = sorted((tmp_path / "labelled").iterdir())
+    shutil.copy(next(one.iterdir()), other / "twin.png")
+    good = next((characters / "unlabelled").glob("*/*"))
+    _, err = command(capsys, PUBLISHED, tmp_path / "labelled", good)
+    assert err == f"WARNING: {other / 'twin.png'} and {next(one.iterdir())} are the same image.\n"
+
+
+def test_images_of_another_size_and_colour(characters, capsys, tmp_path):
+    """A photograph of a drawing: large, in colour, not square."""
+    for name in ("labelled", "unlabelled"):
+        for path in sorted((characters / name).glob("*/*")):
+            target = tmp_path / name / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).convert("RGB").resize((112, 140)).save(target)
+    command(capsys, PUBLISHED, tmp_path / "labelled", tmp_path / "unlabelled", f"--csv={tmp_path / 'a.csv'}")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
+    assert np.mean([Path(row["image"]).parent.name == row["class"] for row in rows]) > 0.9
+
+
+def test_a_file_name_that_is_no_text(characters, capsys, tmp_path):
+    name = b"\xff\n.png".decode(errors="surrogateescape")
+    shutil.copy(next((characters / "unlabelled").glob("*/*")), tmp_path / name)
+    table = tmp_path / "a.csv"
+    out, _ = command(capsys, PUBLISHED, characters / "labelled", tmp_path / name, f"--csv={table}")
+    assert "??.png" in out
+    assert b"\xff\n.png" in table.read_bytes()
+
+
+def test_models_that_would_do(model, tmp_path):
+    """The run folders beside the model, and the published ones, that have as many classes."""
+    folder = tmp_path / PUBLISHED.name
+    shutil.copytree(PUBLISHED, folder)
+    other = tmp_path / "cls_7"
+    other.mkdir()
+    flags = json.loads((PUBLISHED / "flags.json").read_text())
+    (other / "flags.json").write_text(json.dumps(flags | {"num_classes": 7}))
+    with pytest.raises(InputError, match=r"labels are of 7 classes, but .* is a model of 5: models of 7 are .*cls_7$"):
+        predict.load(folder).adapt(np.zeros((7, 28, 28), np.uint8), range(7))
+
+
+STRANGER = """
+import sys
+import numpy as np
+import tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(1)  # as predict.py; another number rounds in another way
+assert not any("maml" in str(getattr(module, "__file__", "")) for module in list(sys.modules.values()))
+loaded = tf.saved_model.load(sys.argv[1])
+given = dict(np.load(sys.argv[2]))
+found = {"uint8": loaded.adapt_and_predict(**given)["probabilities"]}
+tensors = {name: tf.constant(value) for name, value in given.items()}
+found["signature"] = loaded.signatures["adapt_and_predict"](**tensors)["probabilities"]
+tensors |= {name: tf.cast(tensors[name], tf.float32) / 255 for name in ("support_x", "query_x")}
+found["float"] = loaded.signatures["adapt_and_predict_float"](**tensors)["probabilities"]
+np.savez(sys.argv[3], **found)
+for name, wrong, reason in (
+    ("support_y", tensors["support_y"] % 4, "support_y has each of the classes 0 to 4"),
+    ("support_y", tf.concat([[5], tensors["support_y"][1:]], 0), "support_y is from 0 to 4"),
+    ("query_x", tensors["query_x"] * 255, "float images are of 0 to 1"),
+):
+    try:
+        loaded.adapt_and_predict(**tensors | {name: wrong})
+    except tf.errors.InvalidArgumentError as error:
+        assert reason in error.message, error.message
+    else:
+        raise AssertionError(reason)
+"""
+
+
+@pytest.mark.parametrize("way", ["support", "batch"])
+def test_export(characters, capsys, tmp_path, way):
+    """TensorFlow alone, in a process that cannot import the project, gives the same numbers."""
+    out, _ = command(capsys, PUBLISHED, f"--export={tmp_path / 'exported'}", f"--normalise_with={way}")
+    assert out.startswith(f"Written: {tmp_path / 'exported'}, a SavedModel of ")
+    model = predict.load(PUBLISHED, normalise_with=way)
+    adapted = _adapted(model, characters)
+    asked = sorted((characters / "unlabelled").glob("*/*"))
+    labelled = sorted((characters / "labelled").glob("*/*"))
+    labels = np.array([adapted.classes.index(path.parent.name) for path in labelled])
+    np.savez(tmp_path / "given.npz", support_x=model.read(labelled), support_y=labels, query_x=model.read(asked))
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, "exported", "given.npz", "found.npz"],
+        cwd=tmp_path,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "WARNING:absl" not in ended.stderr
+    with np.load(tmp_path / "found.npz") as found:
+        for kind in ("uint8", "signature", "float"):
+            np.testing.assert_allclose(found[kind], adapted.predict(asked), atol=1e-6)
+    assert "exported exists: remove it, or give another folder" in refusal(
+        capsys, PUBLISHED, f"--export={tmp_path / 'exported'}"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--export=a", "labelled", "b"], ["labelled"], []])
+def test_answers_or_an_export(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(PUBLISHED), *arguments])
+    assert ended.value.code == 2
+    assert "give RUN LABELLED UNLABELLED for answers, or RUN --export=DIR" in capsys.readouterr().err
+
+
+def test_omniglots_test_characters(shared, model):
+    """One labelled drawing of each of five test characters: 90 of the other 95 or more are right, asked in any way."""
+    test = json.loads((predict.ROOT / "data" / "splits" / "omniglot.json").read_text())["test"]
+    drawings, labels = {"labelled": [], "unlabelled": []}, {"labelled": [], "unlabelled": []}
+    folder = shared / "data" / "omniglot"
+    archives = [zipfile.ZipFile(folder / f"images_{part}.zip") for part in ("background", "evaluation")]
+    for name in random.Random(0).sample(test, 5):
+        listed = ((file, archive) for archive in archives for file in archive.namelist())
+        files = sorted((file, archive) for file, archive in listed if f"/{name}/" in file and file.endswith(".png"))
+        assert len(files) == 20
+        for place, (file, archive) in enumerate(files):
+            part = "unlabelled" if place else "labelled"
+            drawing = Image.open(archive.open(file)).resize((28, 28), Image.NEAREST)  # as resize_images.py
+            drawings[part].append(np.uint8(drawing.convert("L"))[..., None])
+            labels[part].append(name)
+    adapted = model.adapt(np.stack(drawings["labelled"]), labels["labelled"])
+    asked, true = np.stack(drawings["unlabelled"]), np.array([adapted.classes.index(n) for n in labels["unlabelled"]])
+    right = adapted.predict(asked).argmax(1) == true
+    assert right.sum() >= 90
+    for label in range(5):  # a folder of one class only
+        alone = adapted.predict(asked[true == label]).argmax(1) == label
+        assert alone.sum() == right[true == label].sum()
