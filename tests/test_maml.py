@@ -36,7 +36,7 @@ def test_meta_gradient_derived_by_hand(steps, first_order, in_one_operation):
     """
     w, a, y, b, z, alpha = 1.5, 0.8, -0.4, 1.3, 0.7, 0.05
     tasks = one_task([a], [y], [b], [z])
-    line = LINE._replace(tasks_in_one_operation=in_one_operation)
+    line = LINE._replace(steps_a_call=2 if in_one_operation else 1)
     maml = MAML(line, mse, inner_lr=alpha, inner_steps=steps, first_order=first_order)
     for _ in range(steps):
         w = w - 2 * alpha * a * (w * a - y)
