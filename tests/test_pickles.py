@@ -419,10 +419,10 @@ def fuzz(count: int, seed: int) -> None:
 
 
 def test_mutated_pickles_are_read_or_refused_and_nothing_else():
-    child = subprocess.run([sys.executable, __file__, "4000", "1"], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, __file__, "3000", "1"], capture_output=True, text=True)
     assert (child.returncode, child.stderr) == (0, "")
     found = json.loads(child.stdout)
-    assert 200 < found["read"] < 3800  # else the mutations are too strong, or none
+    assert 200 < found["read"] < 2800  # else the mutations are too strong, or none
     assert found["memory"] < 100e6
 
 
