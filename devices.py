@@ -47,6 +47,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def memory() -> int:
+    """Counts the bytes of this machine's memory."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**63  # Windows does not say it here
+
+
 def start(parallel_tasks: int | None = None, op_threads: int = 1) -> None:
     """Sets TensorFlow's threads, which it takes once, before its first operation, and lets it find its devices.
 
