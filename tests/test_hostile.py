@@ -509,3 +509,46 @@ def test_a_trillion_iterations_cost_no_memory(tmp_path, monkeypatch):
     flags = "--norm=None", "--metatrain_iterations=1000000000000", "--save_interval=1", f"--logdir={tmp_path}"
     with not_compiled():
         assert saved_by(signal.SIGTERM, start_main(*flags)).parent == only_run(tmp_path)
+
+
+# -- how numbers were computed ----------------------------------------------------------------------------------------
+
+
+def test_how_a_run_was_computed_is_recorded(tmp_path, monkeypatch, capsys):
+    """Beside its flags, which do not change: a run may go on otherwise, with a warning."""
+    flags = "--norm=None", f"--logdir={tmp_path}"
+    with not_compiled():
+        start_main(*flags, "--metatrain_iterations=2")
+        folder = only_run(tmp_path)
+        identity = json.loads((folder / "flags.json").read_text())
+        computed = devices.computed()
+        assert computed["op_threads"] == 1
+        assert computed["tensorflow"] == tf.__version__
+        ended = start_main(*flags, "--metatrain_iterations=3")
+        assert (ended.code, ended.err) == (0, "")
+        monkeypatch.setattr(devices, "computed", lambda: computed | {"op_threads": 2})
+        ended = start_main(*flags, "--metatrain_iterations=4")
+    (line,) = ended.err.splitlines()
+    assert f"WARNING: the iterations before 3 in {folder} were computed otherwise (op_threads 1 there, 2 here)" in line
+    assert ended.code == 0
+    recorded = json.loads((folder / "computed.json").read_text())
+    assert recorded == [{"from_iteration": 0, **computed}, {"from_iteration": 3, **computed, "op_threads": 2}]
+    assert json.loads((folder / "flags.json").read_text()).keys() == identity.keys()
+    start_main(*flags, "--metatrain_iterations=4", "--train=False", "--test_tasks=2")
+    (entry,) = json.loads((folder / "results.json").read_text())
+    assert entry["computed"]["op_threads"] == 2
+
+
+def test_a_run_that_is_older_than_the_record_goes_on(run, capsys):
+    run.record_computed(500, {"op_threads": 1})
+    assert capsys.readouterr().err == ""
+    assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 500, "op_threads": 1}]
+
+
+@pytest.mark.parametrize("content", ["[7]", "{}", '[{"from_iteration": "x"}]', '[{"from_iteration": [1]}]', "[{}]"])
+def test_a_strangers_record_of_how_it_was_computed(run, content):
+    (run.folder / "computed.json").write_text(content)
+    try:
+        run.record_computed(500, {"op_threads": 1})
+    except InputError as error:
+        assert str(error).endswith("delete it")
