@@ -5,9 +5,11 @@ Programs import this module before all others, since TensorFlow reads its settin
 
 import contextlib
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -38,6 +40,7 @@ def _without_notices() -> Iterator[None]:
 
 with _without_notices():
     import tensorflow as tf
+    from tensorflow.python.framework.config import is_op_determinism_enabled
 
     tf.config.list_physical_devices()
 
@@ -47,9 +50,41 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def gpus() -> int:
-    """Counts the GPUs that TensorFlow can use."""
-    return len(tf.config.list_physical_devices("GPU"))
+def memory() -> int:
+    """Counts the bytes of this machine's memory."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**63  # Windows does not say it here
+
+
+def processor() -> str:
+    """Names the kind of processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():  # Linux, where platform knows no more than the architecture
+        lines = [line for line in info.read_text(errors="replace").splitlines() if line.startswith("model name")]
+        if lines:
+            return lines[0].partition(": ")[2]
+    return platform.processor()
+
+
+def gpus() -> list[str]:
+    """Names the kinds of the GPUs that TensorFlow uses."""
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
+    return [one.get("device_name") for one in details]
+
+
+def computed() -> dict[str, object]:
+    """Says how numbers are computed by this process. Another way gives other roundings, so other weights."""
+    found = {
+        "tensorflow": tf.__version__,
+        "processor": processor(),
+        "op_threads": tf.config.threading.get_intra_op_parallelism_threads(),
+    }
+    if names := gpus():
+        found["gpus"] = names
+        found["tensor_float_32"] = tf.config.experimental.tensor_float_32_execution_enabled()
+        found["deterministic"] = is_op_determinism_enabled()
+    return found
 
 
 def start(parallel_tasks: int | None = None, op_threads: int = 1) -> None:

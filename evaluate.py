@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+import devices
 from data_generator import ImageTasks, SinusoidTasks
 from maml import MAML
 from recipe import Recipe
@@ -147,6 +148,7 @@ def test(
         "best_on_validation": is_best,
         "validation_accuracy": best.accuracy if is_best else None,
         "validation_tasks": best.tasks if is_best else None,
+        "computed": devices.computed(),
     }
     name = protocol.name(recipe)
     write_results(results, name, values, entry, known, paper)

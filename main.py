@@ -20,7 +20,6 @@ import copy
 import dataclasses
 import errno
 import functools
-import math
 import os
 import re
 import signal
@@ -39,7 +38,7 @@ import train
 from data_generator import DATASETS, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
 from maml import MAML
-from recipe import Recipe
+from recipe import Range, Recipe
 from utils import InputError, say, stopping_on_signals
 
 FLAGS = flags.FLAGS
@@ -189,33 +188,30 @@ flags.DEFINE_enum(
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
 
-def _number(name, test, range_):
-    message = f"must be {range_}"
+MOST_THREADS = max(64, 16 * devices.cores())
+RANGES = recipes.RANGES | {
+    "val_tasks": recipes.EXAMPLES,
+    "test_tasks": recipes.EXAMPLES,
+    "save_interval": Range(1, recipes.ITERATIONS.most),
+    "threads": Range(0, MOST_THREADS),
+    "op_threads": Range(1, MOST_THREADS),
+    "tasks_at_once": Range(0, recipes.RANGES["meta_batch_size"].most),
+    "eval_seed": recipes.SEED,
+    "train_update_batch_size": recipes.EXAMPLES._replace(also=(-1,)),
+    "train_update_lr": recipes.RATE._replace(also=(-1,)),
+}
+for _name, _range in RANGES.items():
     flags.register_validator(
-        name, lambda value: value is None or (math.isfinite(value) and test(value)), message=message
+        _name, lambda value, range=_range: value is None or value in range, message=f"must be {_range}"
     )
-
-
-for _name in (
-    "meta_batch_size update_batch_size num_updates num_filters val_tasks save_interval op_threads test_tasks image_size"
-).split():
-    _number(_name, lambda value: value >= 1, "1 or more")
-for _name in ("pretrain_iterations", "metatrain_iterations", "threads", "tasks_at_once"):
-    _number(_name, lambda value: value >= 0, "0 or more")
-for _name in ("train_update_batch_size", "num_query"):
-    _number(_name, lambda value: value == -1 or value >= 1, "1 or more, or -1")
-for _name in ("seed", "eval_seed"):
-    _number(_name, lambda value: 0 <= value < 2**63, "0 or more, and below 2 to the 63rd")
-_number("image_channels", lambda value: value in (1, 3), "1 or 3")
+flags.register_validator("image_channels", recipes.CHOICES["image_channels"].__contains__, message="must be 1 or 3")
 flags.register_validator(
     "split",
-    lambda value: value is None or re.fullmatch(r"\d+,\d+,\d+", value),
+    lambda value: value is None or re.fullmatch(recipes.SPLIT, value),
     message="must be three numbers of classes, e.g. 64,16,20",
 )
-_number("num_classes", lambda value: value >= 2, "2 or more")
-for _name in ("meta_lr", "update_lr"):
-    _number(_name, lambda value: 1e-37 < value < 1e37, "a number above 0, and within float32")
-_number("train_update_lr", lambda value: value == -1 or value > 0, "a number above 0, or -1")
+for _name in ("logdir", "data_path", "test_data_path", "results_dir"):
+    flags.register_validator(_name, lambda value: "\0" not in (value or ""), message="must not have a zero byte")
 
 
 # How --help groups the flags. Those of the original come first in each group.
@@ -393,7 +389,9 @@ def build(recipe: Recipe) -> MAML:
 
 def train_run(recipe: Recipe) -> None:
     """Trains the run of a recipe. Exits with the signal's code where a signal stopped it."""
-    run, dataset, maml = run_folder(FLAGS), trained_data_set(recipe), build(recipe)
+    run, dataset = run_folder(FLAGS), trained_data_set(recipe)
+    recipes.check_training(recipe, FLAGS.threads or devices.cores())
+    maml = build(recipe)
     settings = train.Settings(
         val_split="test" if FLAGS.test_set else "val",
         val_tasks=FLAGS.val_tasks,
@@ -440,6 +438,8 @@ def test_run(recipe: Recipe) -> None:
         task_seed=FLAGS.eval_seed,
         query_norm=FLAGS.query_norm,
     )
+    asked = dataclasses.replace(recipe, query=FLAGS.num_query)
+    recipes.check_test(asked, min(FLAGS.threads or devices.cores(), FLAGS.test_tasks))
     data, maml = open_data(dataset, (protocol.split,), recipe, training=False), build(recipe)
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)

@@ -2,10 +2,14 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import tensorflow as tf
+
+import devices
 from data_generator import DATASETS, Dataset
 from images import Images
 from maml import MAML
@@ -20,8 +24,31 @@ RUN_NAME = re.compile(
 )
 
 
-def _flag(name: str, default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"flag": name})
+class Range(NamedTuple):
+    """The numbers that a flag can be. The upper bounds are far above any use, and keep slips from taking all memory."""
+
+    least: float
+    most: float
+    also: tuple[float, ...] = ()  # what means that another value is taken
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.also or self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        also = "".join(f", or {value}" for value in self.also)
+        if isinstance(self.least, float):
+            return f"a number above 0, and within float32{also}"
+        return f"{self.least} or more, and at most {self.most:,}{also}"
+
+
+ITERATIONS = Range(0, 10**12)
+EXAMPLES = Range(1, 10**6)
+RATE = Range(1e-37, 1e37)
+SEED = Range(0, 2**63 - 1)
+
+
+def _flag(name: str, default: Any, range: Range | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"flag": name, "range": range})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +60,29 @@ class Recipe:
     """
 
     data_set: str = _flag("datasource", "sinusoid")  # of data_generator.DATASETS
-    way: int = _flag("num_classes", 5)  # N, classes in a task
+    way: int = _flag("num_classes", 5, Range(2, 10**4))  # N, classes in a task
     baseline: str | None = _flag("baseline", None)  # "oracle": the sinusoid's amplitude and phase are inputs too
-    pretrain_steps: int = _flag("pretrain_iterations", 0)  # outer steps on the support loss, before all others
-    metatrain_steps: int = _flag("metatrain_iterations", 15000)  # outer steps of MAML
-    meta_batch: int = _flag("meta_batch_size", 25)  # T, tasks in an outer step
-    meta_lr: float = _flag("meta_lr", 0.001)  # beta, the rate of Adam
-    shot: int = _flag("update_batch_size", 5)  # K, support examples a class
-    inner_lr: float = _flag("update_lr", 0.001)  # alpha, the size of an inner step
-    inner_steps: int = _flag("num_updates", 1)  # J, inner steps in training
+    pretrain_steps: int = _flag(
+        "pretrain_iterations", 0, ITERATIONS
+    )  # outer steps on the support loss, before all others
+    metatrain_steps: int = _flag("metatrain_iterations", 15000, ITERATIONS)  # outer steps of MAML
+    meta_batch: int = _flag("meta_batch_size", 25, EXAMPLES)  # T, tasks in an outer step
+    meta_lr: float = _flag("meta_lr", 0.001, RATE)  # beta, the rate of Adam
+    shot: int = _flag("update_batch_size", 5, EXAMPLES)  # K, support examples a class
+    inner_lr: float = _flag("update_lr", 0.001, RATE)  # alpha, the size of an inner step
+    inner_steps: int = _flag("num_updates", 1, Range(1, 200))  # J, inner steps in training; 200 compile for minutes
     norm: str | None = _flag("norm", "batch_norm")  # a key of NORMS
-    filters: int = _flag("num_filters", 64)  # of each convolution
+    filters: int = _flag("num_filters", 64, Range(1, 10**4))  # of each convolution
     conv: bool = _flag("conv", True)  # else image data has a fully connected network
     max_pool: bool = _flag("max_pool", False)  # else convolutions of stride 2
     first_order: bool = _flag("stop_grad", False)  # no second derivatives
-    query: int = _flag("num_query", -1)  # Q, query examples a class; -1: see query_examples
-    seed: int = _flag("seed", 0)  # of the initial weights and the training tasks
+    query: int = _flag(
+        "num_query", -1, EXAMPLES._replace(also=(-1,))
+    )  # Q, query examples a class; -1: see query_examples
+    seed: int = _flag("seed", 0, SEED)  # of the initial weights and the training tasks
     data_path: str | None = _flag("data_path", None)  # folder of a user's own images; None: the data set's name says it
     split: str | None = _flag("split", None)  # "64,16,20": classes in train, val and test, where no folders say it
-    image_size: int | None = _flag("image_size", None)  # pixels; None: the data set's own
+    image_size: int | None = _flag("image_size", None, Range(1, 10**4))  # pixels; None: the data set's own
     image_channels: int | None = _flag("image_channels", None)  # 1 or 3; None: the data set's own
 
     @property
@@ -114,6 +145,9 @@ class Recipe:
 
 FIELDS = {field.metadata["flag"]: field for field in dataclasses.fields(Recipe)}  # by the flag's name
 FLAGS = {field.name: flag for flag, field in FIELDS.items()}  # name of a field -> its flag
+SPLIT = "[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}"
+RANGES = {flag: field.metadata["range"] for flag, field in FIELDS.items() if field.metadata["range"]}
+CHOICES = {"datasource": DATASETS, "norm": NORMS, "baseline": (None, "oracle"), "image_channels": (None, 1, 3)}
 
 
 def from_flags(flags: Mapping[str, Any]) -> Recipe:
@@ -123,14 +157,18 @@ def from_flags(flags: Mapping[str, Any]) -> Recipe:
     """
     values = {field.name: flags[flag] for flag, field in FIELDS.items() if flag in flags}
     recipe = Recipe(**values)
-    choices = {"datasource": DATASETS, "norm": NORMS, "baseline": (None, "oracle")}
     for flag, field in FIELDS.items():
         value = getattr(recipe, field.name)
-        if not _is_a(value, field.type) or (flag in choices and value not in choices[flag]):
+        right = _is_a(value, field.type) and value in CHOICES.get(flag, (value,))
+        if not right or (value is not None and flag in RANGES and value not in RANGES[flag]):
             raise InputError(
                 f"flags.json has --{flag}={printable(value)[:60]}, which that flag cannot be: put a right one there"
             )
     sizes_of_split(recipe.split)
+    if "\0" in (recipe.data_path or ""):
+        raise InputError(
+            f"flags.json has --data_path={recipe.data_path}, which no folder is called: put a right one there"
+        )
     return recipe
 
 
@@ -183,16 +221,14 @@ def build(recipe: Recipe, parallel_tasks: int = 1, tasks_at_once: int = 1) -> MA
     Args: the recipe, with the K and alpha at hand; how many groups of tasks are computed side by side, best one a core,
     and how many tasks are in a group (0: all of a meta-batch).
     Raises InputError where its images are too small for its network.
+    Args: the recipe, with the K and alpha at hand; how many tasks are computed side by side, best one a core.
+    Raises InputError where its images are too small for its network, or its weights too many for the memory.
     """
-    row = recipe.dataset
-    if row.images is None:
-        shape, outputs, loss, score = (3 if recipe.baseline else 1,), 1, mse, None
-    else:
-        shape, outputs = (*row.images.size, row.images.channels), recipe.way
-        loss, score = functools.partial(xent, shot=recipe.shot), accuracy
-    network = row.network if recipe.conv or row.images is None else "no_conv"
+    row, network = recipe.dataset, _network(recipe)
+    _check_memory(recipe, {"weights": 5 * _size(_weights(network))})
+    loss, score = (mse, None) if row.images is None else (functools.partial(xent, shot=recipe.shot), accuracy)
     return MAML(
-        NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool),
+        network,
         loss,
         score,
         inner_lr=recipe.inner_lr,
@@ -206,12 +242,91 @@ def build(recipe: Recipe, parallel_tasks: int = 1, tasks_at_once: int = 1) -> MA
     )
 
 
+def _input_and_outputs(recipe):
+    """The shape of one input, and the number of outputs."""
+    images = recipe.dataset.images
+    if images is None:
+        return (3 if recipe.baseline else 1,), 1
+    return (*images.size, images.channels), recipe.way
+
+
+def _network(recipe):
+    shape, outputs = _input_and_outputs(recipe)
+    row = recipe.dataset
+    network = row.network if recipe.conv or row.images is None else "no_conv"
+    return NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool)
+
+
+# -- what would fill the memory ----------------------------------------------------------------------------------------
+
+
+def check_training(recipe: Recipe, parallel_tasks: int) -> None:
+    """Raises InputError where a step of training certainly needs more memory than the machine has. Computes nothing.
+
+    Counted are two blocks of tasks, since one is drawn while the steps on the other are taken; weights with Adam's
+    moments, and a gradient a task; and the layers' outputs, which second derivatives need of every update.
+    """
+    network = _network(recipe)
+    at_once = recipe.meta_batch if network.tasks_in_one_operation else min(recipe.meta_batch, parallel_tasks)
+    held = 1 if recipe.first_order else recipe.inner_steps
+    _check_tasks(
+        recipe,
+        drawn=2 * network.steps_a_call * recipe.meta_batch,
+        gradients=recipe.meta_batch,
+        at_once=at_once,
+        updates=held,
+        query=recipe.query_examples(training=True),
+    )
+
+
+def check_test(recipe: Recipe, at_once: int) -> None:
+    """The same of a test, of so many tasks at once. recipe: with the K and Q of the test."""
+    query = recipe.query_examples(training=False)
+    _check_tasks(recipe, drawn=at_once, gradients=at_once, at_once=at_once, updates=1, query=query)
+
+
+def _check_tasks(recipe, drawn, gradients, at_once, updates, query):
+    network, (shape, outputs) = _network(recipe), _input_and_outputs(recipe)
+    way = 1 if recipe.dataset.images is None else recipe.way
+    support, query, weights = way * recipe.shot, way * query, _weights(network)
+    apply = tf.function(network.apply, autograph=False).get_concrete_function(weights, tf.TensorSpec((1, *shape)))
+    layers = [one.outputs[0] for one in apply.graph.get_operations() if one.type in ("Conv2D", "MatMul")]
+    _check_memory(
+        recipe,
+        {
+            "weights": (5 + gradients) * _size(weights),
+            "tasks": drawn * (support + query) * (math.prod(shape) + outputs),
+            "updates": at_once * (updates * support + query) * sum(math.prod(layer.shape) for layer in layers),
+        },
+    )
+
+
+def _weights(network):
+    """The shapes of a network's weights, of which none is made."""
+    made = tf.function(network.init, autograph=False).get_concrete_function(0).structured_outputs
+    return {name: tf.TensorSpec(weight.shape, weight.dtype) for name, weight in made.items()}
+
+
+def _size(weights):
+    return sum(math.prod(weight.shape) for weight in weights.values())
+
+
+def _check_memory(recipe, numbers):
+    """numbers: what -> how many float32 numbers of it are in memory."""
+    needed, memory = 4 * sum(numbers.values()), devices.memory()
+    if needed > memory:
+        flags = "meta_batch_size num_classes update_batch_size num_query num_updates num_filters image_size".split()
+        listed = " ".join(f"--{flag}={getattr(recipe, FIELDS[flag].name)}" for flag in flags)
+        raise InputError(
+            f"this takes {needed / 2**30:,.0f} GB of memory or more, most of it for {max(numbers, key=numbers.get)}, "
+            f"and the machine has {memory / 2**30:,.0f} GB: lower what is large of {listed}"
+        )
+
+
 def sizes_of_split(split: str | None) -> tuple[int, int, int] | None:
     """Reads numbers of classes in train, val and test, as "64,16,20". Raises InputError on anything else."""
     if split is None:
         return None
-    try:
-        train, val, test = map(int, split.split(","))
-    except ValueError:
-        raise InputError(f"--split={printable(split)[:60]} must be three numbers of classes, e.g. 64,16,20") from None
-    return train, val, test
+    if not re.fullmatch(SPLIT, split):
+        raise InputError(f"--split={printable(split)[:60]} must be three numbers of classes, e.g. 64,16,20")
+    return tuple(map(int, split.split(",")))

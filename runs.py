@@ -5,6 +5,7 @@
                     events.out.tfevents...                  TensorBoard (events.py)
                     test_ubs<K>_stepsize<alpha>.csv, .pkl   the original's test results
                     results.json                            the same, named in plain words
+                    computed.json                           on what, and how, the iterations were computed
                     .lock                                   held while a process trains
 
 Any of these may come from a stranger. Only JSON, checkpoints and events are read, and none of them can run code.
@@ -45,7 +46,13 @@ ITERATIONS = ("pretrain_iterations", "metatrain_iterations", "iterations")
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"  # of the name of each variable in a checkpoint
 VALIDATION = f"validation{SUFFIX}"  # what a checkpoint calls its Validation
 MOST_JSON = 10_000_000  # bytes; ours have some thousands
-WRITTEN = ("flags.json", "results.json", "*_ubs*_stepsize*.csv", "*_ubs*_stepsize*.pkl")  # by write_whole
+WRITTEN = (
+    "flags.json",
+    "computed.json",
+    "results.json",
+    "*_ubs*_stepsize*.csv",
+    "*_ubs*_stepsize*.pkl",
+)  # by write_whole
 
 
 class Model(Protocol):
@@ -132,6 +139,30 @@ class Run:
         with writing(self.folder):
             if not (path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text):
                 write_whole(path, lambda file: file.write(text))
+
+    def record_computed(self, start: int, computed: Mapping) -> None:
+        """Records how the iterations from `start` on are computed, with a warning where the ones before were otherwise.
+
+        It is no part of the run's identity: a run may go on on another machine.
+        """
+        path = self.folder / "computed.json"
+        try:
+            earlier = [one for one in read_json(path, list, "delete it") if one.get("from_iteration") in range(start)]
+        except FileNotFoundError:
+            earlier = []
+        before = {key: value for key, value in earlier[-1].items() if key != "from_iteration"} if earlier else computed
+        differing = [key for key in {**before, **computed} if before.get(key) != computed.get(key)]
+        if differing:
+            listed = ", ".join(f"{key} {before.get(key)} there, {computed.get(key)} here" for key in differing)
+            say(
+                f"WARNING: the iterations before {start} in {self.folder} were computed otherwise ({listed}): "
+                "the weights will differ, by roundings, from those of one run.",
+                sys.stderr,
+            )
+        if differing or not earlier:
+            text = json.dumps([*earlier, {"from_iteration": start, **computed}], indent=1)
+            with writing(self.folder):
+                write_whole(path, lambda file: file.write(text.encode()))
 
     def check_flags(self, flags: Mapping, defaults: Mapping, training: bool = True) -> None:
         """Raises InputError listing the flags in which the folder's run differs from `flags`.

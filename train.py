@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+import devices
 from data_generator import ImageTasks, SinusoidTasks
 from evaluate import evaluate
 from events import Events, curve_scalars, task_picture
@@ -113,6 +114,7 @@ def train(
         print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
         return True
 
+    run.record_computed(start, devices.computed())
     say(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")

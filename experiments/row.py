@@ -99,15 +99,10 @@ def training_hours(folder: Path) -> float:
 
 def machine() -> dict:
     """What the tests ran on; the training too, unless the run folder came from elsewhere."""
-    processor = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):  # Linux, where platform knows no more than the architecture
-        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = lines[0].split(": ", 1)[1] if lines else processor
-    gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
     return {
-        "processor": processor,
+        "processor": devices.processor(),
         "cores": devices.cores(),
-        "gpus": [details.get("device_name") for details in gpus],
+        "gpus": devices.gpus(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import struct
 import subprocess
 import sys
@@ -17,13 +19,17 @@ import tensorflow as tf
 from PIL import Image
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
+import devices
 import events
 import images
 import main
+import recipe
 import runs
 import utils
 from data_generator import DATASETS
 from tests.test_events import read_events, write_events
+from tests.test_main import not_compiled, only_run, refusal, saved_by
+from tests.test_main import start as start_main
 from tests.test_runs import line_model_at
 from utils import InputError
 
@@ -440,3 +446,109 @@ def test_a_damaged_checkpoint_is_one_line(run, capfd):
     with pytest.raises(InputError, match="is damaged"):
         run.restore(line_model_at(0), run.checkpoint(499))
     assert capfd.readouterr().err == ""
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+SLIPS = dict.fromkeys(("meta_batch_size", "update_batch_size", "num_query", "num_classes", "image_size"), 10**7)
+SLIPS |= dict.fromkeys(("val_tasks", "test_tasks", "threads", "op_threads", "train_update_batch_size"), 10**7)
+SLIPS |= {"num_filters": 10**6, "num_updates": 1000, "save_interval": 10**18, "metatrain_iterations": 10**18}
+SLIPS |= {"pretrain_iterations": 10**18, "logdir": "a\0b", "data_path": "a\0b", "results_dir": "a\0b"}
+
+
+@pytest.mark.parametrize("flag", SLIPS)
+def test_a_slip_of_a_flag_is_refused_before_any_work(flag, tmp_path):
+    line = refusal(f"--logdir={tmp_path / 'logs'}", f"--{flag}={SLIPS[flag]}")
+    assert f"--{flag}={utils.printable(SLIPS[flag])}: must" in line
+    assert line.isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        (["--meta_batch_size=1000000", "--update_batch_size=1000"], "tasks"),
+        (["--datasource=omniglot", "--update_batch_size=100000", "--num_updates=100"], "updates"),
+        (["--datasource=miniimagenet", "--num_filters=10000"], "weights"),
+        (["--datasource=miniimagenet", "--noconv", "--image_size=10000", "--meta_batch_size=1"], "weights"),
+    ],
+    ids=["tasks", "updates", "weights", "one layer"],
+)
+def test_what_would_fill_the_memory_is_refused_before_any_work(flags, most, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "memory", lambda: 16 * 2**30)
+    line = refusal(f"--logdir={tmp_path / 'logs'}", *flags)
+    assert re.search(rf"takes [\d,]+ GB of memory or more, most of it for {most}, and the machine has 16 GB", line)
+    assert all(flag in line for flag in flags if re.search(r"=\d", flag))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_strangers_flags_fill_no_memory(tmp_path, monkeypatch):
+    """Where a model is built of a flags.json, as plot.py and publish.py do."""
+    monkeypatch.setattr(devices, "memory", lambda: 16 * 2**30)
+    stranger = recipe.from_flags({"datasource": "miniimagenet", "num_filters": 10**4})
+    with pytest.raises(InputError, match="most of it for weights, and the machine has 16 GB: lower what is large of"):
+        recipe.build(stranger)
+
+
+def test_every_published_command_fits_a_small_machine(monkeypatch):
+    """The estimate is from below, so that nothing is refused that would work."""
+    monkeypatch.setattr(devices, "memory", lambda: 4 * 2**30)
+    for script in (ROOT / "experiments").glob("*.sh"):
+        training = script.read_text().replace("\\\n", " ").split(" -- ")[0]
+        flags = [word for word in training.split() if re.fullmatch(r"--\w+=?\S*", word)]
+        recipe.check_training(main.recipe_of(main.parsed(flags)), 4)
+
+
+def test_a_trillion_iterations_cost_no_memory(tmp_path, monkeypatch):
+    """They are not listed: what is due when is computed."""
+
+    def stop(kept, at, values):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(events.Events, "scalars", stop)
+    flags = "--norm=None", "--metatrain_iterations=1000000000000", "--save_interval=1", f"--logdir={tmp_path}"
+    with not_compiled():
+        assert saved_by(signal.SIGTERM, start_main(*flags)).parent == only_run(tmp_path)
+
+
+# -- how numbers were computed ----------------------------------------------------------------------------------------
+
+
+def test_how_a_run_was_computed_is_recorded(tmp_path, monkeypatch, capsys):
+    """Beside its flags, which do not change: a run may go on otherwise, with a warning."""
+    flags = "--norm=None", f"--logdir={tmp_path}"
+    with not_compiled():
+        start_main(*flags, "--metatrain_iterations=2")
+        folder = only_run(tmp_path)
+        identity = json.loads((folder / "flags.json").read_text())
+        computed = devices.computed()
+        assert computed["op_threads"] == 1
+        assert computed["tensorflow"] == tf.__version__
+        ended = start_main(*flags, "--metatrain_iterations=3")
+        assert (ended.code, ended.err) == (0, "")
+        monkeypatch.setattr(devices, "computed", lambda: computed | {"op_threads": 2})
+        ended = start_main(*flags, "--metatrain_iterations=4")
+    (line,) = ended.err.splitlines()
+    assert f"WARNING: the iterations before 3 in {folder} were computed otherwise (op_threads 1 there, 2 here)" in line
+    assert ended.code == 0
+    recorded = json.loads((folder / "computed.json").read_text())
+    assert recorded == [{"from_iteration": 0, **computed}, {"from_iteration": 3, **computed, "op_threads": 2}]
+    assert json.loads((folder / "flags.json").read_text()).keys() == identity.keys()
+    start_main(*flags, "--metatrain_iterations=4", "--train=False", "--test_tasks=2")
+    (entry,) = json.loads((folder / "results.json").read_text())
+    assert entry["computed"]["op_threads"] == 2
+
+
+def test_a_run_that_is_older_than_the_record_goes_on(run, capsys):
+    run.record_computed(500, {"op_threads": 1})
+    assert capsys.readouterr().err == ""
+    assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 500, "op_threads": 1}]
+
+
+@pytest.mark.parametrize("content", ["[7]", "{}", '[{"from_iteration": "x"}]', '[{"from_iteration": [1]}]', "[{}]"])
+def test_a_strangers_record_of_how_it_was_computed(run, content):
+    (run.folder / "computed.json").write_text(content)
+    try:
+        run.record_computed(500, {"op_threads": 1})
+    except InputError as error:
+        assert str(error).endswith("delete it")
