@@ -3,6 +3,7 @@
 python rl/report.py
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,7 @@ def returns_figure(ours: Mapping[str, Sequence[Mapping]], theirs: Mapping[str, M
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = ROOT / "results"
     ours = records(results)
     save(returns_figure(ours, authors(results)), ROOT / "figures" / "rl_returns")

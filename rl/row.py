@@ -7,6 +7,7 @@ Writes results/<script>.json: the run's flags, iterations, hours, machine, versi
 seed than 0 has .seed<n> in the name.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -66,4 +67,10 @@ if __name__ == "__main__":
     # A stop is rl/main.py's, which saves and ends, and this with it. Ctrl-C reaches it by itself, SIGTERM does not.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    print("Recorded in", record(Path(sys.argv[1]), sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", type=Path, help="the script of experiments/ that calls this program")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of rl/main.py")
+    args = parser.parse_args()
+    if not (ROOT / "experiments" / args.script.name).is_file():
+        parser.error(f"{args.script} is no script of experiments/: call one of experiments/rl_*.sh")
+    print("Recorded in", record(args.script, args.flags))

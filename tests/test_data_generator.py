@@ -299,9 +299,18 @@ def test_order_of_the_listing_does_not_matter(omniglot_like, tmp_path, monkeypat
 
     random = Random(0)
 
+    class Entries(list):
+        """Of os.scandir, which may stand in a with statement."""
+
+        def __enter__(self):
+            return iter(self)
+
+        def __exit__(self, *exception):
+            pass
+
     def shuffled(listing, *args):
         entries = list(listing(*args))
-        return random.sample(entries, len(entries))
+        return Entries(random.sample(entries, len(entries)))
 
     for function in ("walk", "listdir", "scandir"):
         monkeypatch.setattr(os, function, functools.partial(shuffled, getattr(os, function)))
