@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import devices
 from data_generator import ImageTasks, SinusoidTasks
+from events import test_scalar
 from maml import MAML
 from recipe import Recipe
 from runs import Run, write_results
@@ -153,6 +154,11 @@ def test(
     name = protocol.name(recipe)
     write_results(results, name, values, entry, known, paper)
     means, _, ci95 = statistics(values)
+    usual = protocol.split == "test" and protocol.shot == recipe.shot and protocol.query_norm == "batch"
+    logged = any(run.folder.glob("events.out.tfevents.*"))  # else it was trained without TensorBoard's events
+    if results == run.folder and logged and usual and not protocol.other_data_set:
+        column = paper[-1] if paper else recipe.inner_steps
+        test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
     for update in paper:
         shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:

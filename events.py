@@ -19,6 +19,8 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import summary as custom_scalar
 from tensorboard.plugins.hparams import api as hparams
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util.event_pb2 import Event
@@ -29,6 +31,7 @@ from utils import Curve, Tasks, printable, say, writing
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
 RIGHT, WRONG, WHITE = (40, 170, 60), (220, 50, 40), (255, 255, 255)  # frames, red green blue
+TEST_FOLDER = "test"  # in the run folder: the events of its tests
 MOST_SIDE = 84  # pixels to which small images are enlarged
 MOST_RECORD = 2**31  # bytes; no protocol buffer is longer
 FILES = "events.out.tfevents.*"  # how TensorFlow calls files of events; seconds, host, process and a number follow
@@ -74,18 +77,64 @@ class Events:
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
 
-    def flags(self, iteration: int, flags: Mapping) -> None:
-        """Writes the run's flags, as text and as the hyperparameters of TensorBoard's table of runs."""
+    def overview(self, iteration: int, flags: Mapping, updates: int, images: bool) -> None:
+        """Writes what TensorBoard shows of the run as a whole.
+
+        These are its flags as text; a row of the table of runs (HParams), by the folder's name, with the accuracies, or
+        of regression the losses, in training, validation and test; and a page of few charts (Custom Scalars).
+        Args: the flags; J, whose curves are shown; whether it is a run of images.
+        """
         flags = {name: printable(value) if isinstance(value, str) else value for name, value in flags.items()}
         rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
+        metric = "accuracy" if images else "loss"
+        after = f"Post-update_{metric}__step_{updates}"
+        metrics = [hparams.Metric(f"metatrain_{after}", display_name=f"training {metric}")]
+        if images:
+            metrics.append(hparams.Metric(f"metaval_{after}", display_name=f"validation {metric}"))
+        metrics.append(hparams.Metric(metric, group=TEST_FOLDER, display_name=f"test {metric}"))
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
-            hparams.hparams({name: "None" if value is None else value for name, value in flags.items()})
+            hparams.hparams_config([hparams.HParam(name) for name in flags], metrics)
+            values = {name: "None" if value is None else value for name, value in flags.items()}
+            hparams.hparams(values, trial_id=self.folder.name)
+            page = custom_scalar.pb(_layout(updates, images)).SerializeToString()
+            tf.summary.experimental.write_raw_pb(page)
 
     def picture(self, iteration: int, tag: str, pixels: np.ndarray) -> None:
         """Writes an image, uint8 [height, width, 3]."""
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.image(tag, pixels[None])
+
+
+def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None:
+    """Writes a test's number for the table of runs, "accuracy" or "loss".
+
+    It has a folder of its own, since TensorBoard leaves a file of events once there is a newer one beside it, and
+    training may still write to that.
+    """
+    with Events(folder / TEST_FOLDER, iteration) as events:
+        events.scalars(iteration, {metric: value})
+
+
+def _layout(updates, images):
+    """Four charts, in place of one for each tag."""
+    metric, loss = ("accuracy", "mean_loss") if images else (None, "loss")
+    tags = {
+        f"{name}: before any update and after {updates}": [
+            f"(metatrain|metaval)_(Pre-update_{tag}|Post-update_{tag}__step_{updates})$"
+        ]
+        for name, tag in (("Accuracy", metric), ("Loss of an example", loss))
+        if tag
+    }
+    tags |= {
+        "Milliseconds a step": ["metatrain_step_milliseconds"],
+        "Norm of the meta-gradient": ["metatrain_gradient_norm"],
+    }
+    charts = [
+        layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=regexes))
+        for title, regexes in tags.items()
+    ]
+    return layout_pb2.Layout(category=[layout_pb2.Category(title="The run at a glance", chart=charts)])
 
 
 def curve_scalars(prefix: str, curve: Curve) -> dict[str, float]:

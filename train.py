@@ -124,7 +124,7 @@ def train(
         tqdm(total=total, initial=start, unit=" iterations", disable=None) as progress,
         Steps(maml, data, recipe, stop, progress) as steps,
     ):
-        events.flags(start, to_flags(recipe))
+        events.overview(start, to_flags(recipe), recipe.inner_steps, images is not None)
         report = Report(data, recipe, events, progress)
 
         def save() -> None:

@@ -3,7 +3,7 @@
     python experiments/publish.py <run folder> [--iteration 59999] [--to logs/published]
 
 The copy is tested as any run, e.g. with --train=False --test_set=True --logdir=logs/published/. Of the events stay the
-curves, every 1,000 iterations.
+curves, every 1,000 iterations, the flags, the layout of the charts and the last pictures.
 """
 
 import argparse
@@ -59,12 +59,20 @@ def write_weights(maml, prefix: Path) -> None:
 
 
 def write_events(folder: Path, path: Path) -> None:
-    """The metatrain_ and metaval_ events of every 1,000th iteration, in one file."""
-    kept = []
+    """The metatrain_ and metaval_ events of every 1,000th iteration, and all others, in one file.
+
+    The others are the flags, the layout of the charts, and pictures; of those of one tag the last.
+    """
+    kept, others = [], {}
     for event, record in events.read_all(folder):
         curve = all(value.tag.startswith(("metatrain_", "metaval_")) for value in event.summary.value)
         if curve and event.step % EVENT_INTERVAL == 0:
             kept.append((event.step, event.wall_time, record))
+        elif not curve:
+            tags = tuple(value.tag for value in event.summary.value)
+            found = (event.step, event.wall_time, record)
+            others[tags] = max(found, others.get(tags, found))
+    kept += others.values()
     with tf.io.TFRecordWriter(str(path)) as writer:
         for _, _, record in sorted(kept):
             writer.write(record)

@@ -365,6 +365,9 @@ def test_published_model_tests_as_the_run(tmp_path):
     events = EventFileLoader(str(copy / "events.out.tfevents.0.published")).Load()
     points = {(value.tag, event.step) for event in events for value in event.summary.value}
     assert {step for tag, step in points if tag == "metatrain_Post-update_loss__step_1"} == {0, 1000, 2000}
+    assert {"flags", "_hparams_/session_start_info", "custom_scalars__config__", "test_task"} <= {
+        tag for tag, _ in points
+    }
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,9 @@ import tensorflow as tf
 from absl.testing import flagsaver
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData as PluginData
 
 import devices
 import main
@@ -392,7 +395,7 @@ def test_the_events_of_a_sinusoid_run(sinusoid_run):
     assert step == 0
     for line in ("| --pretrain_iterations | 1100 |", "| --norm | None |", "| --update_lr | 0.001 |"):
         assert line in text.item().decode()
-    assert "_hparams_/session_start_info" in events(sinusoid_run.folder, "hparams")
+    assert {"_hparams_/session_start_info", "_hparams_/experiment"} <= events(sinusoid_run.folder, "hparams").keys()
     assert [step for step, _ in events(sinusoid_run.folder, "images")["test_task"]] == [2001]  # drawn by plot.py
 
 
@@ -410,6 +413,31 @@ def test_the_events_of_an_image_run(omniglot_run):
     assert step == 500
     pixels = tf.io.decode_png(picture[2])
     assert pixels.shape[0] == 5 * 88  # a row for each class
+
+
+def test_tensorboards_pages_at_a_glance(omniglot_run, sinusoid_run, few_test_tasks, tmp_path):
+    """Every chart of the layout finds its curves; the table of runs has a row by the folder's name, with the test."""
+    for run_folder, curves in ((omniglot_run, 4), (sinusoid_run, 2)):
+        copy = tmp_path / run_folder.folder.name
+        shutil.copytree(run_folder.folder, copy)
+        ((_, layout),) = events(copy, "custom_scalars")["custom_scalars__config__"]
+        (category,) = layout_pb2.Layout.FromString(layout.item()).category
+        tags = events(copy, "scalars")
+        found = [[tag for tag in tags if re.match(chart.multiline.tag[0], tag)] for chart in category.chart]
+        assert [len(one) for one in found] == ([curves] if curves == 4 else []) + [curves, 1, 1]
+        logdir = next(flag for flag in run_folder.flags if flag.startswith("--logdir="))
+        flags = [flag for flag in run_folder.flags if flag != logdir]
+        run(*flags, f"--logdir={tmp_path}", "--train=False", "--test_set=True")
+        metric = "accuracy" if curves == 4 else "loss"
+        (entry,) = json.loads((copy / "results.json").read_text())
+        ((_, value),) = events(copy / "test", "scalars")[metric]
+        assert value.item() == pytest.approx(entry["results"][3 if curves == 4 else 10]["mean"], rel=1e-6)
+        context = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+        context.Reload()
+        sessions = PluginData.FromString(
+            context.SummaryMetadata(copy.name, "_hparams_/session_start_info").plugin_data.content
+        )
+        assert sessions.session_start_info.group_name == copy.name
 
 
 def test_the_norm_of_the_meta_gradient(uninterrupted):
