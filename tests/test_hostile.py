@@ -777,3 +777,13 @@ def test_publishing_where_nothing_can_be_written(tmp_path, monkeypatch):
         publish.publish(SINUSOID, tmp_path / "file")
     monkeypatch.chdir(SINUSOID)
     assert publish.publish(Path("."), tmp_path / "to") == tmp_path / "to" / SINUSOID.name  # and not to `to` itself
+
+
+def test_every_promise_names_its_test():
+    promises = (ROOT / "docs" / "safety.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", promises)
+    assert named
+    assert all(f"def {name}(" in tests for name in named)
+    here = re.findall(r"^def (test_\w+)\(", Path(__file__).read_text(), re.MULTILINE)
+    assert len(set(here)) == len(here)
