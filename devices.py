@@ -1,12 +1,14 @@
-"""How TensorFlow starts here: without its notices, and with a task on each processor core.
+"""How programs start here: whatever their surroundings, without TensorFlow's notices, with a task on each core.
 
 Programs import this module before all others, since TensorFlow reads its settings once, when it is imported.
 """
 
 import contextlib
+import importlib.util
 import os
 import platform
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +19,36 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 NOTICES = re.compile(rb"WARNING: All log messages before absl|[IW]0000 |E0000 .*failed call to cuInit")
 
 
+def _make_ready() -> None:
+    """Makes the program independent of what the process was started with.
+
+    Where stdin, stdout or stderr is closed, the next file that is opened takes its number, and what C++ code writes to
+    stderr would land in that file. Names may have letters that stdout or stderr has no code for. And Jupyter has the
+    processes that it starts use a backend of matplotlib that may not be installed; TensorFlow imports matplotlib.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    kind, _, backend = os.environ.get("MPLBACKEND", "").partition("module://")
+    if not kind and backend:
+        try:
+            found = importlib.util.find_spec(backend)
+        except (ImportError, ValueError):
+            found = None
+        if not found:
+            del os.environ["MPLBACKEND"]
+
+
 @contextlib.contextmanager
 def _without_notices() -> Iterator[None]:
     """Holds back the lines that C++ code writes to stderr, and writes all but the notices afterwards."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # it is closed, so nobody reads the notices
-        yield
-        return
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as held_back:
         os.dup2(held_back.fileno(), 2)
         try:
@@ -38,6 +62,7 @@ def _without_notices() -> Iterator[None]:
                     os.write(2, line)
 
 
+_make_ready()
 with _without_notices():
     import tensorflow as tf
     from tensorflow.python.framework.config import is_op_determinism_enabled

@@ -20,6 +20,7 @@ from utils import Curve, say, statistics
 TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
 CHUNK = 2  # tasks for each core, or groups, that are in memory at once; a stop waits for so many
 GROUP = 32  # tasks in a group where training has a whole meta-batch in one
+MOST_NAME = 235  # bytes of a name, of the 255 that file systems take: with .csv and what write_whole adds
 TITLE = "Mean validation accuracy/loss, stddev, and confidence intervals"  # the original's line
 
 
@@ -38,14 +39,21 @@ class Protocol(NamedTuple):
     query_norm: str = "batch"  # with what a query image is normalised: see MAML.evaluate
 
     def name(self, recipe: Recipe) -> str:
-        """The name of a test's files: the original's, with suffixes for what that leaves out, if not at its default."""
+        """The name of a test's files: the original's, with suffixes for what that leaves out, if not at its default.
+
+        Where folders of images make it too long for a file system, their names are cut.
+        """
+        name = self._name(recipe, None)
+        return name if len(fsencode(name)) <= MOST_NAME else self._name(recipe, 10)
+
+    def _name(self, recipe, letters):
         name = f"{self.split}_ubs{self.shot}_stepsize{self.inner_lr}"
         if self.other_data_set:
-            name += f"_{self.other_data_set}{_folder_suffix(self.data_folder)}"
+            name += f"_{self.other_data_set}{_folder_suffix(self.data_folder, letters)}"
             if self.class_split:
                 name += f"_split{self.class_split}"
             if recipe.data_path:  # runs on two folders of images have one name, and may share a --results_dir
-                name += f"_trained{_folder_suffix(recipe.data_path)}"
+                name += f"_trained{_folder_suffix(recipe.data_path, letters)}"
         suffixes = {"query": "query", "tasks": "tasks", "task_seed": "evalseed", "query_norm": "querynorm"}
         for field, suffix in suffixes.items():
             if getattr(self, field) != self._field_defaults[field]:
@@ -53,9 +61,9 @@ class Protocol(NamedTuple):
         return name
 
 
-def _folder_suffix(folder):
+def _folder_suffix(folder, letters):
     """With a checksum of the whole path, since many a folder has the name "images"."""
-    return f"-{Path(folder).name}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
+    return f"-{Path(folder).name[:letters]}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
 
 
 def evaluate(

@@ -34,7 +34,7 @@ import recipe
 import runs
 from data_generator import SinusoidTasks
 from maml import MAML
-from utils import InputError, Tasks, write_whole
+from utils import InputError, Tasks, say, write_whole, writing
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"
@@ -50,10 +50,12 @@ STYLE = {
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
     "svg.hashsalt": "maml",  # the same figure is the same file
+    "text.parse_math": False,  # a label may have a dollar sign
 }
 # Paper, figure 2.
 LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # colour and marker of each label
 UPDATES = {0: ("before any update", ORANGE, ":"), 1: ("1 update", SKY, "--"), 10: ("10 updates", BLUE, "-")}
+MOST_PANELS = 20
 SMOOTHED = 1 / 20  # of the run, in a running mean
 
 
@@ -104,6 +106,8 @@ def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
         listed = "; ".join(f"{label}: {', '.join(sorted(found))}" for label, found in metrics.items())
         raise InputError(f"an error and an accuracy do not share an axis ({listed}): draw a figure of each")
     shots = sorted({test["support_examples_a_class_K"] for entries in tests.values() for test in entries})
+    if len(shots) > MOST_PANELS:
+        raise InputError(f"{len(shots):,} numbers of shots, of {MOST_PANELS} at most a figure can be drawn: give fewer")
     figure = Figure(figsize=(0.8 + 3.2 * len(shots), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shots), squeeze=False, sharey=True)[0]
     shown = {}
@@ -144,6 +148,8 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
             (f"metatrain_Pre-update_{metric}", "training, support set before any update", ORANGE),
             (f"metatrain_{after}", f"training, query set after {times}", BLUE),
         ):
+            if tag not in curves:
+                raise InputError(f"{folder} has no events of {tag}: its flags.json is of another run")
             steps, values = curves[tag]
             panel.plot(steps, percent * values, color=colour, alpha=0.25, linewidth=0.7)
             window = max(1, round(SMOOTHED * len(values)))
@@ -200,13 +206,16 @@ def png(figure: Figure) -> bytes:
 
 @matplotlib.rc_context(STYLE)
 def save(figure: Figure, output: Path) -> None:
-    """Writes <output>.png and <output>.svg."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output.with_name(output.name + ".png"), lambda file: file.write(png(figure)))
-    write_whole(
-        output.with_name(output.name + ".svg"),
-        lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
-    )
+    """Writes <output>.png and <output>.svg. Raises InputError where they cannot be written."""
+    if not output.name:
+        raise InputError(f"--output={output} is a folder: name the files in it, without .png and .svg")
+    with writing(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output.with_name(output.name + ".png"), lambda file: file.write(png(figure)))
+        write_whole(
+            output.with_name(output.name + ".svg"),
+            lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
+        )
 
 
 def trained(folder: Path, update_lr: float | None = None) -> MAML:
@@ -214,7 +223,9 @@ def trained(folder: Path, update_lr: float | None = None) -> MAML:
     trained_with = recipe.from_flags(_flags(folder))
     if trained_with.data_set != "sinusoid":
         raise InputError(f"{folder} is a run of {trained_with.data_set}: name one of the sinusoid")
-    if update_lr:
+    if update_lr is not None:
+        if update_lr not in recipe.RATE:
+            raise InputError(f"--update_lr={update_lr} must be {recipe.RATE}")
         trained_with = dataclasses.replace(trained_with, inner_lr=update_lr)
     maml = recipe.build(trained_with)
     run = runs.Run(folder)
@@ -258,6 +269,10 @@ def main() -> None:
         parser.error("two of the labels are the same")
     try:
         if args.figure == "sinusoid":
+            if not all(shot in recipe.EXAMPLES for shot in args.shots):
+                raise InputError(f"--shots={' '.join(map(str, args.shots))}: each must be {recipe.EXAMPLES}")
+            if args.task not in recipe.SEED:
+                raise InputError(f"--task={args.task} must be {recipe.SEED}")
             models = {label: trained(folder, args.update_lr) for label, folder in what.items()}
             tasks = [SinusoidTasks(shot, shot, oracle=True).draw(0, "test", args.task, 1) for shot in args.shots]
             figure = sinusoid_figure(models, tasks)
@@ -268,7 +283,7 @@ def main() -> None:
         save(figure, args.output)
     except InputError as error:
         parser.exit(1, f"plot.py: {error}\n")
-    print(f"Written: {args.output}.png and .svg.")
+    say(f"Written: {args.output}.png and .svg.")
 
 
 def _tests(path, update_lr):
@@ -281,10 +296,29 @@ def _tests(path, update_lr):
             tests = runs.read_json(path, dict, way_out).get("tests", [])
     except FileNotFoundError:
         raise InputError(f"no {path}: {way_out}") from None
+    if not (isinstance(tests, list) and all(map(_is_entry, tests))):
+        raise InputError(f"{path} has what is no result of a test: {way_out}")
     tests = [test for test in tests if test["split"] == "test" and update_lr in (None, test["inner_step_size_alpha"])]
     if not tests:
         raise InputError(f"{path} has no test" + (f" with alpha {update_lr}" if update_lr else ""))
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())
+
+
+def _is_entry(test):
+    """Whether this, which anybody may have written, has all that is read of an entry of results.json."""
+
+    def is_number(value):
+        return isinstance(value, int | float) and abs(value) < 1e100  # not nan either
+
+    try:
+        numbers = [test["support_examples_a_class_K"], test["inner_step_size_alpha"]]
+        for column in test["results"]:
+            numbers.append(column["updates"])
+            if column["mean"] is not None:
+                numbers += [column["mean"], column["ci95"]]
+        return isinstance(test["metric"], str) and isinstance(test["split"], str) and all(map(is_number, numbers))
+    except (TypeError, KeyError):
+        return False
 
 
 if __name__ == "__main__":

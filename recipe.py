@@ -291,14 +291,13 @@ def _check_tasks(recipe, drawn, gradients, at_once, updates, query):
     support, query, weights = way * recipe.shot, way * query, _weights(network)
     apply = tf.function(network.apply, autograph=False).get_concrete_function(weights, tf.TensorSpec((1, *shape)))
     layers = [one.outputs[0] for one in apply.graph.get_operations() if one.type in ("Conv2D", "MatMul")]
-    _check_memory(
-        recipe,
-        {
-            "weights": (5 + gradients) * _size(weights),
-            "tasks": drawn * (support + query) * (math.prod(shape) + outputs),
-            "updates": at_once * (updates * support + query) * sum(math.prod(layer.shape) for layer in layers),
-        },
-    )
+    numbers = {
+        "weights": (5 + gradients) * _size(weights),
+        "tasks": drawn * (support + query) * (math.prod(shape) + outputs),
+    }
+    if not devices.gpus():  # they have a memory of their own
+        numbers["updates"] = at_once * (updates * support + query) * sum(math.prod(layer.shape) for layer in layers)
+    _check_memory(recipe, numbers)
 
 
 def _weights(network):

@@ -215,6 +215,7 @@ class Run:
         iteration = int(model.step) - 1
         if not all(np.isfinite(variable).all() for variable in model.variables):
             raise self.diverged(f"after iteration {iteration} the weights, or Adam's moments, are not finite")
+        _by_key(model)  # which raises where something would not be read back
         beside, prefix = self.folder / ".saving", self.prefix(iteration)
         validation = tf.Variable(self.validation, dtype=tf.float64)
         with writing(self.folder):
@@ -419,14 +420,18 @@ def _by_key(model):
         if isinstance(part, tf.Variable):
             if not any(part is variable for variable in found.values()):  # the optimizers hold the weights too
                 found[path + SUFFIX] = part
+        elif isinstance(part, list | tuple):
+            add(path, dict(zip(map(str, range(len(part))), part, strict=True)))
         elif isinstance(part, Mapping | tf.Module):
-            children = part if isinstance(part, Mapping) else vars(part)
-            for name, child in children.items():
+            for name, child in (part if isinstance(part, Mapping) else vars(part)).items():
                 if not name.startswith("_"):
                     add(f"{path}/{name}", child)
 
     for name, part in model.state.items():
         add(name, part)
+    missed = [variable.name for variable in model.variables if not any(variable is one for one in found.values())]
+    if missed:
+        raise TypeError(f"these variables are in no part of the state that is read back: {missed}")
     return found
 
 

@@ -7,7 +7,6 @@ curves, every 1,000 iterations, the flags, the layout of the charts and the last
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -16,31 +15,35 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import devices  # noqa: F401, isort: skip (it comes first, since it imports TensorFlow without its notices)
+
 import tensorflow as tf
 
 import events
 import recipe
 import runs
-from utils import InputError
+from utils import InputError, say, writing
 
 EVENT_INTERVAL = 1000
 
 
 def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
     """Writes the model of a run folder to a folder of the same name below `to`, and returns that."""
-    run, copy = runs.Run(folder), to / folder.name
+    run, copy = runs.Run(folder), to / Path(os.path.abspath(folder)).name
     prefix = Path(run.checkpoint(iteration))
     for name in ("flags.json", "results.json"):
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}: train and test the run first")
-    flags = json.loads((folder / "flags.json").read_text())
+    flags = runs.read_json(folder / "flags.json", dict, "name another run folder")
+    runs.read_json(folder / "results.json", list, "test the run again")
     maml = recipe.build(recipe.from_flags(flags))
     run.restore(maml, str(prefix))
-    copy.mkdir(parents=True, exist_ok=True)
-    for name in ("flags.json", "results.json"):
-        shutil.copyfile(folder / name, copy / name)
-    write_weights(maml, copy / prefix.name)
-    write_events(folder, copy / "events.out.tfevents.0.published")
+    with writing(copy):
+        copy.mkdir(parents=True, exist_ok=True)
+        for name in ("flags.json", "results.json"):
+            shutil.copyfile(folder / name, copy / name)
+        write_weights(maml, copy / prefix.name)
+        write_events(folder, copy / "events.out.tfevents.0.published")
     return copy
 
 
@@ -49,13 +52,20 @@ def write_weights(maml, prefix: Path) -> None:
 
     The index is moved in last, as in runs.Run.save.
     """
-    beside = str(prefix.with_name(".saving"))
+    beside = prefix.with_name(".saving")
     names = [maml.tf1_names[name] for name in maml.weights]
-    tf.raw_ops.SaveV2(
-        prefix=beside, tensor_names=names, shape_and_slices=[""] * len(names), tensors=list(maml.weights.values())
-    )
-    for ending in (".data-00000-of-00001", ".index"):
-        os.replace(beside + ending, str(prefix) + ending)
+    try:
+        tf.raw_ops.SaveV2(
+            prefix=str(beside),
+            tensor_names=names,
+            shape_and_slices=[""] * len(names),
+            tensors=list(maml.weights.values()),
+        )
+        for ending in (".data-00000-of-00001", ".index"):
+            os.replace(f"{beside}{ending}", f"{prefix}{ending}")
+    finally:
+        for left in prefix.parent.glob(".saving.*"):
+            left.unlink()
 
 
 def write_events(folder: Path, path: Path) -> None:
@@ -85,6 +95,6 @@ if __name__ == "__main__":
     parser.add_argument("--to", type=Path, default=ROOT / "logs" / "published")
     args = parser.parse_args()
     try:
-        print("Published:", publish(args.folder, args.to, args.iteration))
+        say(f"Published: {publish(args.folder, args.to, args.iteration)}")
     except InputError as error:
         parser.exit(1, f"publish.py: {error}\n")

@@ -1,8 +1,12 @@
 """What nobody means well with (files, flags, names, surroundings) is one line, or works. docs/safety.md lists it."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -23,12 +27,14 @@ import devices
 import events
 import images
 import main
+import publish
 import recipe
 import runs
 import utils
 from data_generator import DATASETS
+from evaluate import MOST_NAME, Protocol
 from tests.test_events import read_events, write_events
-from tests.test_main import not_compiled, only_run, refusal, saved_by
+from tests.test_main import PROGRAM, end, not_compiled, only_run, refusal, saved_by, spawn
 from tests.test_main import start as start_main
 from tests.test_runs import line_model_at
 from utils import InputError
@@ -552,3 +558,232 @@ def test_a_strangers_record_of_how_it_was_computed(run, content):
         run.record_computed(500, {"op_threads": 1})
     except InputError as error:
         assert str(error).endswith("delete it")
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+NAMES = {"newline": "a\nb", "a terminal's commands": "a\x1b[31mb", "no text": "a\udcff", "direction": "a\u202eb"}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_any_name_is_printed_on_one_line(name, tmp_path, capsys):
+    """Of a class, an image and the folder, which are read whatever they are called."""
+    folder = photographs(tmp_path / name)
+    os.rename(folder / "a", folder / name)
+    (folder / name / f"{name}.png").write_text("no image")
+    expected = pixels(folder, OWN._replace(skip_broken=True))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"Left out of {utils.printable(folder)}, 1 of 5 images")
+    assert printed.removesuffix("\n").isprintable()
+    with pytest.raises(InputError, match="cannot read image") as error:
+        pixels(folder)
+    assert str(error.value).isprintable()
+    assert len(expected) == 4
+
+
+def test_a_folder_of_images_whose_name_is_no_text(tmp_path):
+    """A run on it is recorded, goes on and is tested."""
+    folder = photographs(tmp_path / "images \udcff\n", count=3)
+    for name, other in zip("ab", "cd", strict=True):
+        shutil.copytree(folder / name, folder / other)
+    flags = f"--data_path={folder}", "--datasource=folder", "--split=2,2,0", "--num_classes=2", "--image_size=16"
+    flags += "--num_query=1", "--update_batch_size=1", "--num_filters=2", "--norm=None", "--meta_batch_size=1"
+    flags += "--num_updates=1", f"--logdir={tmp_path / 'logs'}", "--test_tasks=2"
+    for more in ("--metatrain_iterations=1", "--metatrain_iterations=2", "--train=False"):
+        ended = start_main(*flags, more)
+        assert (ended.code, ended.err) == (0, "")
+        assert f"Images of {utils.printable(folder)}, read as 16x16x3: " in ended.out
+    (entry,) = json.loads((only_run(tmp_path / "logs") / "results.json").read_text())
+    assert entry["trained_on_folder"] == str(folder)
+
+
+@pytest.mark.parametrize("name", ["logs \udcff", "logs\0"])
+def test_a_run_folder_whose_name_tensorflow_cannot_read(name, tmp_path):
+    with pytest.raises(
+        InputError, match=r"has letters that are not UTF-8 on this system, and TensorFlow reads no others"
+    ):
+        runs.Run(tmp_path / name)
+
+
+def test_surroundings_that_have_no_code_for_a_letter(tmp_path):
+    """An old terminal; and file names are read by another code than UTF-8."""
+    environment = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    logdir = tmp_path / "mod\u00e8les \u8a66"
+    ended = end(spawn(PROGRAM, "--metatrain_iterations=1", f"--logdir={logdir}", env=environment))
+    assert (ended.code, len(ended.err.splitlines())) in ((0, 0), (1, 1))
+    assert "Traceback" not in ended.err
+
+
+def test_a_folder_name_of_240_letters_in_the_name_of_a_file():
+    """Shorter ones have the names that they always had."""
+    trained = recipe.Recipe(data_set="folder", data_path="/" + "t" * 240, split="64,16,20")
+    protocol = Protocol(
+        "test", 5, 1e-05, query=15, other_data_set="folder", data_folder="/" + "\u8a66" * 80, class_split="100,100,100"
+    )
+    name = protocol._replace(tasks=10**6, task_seed=2**63 - 1).name(trained)
+    assert len(os.fsencode(f".{name}.csv.4194304")) <= 255
+    assert re.match(
+        r"test_ubs5_stepsize1e-05_folder-\u8a66{10}-[0-9a-f]{8}_split100,100,100_trained-t{10}-[0-9a-f]{8}_", name
+    )
+    short = protocol._replace(data_folder="/" + "d" * 60).name(dataclasses.replace(trained, data_path="/" + "t" * 60))
+    assert "d" * 60 in short
+    assert "t" * 60 in short
+    assert len(short) < MOST_NAME
+
+
+# -- not regular files ------------------------------------------------------------------------------------------------
+
+
+NO_FILES = [  # name, how it is met, the one line, what it is
+    (".lock", "more", r"\.lock is not a regular file: delete it", "an endless device"),
+    ("flags.json", "more", r"flags\.json is damaged \(not a regular file\)", "an endless device"),
+    ("flags.json", "test", r"flags\.json is damaged \(not a regular file\)", "a pipe"),
+    ("computed.json", "more", r"computed\.json is damaged \(not a regular file\): delete it", "a pipe"),
+    ("results.json", "test", r"results\.json is damaged \(not a regular file\): move it away", "an endless device"),
+    ("model0.index", "asked", r"model0 is damaged \(model0\.index is not a regular file\)", "a pipe"),
+]
+
+
+def test_a_run_folder_with_no_regular_files(tmp_path):
+    """Each is told in one line, and nothing hangs."""
+    commands = {"more": ["--metatrain_iterations=2"], "test": ["--train=False"]}
+    commands["asked"] = ["--train=False", "--test_iter=0"]
+    flags = "--norm=None", "--test_tasks=2", f"--logdir={tmp_path / 'logs'}"
+    with not_compiled():
+        assert start_main(*flags, "--metatrain_iterations=1").code == 0
+        folder, kept = only_run(tmp_path / "logs"), tmp_path / "kept"
+        assert start_main(*flags, *commands["test"]).code == 0
+        for name, met, message, kind in NO_FILES:
+            shutil.copy(folder / name, kept)
+            DAMAGES[kind][0](folder / name)
+            assert re.search(message, refusal(*flags, *commands[met]))
+            (folder / name).unlink()
+            shutil.copy(kept, folder / name)
+        assert start_main(*flags, *commands["more"]).code == 0
+
+
+# -- surroundings, and the programs beside main.py ---------------------------------------------------------------------
+
+
+def test_a_backend_of_matplotlib_that_is_not_installed(tmp_path):
+    """Jupyter has what it starts draw by its own means. TensorFlow imports matplotlib where that is installed."""
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    ended = end(spawn(PROGRAM, "--metatrain_iterations=0", f"--logdir={tmp_path}", env=environment))
+    assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell that closes them")
+def test_closed_streams(tmp_path):
+    """The run ends as it should, and no file of its own takes the number of stdout or stderr."""
+    flags = "--norm=None", "--metatrain_iterations=1", f"--logdir={tmp_path}"
+    command = [sys.executable, PROGRAM, *flags]
+    quoted = " ".join(f"'{part}'" for part in command)
+    assert subprocess.run(["sh", "-c", f"{quoted} <&- >&- 2>&-"], timeout=300).returncode == 0
+    assert runs.Run(only_run(tmp_path)).iterations() == [0]
+
+
+PLOT_ENTRY = {
+    **{"split": "test", "support_examples_a_class_K": 5, "inner_step_size_alpha": 0.01, "metric": "mean squared error"},
+    "results": [{"updates": 0, "mean": 1.0, "ci95": 0.1}],
+}
+STRANGE_ENTRIES = [
+    *([{}], [{"split": "test"}], [PLOT_ENTRY | {"results": 7}], [PLOT_ENTRY | {"results": [7]}]),
+    *([PLOT_ENTRY | {"support_examples_a_class_K": "5"}], [PLOT_ENTRY | {"support_examples_a_class_K": [5]}]),
+    *([PLOT_ENTRY | {"metric": ["x"]}], [PLOT_ENTRY | {"inner_step_size_alpha": None}]),
+    [PLOT_ENTRY | {"results": [{"updates": 0, "mean": 10**400, "ci95": 0.1}]}],
+    [PLOT_ENTRY | {"results": [{"updates": 0, "mean": 1.0, "ci95": None}]}],
+    [PLOT_ENTRY | {"results": [{"updates": 0, "mean": float("nan"), "ci95": 1.0}]}],
+    [PLOT_ENTRY | {"support_examples_a_class_K": shots} for shots in range(1, 99)],
+]
+
+
+def plot_refusal(*arguments: object) -> str:
+    """The one line with which plot.py ends, in this process."""
+    plot = pytest.importorskip("plot", reason="matplotlib is not installed")
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
+        plot.main()
+    assert ended.value.code == 1
+    (line,) = err.getvalue().splitlines()
+    assert line.startswith("plot.py: ")
+    return line
+
+
+@pytest.mark.parametrize("entries", STRANGE_ENTRIES, ids=range(len(STRANGE_ENTRIES)))
+def test_plot_of_a_strangers_results(entries, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(entries))
+    line = plot_refusal("updates", f"theirs={path}", f"--output={tmp_path / 'figure'}")
+    assert "has what is no result of a test: name a file of results/" in line or "98 numbers of shots" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+SINUSOID = ROOT / "logs" / "published" / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm"
+
+
+def test_plot_with_wrong_flags(tmp_path):
+    drawn = "sinusoid", f"MAML={SINUSOID}", f"--output={tmp_path / 'figure'}"
+    assert "--shots=5 0: each must be 1 or more" in plot_refusal(*drawn, "--shots", "5", "0")
+    assert "--task=-1 must be 0 or more" in plot_refusal(*drawn, "--task=-1")
+    assert "--update_lr=nan must be a number above 0" in plot_refusal(*drawn, "--update_lr=nan")
+    entries = "updates", f"$MAML_$={SINUSOID}/results.json", "--update_lr=0.01"
+    (tmp_path / "file").write_text("mine")
+    assert f"cannot write to {tmp_path}/file (" in plot_refusal(*entries, f"--output={tmp_path}/file/figure")
+    assert "--output=. is a folder" in plot_refusal(*entries, "--output=.")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_updates": 9}, "has no events of metatrain_Post-update_loss__step_9: its flags.json is of another run"),
+        ({"num_updates": 10**9}, "flags.json has --num_updates=1000000000, which that flag cannot be"),
+        ({"num_filters": [1]}, "flags.json has --num_filters=[1], which that flag cannot be"),
+    ],
+    ids=str,
+)
+def test_plot_of_a_strangers_flags(flags, message, tmp_path):
+    for path in SINUSOID.iterdir():
+        shutil.copy(path, tmp_path)
+    flags = json.loads((tmp_path / "flags.json").read_text()) | flags
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    assert message in plot_refusal("training", f"theirs={tmp_path}", f"--output={tmp_path / 'figure'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("flags.json", content) for content in ("", "[]", '{"num_filters": "64"}', '{"seed": -1}')),
+        *(("results.json", content) for content in ("", "{}", "[7]")),
+    ],
+)
+def test_publishing_a_strangers_run(name, content, tmp_path):
+    folder = shutil.copytree(SINUSOID, tmp_path / SINUSOID.name)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=r"flags\.json|results\.json"):
+        publish.publish(folder, tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
+def test_publishing_where_nothing_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"cannot write to .*file/"):
+        publish.publish(SINUSOID, tmp_path / "file")
+    monkeypatch.chdir(SINUSOID)
+    assert publish.publish(Path("."), tmp_path / "to") == tmp_path / "to" / SINUSOID.name  # and not to `to` itself
+
+
+def test_every_promise_names_its_test():
+    promises = (ROOT / "docs" / "safety.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", promises)
+    assert named
+    assert all(f"def {name}(" in tests for name in named)
+    here = re.findall(r"^def (test_\w+)\(", Path(__file__).read_text(), re.MULTILINE)
+    assert len(set(here)) == len(here)
