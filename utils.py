@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import glob
 import os
 import re
@@ -173,13 +174,15 @@ def remove_leftovers(folder: Path, name: str) -> None:
 
     Where there are no locks nothing is removed. An empty file is left too: its process may be about to lock it.
     """
-    for path in folder.glob(f".{name}.*"):
-        with contextlib.suppress(OSError):
-            status = path.lstat()
-            if re.fullmatch(r"\.[0-9]+", path.suffix) and stat.S_ISREG(status.st_mode) and status.st_size:
-                with open(path, "r+b") as file:
-                    lock(file)
-                    path.unlink()
+    with contextlib.suppress(OSError):
+        for left in fnmatch.filter(os.listdir(folder), f".{name}.*"):
+            path = folder / left
+            with contextlib.suppress(OSError):
+                status = path.lstat()
+                if re.fullmatch(r"\.[0-9]+", path.suffix) and stat.S_ISREG(status.st_mode) and status.st_size:
+                    with open(path, "r+b") as file:
+                        lock(file)
+                        path.unlink()
 
 
 def lock(file: BinaryIO | int, wait: bool = False) -> None:
