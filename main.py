@@ -232,27 +232,12 @@ MENDABLE = {
 }
 
 
-def main(argv: list[str]) -> None:
-    """Trains, or tests, as the flags say."""
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
-    logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
-    start_devices()
-    recipe = recipe_of(FLAGS)
-    if taken := defaults_taken(FLAGS):
-        print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")
-    if FLAGS.train:
-        train_run(recipe)
-    else:
-        test_run(recipe)
-
-
 def start_devices() -> None:
     """Starts TensorFlow with the threads that the flags say."""
     devices.start(FLAGS["threads"].value or None, FLAGS["op_threads"].value)
 
 
-# -- from flags to records --------------------------------------------------------------------------------------------
+# -- from flags to records ---------------------------------------------------------------------------------------------
 
 
 def recipe_of(values: flags.FlagValues) -> Recipe:
@@ -374,89 +359,9 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, trainin
     return data
 
 
-def build(recipe: Recipe) -> MAML:
-    """The model of a recipe, with as many tasks side by side, and in a group, as the flags say."""
-    at_once = FLAGS.tasks_at_once or (0 if devices.gpus() else 1)
-    if FLAGS.train and at_once and recipe.meta_batch % at_once:
-        raise InputError(
-            f"--tasks_at_once={at_once} does not divide --meta_batch_size={recipe.meta_batch}: give a number that does"
-        )
-    return recipes.build(recipe, FLAGS.threads or devices.cores(), at_once)
-
-
-# -- the two things that the program does ------------------------------------------------------------------------------
-
-
-def train_run(recipe: Recipe) -> None:
-    """Trains the run of a recipe. Exits with the signal's code where a signal stopped it."""
-    run, dataset = run_folder(FLAGS), trained_data_set(recipe)
-    recipes.check_training(recipe, FLAGS.threads or devices.cores())
-    maml = build(recipe)
-    settings = train.Settings(
-        val_split="test" if FLAGS.test_set else "val",
-        val_tasks=FLAGS.val_tasks,
-        eval_seed=FLAGS.eval_seed,
-        save_interval=FLAGS.save_interval,
-        log=FLAGS.log,
-    )
-    with run.locked():
-        run.check(recipes.to_flags(recipe), recipes.DEFAULTS, FLAGS.resume)
-        data = open_data(dataset, ("train", settings.val_split), recipe, training=True)
-        with stopping_on_signals() as stop:
-            picture = functools.partial(fit_picture, shot=recipe.shot) if dataset.images is None else None
-            finished = train.train(recipe, run, maml, data, settings, stop, picture)
-    if not finished:
-        sys.exit(128 + signal.Signals[stop.reason])
-
-
-def test_run(recipe: Recipe) -> None:
-    """Tests a checkpoint on --test_tasks tasks, always the same ones. recipe: with the K and alpha of the test."""
-    trained, run = trained_recipe(recipe, FLAGS), run_folder(FLAGS)
-    if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
-        raise InputError(
-            f"--query_norm={FLAGS.query_norm} is for batch norm, and with --norm={recipe.norm} it changes nothing: "
-            "leave it out"
-        )
-    prefix = run.checkpoint(FLAGS.test_iter)
-    expected = recipes.to_flags(trained)
-    del expected["num_query"]  # at test it is the test's own, and so is --split where other data are tested
-    if FLAGS.test_datasource:
-        del expected["split"]
-    run.check_flags(expected, recipes.DEFAULTS, training=False)
-    results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
-    runs.check_writable(results, "--results_dir")
-    dataset = tested_data_set(recipe)
-    protocol = evaluate.Protocol(
-        split="test" if FLAGS.test_set else "val",
-        shot=recipe.shot,
-        inner_lr=recipe.inner_lr,
-        query=FLAGS.num_query,
-        other_data_set=FLAGS.test_datasource,
-        data_folder=users_folder(FLAGS.test_datasource or recipe.data_set, dataset),
-        class_split=FLAGS.split,
-        tasks=FLAGS.test_tasks,
-        task_seed=FLAGS.eval_seed,
-        query_norm=FLAGS.query_norm,
-    )
-    asked = dataclasses.replace(recipe, query=FLAGS.num_query)
-    recipes.check_test(asked, min(FLAGS.threads or devices.cores(), FLAGS.test_tasks))
-    data, maml = open_data(dataset, (protocol.split,), recipe, training=False), build(recipe)
-    if FLAGS.test_iter == -1:
-        prefix = run.restore_newest(maml)
-    else:
-        run.restore(maml, prefix)
-    say(f"Restoring model weights from {prefix}")
-    evaluate.test(maml, data, trained, protocol, run, prefix, results)
-
-
-def fit_picture(maml: MAML, shot: int) -> np.ndarray | None:
-    """The first test task of the sinusoid, before and after updates, as plot.py draws it; None without matplotlib."""
-    try:
-        import plot
-    except ImportError:
-        return None
-    task = SinusoidTasks(shot, shot, oracle=True).draw(FLAGS.eval_seed, "test", 0, 1)
-    return plot.pixels(plot.sinusoid_figure({"This run": maml}, [task]))
+def layout() -> tuple[int, int]:
+    """How many groups of tasks are computed side by side, and how many tasks are in a group (0: all)."""
+    return FLAGS.threads or devices.cores(), FLAGS.tasks_at_once or (0 if devices.gpus() else 1)
 
 
 # -- how the program starts and ends -----------------------------------------------------------------------------------
@@ -505,6 +410,101 @@ def help_text() -> str:
             lines.append(textwrap.fill(flag.help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
         lines.append("")
     return "\n".join(lines)
+
+
+def fit_picture(maml: MAML, shot: int) -> np.ndarray | None:
+    """The first test task of the sinusoid, before and after updates, as plot.py draws it; None without matplotlib."""
+    try:
+        import plot
+    except ImportError:
+        return None
+    task = SinusoidTasks(shot, shot, oracle=True).draw(FLAGS.eval_seed, "test", 0, 1)
+    return plot.pixels(plot.sinusoid_figure({"This run": maml}, [task]))
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+
+def train_run(recipe: Recipe) -> None:
+    """Trains the run of a recipe. Exits with the signal's code where a signal stopped it."""
+    run, dataset = run_folder(FLAGS), trained_data_set(recipe)
+    at_once = layout()[1]
+    if at_once and recipe.meta_batch % at_once:
+        raise InputError(
+            f"--tasks_at_once={at_once} does not divide --meta_batch_size={recipe.meta_batch}: give a number that does"
+        )
+    recipes.check_training(recipe, *layout())
+    maml = recipes.build(recipe, *layout())
+    settings = train.Settings(
+        val_split="test" if FLAGS.test_set else "val",
+        val_tasks=FLAGS.val_tasks,
+        eval_seed=FLAGS.eval_seed,
+        save_interval=FLAGS.save_interval,
+        log=FLAGS.log,
+    )
+    with run.locked():
+        run.check(recipes.to_flags(recipe), recipes.DEFAULTS, FLAGS.resume)
+        data = open_data(dataset, ("train", settings.val_split), recipe, training=True)
+        with stopping_on_signals() as stop:
+            picture = functools.partial(fit_picture, shot=recipe.shot) if dataset.images is None else None
+            finished = train.train(recipe, run, maml, data, settings, stop, picture)
+    if not finished:
+        sys.exit(128 + signal.Signals[stop.reason])
+
+
+def test_run(recipe: Recipe) -> None:
+    """Tests a checkpoint on --test_tasks tasks, always the same ones. recipe: with the K and alpha of the test."""
+    trained, run = trained_recipe(recipe, FLAGS), run_folder(FLAGS)
+    if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
+        raise InputError(
+            f"--query_norm={FLAGS.query_norm} is for batch norm, and with --norm={recipe.norm} it changes nothing: "
+            "leave it out"
+        )
+    prefix = run.checkpoint(FLAGS.test_iter)
+    expected = recipes.to_flags(trained)
+    del expected["num_query"]  # at test it is the test's own, and so is --split where other data are tested
+    if FLAGS.test_datasource:
+        del expected["split"]
+    run.check_flags(expected, recipes.DEFAULTS, training=False)
+    results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
+    runs.check_writable(results, "--results_dir")
+    dataset = tested_data_set(recipe)
+    protocol = evaluate.Protocol(
+        split="test" if FLAGS.test_set else "val",
+        shot=recipe.shot,
+        inner_lr=recipe.inner_lr,
+        query=FLAGS.num_query,
+        other_data_set=FLAGS.test_datasource,
+        data_folder=users_folder(FLAGS.test_datasource or recipe.data_set, dataset),
+        class_split=FLAGS.split,
+        tasks=FLAGS.test_tasks,
+        task_seed=FLAGS.eval_seed,
+        query_norm=FLAGS.query_norm,
+    )
+    asked = dataclasses.replace(recipe, query=FLAGS.num_query)
+    recipes.check_test(asked, min(FLAGS.threads or devices.cores(), FLAGS.test_tasks))
+    data, maml = open_data(dataset, (protocol.split,), recipe, training=False), recipes.build(recipe, *layout())
+    if FLAGS.test_iter == -1:
+        prefix = run.restore_newest(maml)
+    else:
+        run.restore(maml, prefix)
+    say(f"Restoring model weights from {prefix}")
+    evaluate.test(maml, data, trained, protocol, run, prefix, results)
+
+
+def main(argv: list[str]) -> None:
+    """Trains, or tests, as the flags say."""
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
+    logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
+    start_devices()
+    recipe = recipe_of(FLAGS)
+    if taken := defaults_taken(FLAGS):
+        print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")
+    if FLAGS.train:
+        train_run(recipe)
+    else:
+        test_run(recipe)
 
 
 if __name__ == "__main__":

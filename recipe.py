@@ -260,14 +260,15 @@ def _network(recipe):
 # -- what would fill the memory ----------------------------------------------------------------------------------------
 
 
-def check_training(recipe: Recipe, parallel_tasks: int) -> None:
+def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) -> None:
     """Raises InputError where a step of training certainly needs more memory than the machine has. Computes nothing.
 
     Counted are two blocks of tasks, since one is drawn while the steps on the other are taken; weights with Adam's
     moments, and a gradient a task; and the layers' outputs, which second derivatives need of every update.
     """
     network = _network(recipe)
-    at_once = recipe.meta_batch if network.tasks_in_one_operation else min(recipe.meta_batch, parallel_tasks)
+    together = network.steps_a_call > 1 or tasks_at_once == 0
+    at_once = recipe.meta_batch if together else min(recipe.meta_batch, parallel_tasks * tasks_at_once)
     held = 1 if recipe.first_order else recipe.inner_steps
     _check_tasks(
         recipe,

@@ -77,13 +77,14 @@ def ours(flags: str):
     import tensorflow as tf
 
     import main
+    import recipe as recipes
     from data_generator import SinusoidTasks
     from utils import Tasks
 
     main.FLAGS(["main.py", *flags.split()])
     main.start_devices()
     recipe = main.recipe_of(main.FLAGS)
-    dataset, maml = recipe.dataset, main.build(recipe)
+    dataset, maml = recipe.dataset, recipes.build(recipe, *main.layout())
     tasks, way, shot, images = recipe.meta_batch, recipe.way, recipe.shot, dataset.images
     if images:
         batches = [random_images(images.size, images.channels, tasks, way, shot, recipe.query_examples(True))]

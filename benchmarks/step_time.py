@@ -114,6 +114,7 @@ def random_images(recipe, count: int = 100, per_class: int = 40):
 def measure(name: str, flags: str, steps: int) -> dict:
     """One configuration, in this process."""
     import main
+    import recipe as recipes
     import train
     from utils import InputError, Stop
 
@@ -126,7 +127,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
         source = "real" if recipe.dataset.images else "generated"
     except InputError:
         data = random_images(recipe)
-    maml = main.build(recipe)
+    maml = recipes.build(recipe, *main.layout())
     with train.Steps(maml, data, recipe, Stop()) as stepper:
         size, batch = stepper.block, recipe.meta_batch
         stepper.advance(2 * size)  # traced and warm

@@ -1040,7 +1040,7 @@ def test_threads_reach_tensorflow(tmp_path):
         "main.start_devices()\n"
         "threading = tf.config.threading\n"
         "print(threading.get_inter_op_parallelism_threads(), threading.get_intra_op_parallelism_threads(),\n"
-        "      main.build(main.recipe_of(main.FLAGS)).parallel_tasks)\n"
+        "      main.layout()[0])\n"
     )
     ended = end(spawn("-c", program, "--threads=3", "--op_threads=2", cwd=PROGRAM.parent))
     assert ended.out.split() == ["3", "2", "3"]
