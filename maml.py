@@ -245,6 +245,8 @@ class MAML(tf.Module):
         outputs: the dtypes of what function returns, in its structure.
         """
         count = tf.nest.flatten(tasks)[0].shape[0]
+        if count is None and self.tasks_at_once != 1:
+            raise InputError("the number of tasks is unknown while the graph is traced: computing in groups needs it")
         at_once = self.tasks_at_once or count
 
         def of_task(task):

@@ -13,8 +13,7 @@ from data_generator import SinusoidTasks
 from evaluate import evaluate
 from maml import MAML
 from recipe import Recipe
-from tests.test_maml import LINE, in_float64, one_task, random_tasks
-from tests.test_oracle import meta_gradient
+from tests.test_maml import LINE, in_float64, meta_gradient, one_task, random_tasks
 from utils import InputError, Tasks, accuracy, mse, xent
 
 CONV = functools.partial(networks.conv4, (17, 16), 2, 3, 4)
