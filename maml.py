@@ -226,11 +226,12 @@ class MAML(tf.Module):
         """
         tasks = Tasks(*map(tf.convert_to_tensor, tasks))
         (dtype,) = {weight.dtype for weight in self.weights.values()}
-        ranks = tasks.support_x.shape.rank, 3, tasks.query_x.shape.rank, 3
+        inputs = max(3, tasks.support_x.shape.rank, tasks.query_x.shape.rank)
+        ranks = inputs, 3, inputs, 3
         for name, part, rank in zip(Tasks._fields, tasks, ranks, strict=True):
             if part.dtype != dtype:
                 raise InputError(f"{name} is {part.dtype.name}, but the weights are {dtype.name}: convert it to that")
-            if part.shape.rank != rank or rank < 3:
+            if part.shape.rank != rank:
                 raise InputError(
                     f"{name} has the shape {list(part.shape)}: tasks [T], examples [n] and at least one more axis are "
                     f"expected{', one-hot for classes' if name.endswith('y') else ''}"

@@ -44,7 +44,9 @@ def tolerances(flags: dict) -> tuple[float, float]:
     """Relative L2 distances from the record that pass: of the meta-gradient, and of what the outer steps move."""
     if flags["datasource"] == "sinusoid":
         return 1e-5, 1e-4
-    return (1e-4, 2e-2) if flags["num_updates"] < 5 else (3e-2, 0.15)
+    if flags["datasource"] == "omniglot" and flags["num_updates"] < 5:
+        return 1e-4, 2e-2
+    return 3e-2, 0.15  # among so many outputs, rounding may tip a ReLU, and every update magnifies what that changes
 
 
 def build(flags: dict) -> MAML:
