@@ -10,10 +10,12 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Of several processes that compute one run, one may be gone: TensorFlow tells it in many lines, main.py in one.
+SEVERAL = os.environ.get("TF_CONFIG") or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if SEVERAL else "2")
 
 # What TensorFlow's libraries write to stderr at their start, before that level is read, and without a GPU.
 NOTICES = re.compile(rb"WARNING: All log messages before absl|[IW]0000 |E0000 .*failed call to cuInit")
@@ -94,7 +96,7 @@ def processor() -> str:
 
 def gpus() -> list[str]:
     """Names the kinds of the GPUs that TensorFlow uses."""
-    details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.get_visible_devices("GPU")]
     return [one.get("device_name") for one in details]
 
 
@@ -112,15 +114,39 @@ def computed() -> dict[str, object]:
     return found
 
 
-def start(parallel_tasks: int | None = None, op_threads: int = 1) -> None:
-    """Sets TensorFlow's threads, which it takes once, before its first operation, and lets it find its devices.
+def _take_gpu(number, processes):
+    """Where several processes of one host see all its GPUs, each takes its own."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if processes > 1 and len(gpus) > 1:
+        tf.config.set_visible_devices(gpus[number : number + 1], "GPU")
+
+
+def start(
+    parallel_tasks: int | None = None,
+    op_threads: int = 1,
+    *,
+    tensor_float_32: bool = False,
+    deterministic: bool = False,
+    place: tuple[int, int] = (0, 1),
+    join: Callable[[], None] = lambda: None,
+) -> None:
+    """Makes TensorFlow's settings, which it takes once, before its first operation, and lets it find its devices.
 
     Args:
         parallel_tasks: tasks that are computed side by side, one a core; None: as many as there are cores.
         op_threads: cores for one operation of a task. Another number gives other roundings, so other weights.
+        tensor_float_32: let products on a GPU round their inputs to 10 bits. TensorFlow's own default is to do it.
+        deterministic: let a GPU compute the same numbers every time.
+        place: the number of this process among those of its host, and how many there are; each has a GPU of its own.
+        join: meets the other processes of the run, between the settings and the first operation.
     """
     tf.config.threading.set_intra_op_parallelism_threads(op_threads)
     tf.config.threading.set_inter_op_parallelism_threads(parallel_tasks or cores())
+    tf.config.experimental.enable_tensor_float_32_execution(tensor_float_32)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    _take_gpu(*place)
+    join()
     with _without_notices():
         tf.config.list_logical_devices()
         tf.function(lambda: tf.zeros([]), jit_compile=True, autograph=False)()  # XLA looks for a GPU of its own

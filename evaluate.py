@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 import devices
+from cluster import Cluster
 from data_generator import ImageTasks, SinusoidTasks
 from events import test_scalar
 from maml import MAML
@@ -75,20 +76,23 @@ def evaluate(
     seed: int,
     stopped: Callable[[], bool] = lambda: False,
     query_norm: str = "batch",
+    workers: Cluster | None = None,
 ) -> Curve | None:
     """Evaluates tasks 0 .. count - 1 of a split, some at a time.
 
     Args: the model; where its tasks are drawn from; "val" or "test"; how many tasks; inner steps; the seed of the
-    tasks; stopped() is asked before every chunk of tasks; query_norm as of MAML.evaluate.
+    tasks; stopped() is asked before every chunk of tasks; query_norm as of MAML.evaluate; the processes that take turns
+    in evaluating chunks, if there are several.
     Returns a Curve of arrays [count, 1 + updates], or None where it was stopped.
     """
-    size, chunks = _chunk_size(maml, count), []
-    for first in range(0, count, size):
+    workers, chunks = workers or Cluster(), []
+    size = int(max(workers.gathered([float(_chunk_size(maml, count))])))  # hosts may have different numbers of cores
+    for first in range(0, count, size * workers.size):
         if stopped():
             return None
-        tasks = data.draw(seed, split, first, size)
-        chunks.append(tf.nest.map_structure(lambda x: x.numpy(), maml.evaluate(tasks, updates, query_norm)))
-    # The last chunk is whole, so that one traced graph serves all; what exceeds count is dropped.
+        tasks = data.draw(seed, split, first + size * workers.rank, size)
+        chunks.append(tf.nest.map_structure(workers.gathered, maml.evaluate(tasks, updates, query_norm)))
+    # The last chunks are whole, so that one traced graph serves all; what exceeds count is dropped.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
 
 
@@ -108,16 +112,27 @@ def test(
     run: Run,
     prefix: str,
     results: Path,
+    workers: Cluster,
 ) -> None:
     """Tests a model, prints its numbers, and writes the original's files and results.json.
 
     Args: the model with the weights of checkpoint `prefix` of the run; where the tasks are drawn from; the recipe of
-    its training; the protocol; the run's folder; the folder of the results.
+    its training; the protocol; the run's folder; the folder of the results; the processes that do it: the chief alone
+    prints and writes.
     """
     updates = max(recipe.inner_steps, TEST_UPDATES)
     curve = evaluate(
-        maml, data, protocol.split, protocol.tasks, updates, protocol.task_seed, query_norm=protocol.query_norm
+        maml,
+        data,
+        protocol.split,
+        protocol.tasks,
+        updates,
+        protocol.task_seed,
+        query_norm=protocol.query_norm,
+        workers=workers,
     )
+    if not workers.chief:
+        return
     dataset = recipe.dataset
     values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
     print(TITLE)
@@ -159,6 +174,8 @@ def test(
         "validation_tasks": best.tasks if is_best else None,
         "computed": devices.computed(),
     }
+    if workers.size > 1:
+        known["processes"] = workers.size
     name = protocol.name(recipe)
     write_results(results, name, values, entry, known, paper)
     means, _, ci95 = statistics(values)

@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import hashlib
 import os
 import re
 import signal
@@ -29,12 +30,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import tensorflow as tf
 from absl import app, flags, logging
 
+import cluster
 import evaluate
 import recipe as recipes
 import runs
 import train
+from cluster import Cluster
 from data_generator import DATASETS, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
 from maml import MAML
@@ -151,6 +155,10 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
 )
+flags.DEFINE_bool(
+    "tensor_float_32", False, "Let a GPU round what it multiplies to 10 bits. It is faster, and meta-gradients are off."
+)
+flags.DEFINE_bool("deterministic", False, "Have a GPU compute the same bits every time, which may be slower.")
 flags.DEFINE_string("data_path", None, "Folder of the images, if not the data set's own below data/.")
 flags.DEFINE_string(
     "split",
@@ -216,7 +224,8 @@ for _name in ("logdir", "data_path", "test_data_path", "results_dir"):
 
 # How --help groups the flags. Those of the original come first in each group.
 GROUPS = {
-    "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once",
+    "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once tensor_float_32 "
+    "deterministic",
     "The method": "meta_batch_size meta_lr update_batch_size update_lr num_updates metatrain_iterations "
     "pretrain_iterations baseline stop_grad norm num_filters conv max_pool",
     "The data": "num_classes num_query data_path split image_size image_channels skip_broken val_tasks",
@@ -232,9 +241,17 @@ MENDABLE = {
 }
 
 
-def start_devices() -> None:
-    """Starts TensorFlow with the threads that the flags say."""
-    devices.start(FLAGS["threads"].value or None, FLAGS["op_threads"].value)
+def start_devices(workers: Cluster | None = None) -> None:
+    """Starts TensorFlow as the flags say, and meets the other processes of the run."""
+    workers = workers or Cluster()
+    devices.start(
+        side_by_side(workers),
+        FLAGS["op_threads"].value,
+        tensor_float_32=FLAGS["tensor_float_32"].value,
+        deterministic=FLAGS["deterministic"].value,
+        join=workers.join,
+        place=workers.place,
+    )
 
 
 # -- from flags to records ---------------------------------------------------------------------------------------------
@@ -292,11 +309,11 @@ def parsed(arguments: list[str]) -> flags.FlagValues:
     return values
 
 
-def run_folder(values: flags.FlagValues) -> runs.Run:
+def run_folder(values: flags.FlagValues, kind: type[runs.Run] = runs.Run) -> runs.Run:
     """Finds the run folder that flags name."""
     recipe = recipe_of(values)
     trained = recipe if values.train else trained_recipe(recipe, values)
-    return runs.Run(Path(values.logdir) / trained.run_name)
+    return kind(Path(values.logdir) / trained.run_name)
 
 
 def data_set(name: str, name_flag: str, path: flags.Flag) -> Dataset:
@@ -359,9 +376,22 @@ def open_data(dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, trainin
     return data
 
 
-def layout() -> tuple[int, int]:
+def layout(workers: Cluster | None = None) -> tuple[int, int]:
     """How many groups of tasks are computed side by side, and how many tasks are in a group (0: all)."""
-    return FLAGS.threads or devices.cores(), FLAGS.tasks_at_once or (0 if devices.gpus() else 1)
+    return side_by_side(workers or Cluster()), FLAGS.tasks_at_once or (0 if devices.gpus() else 1)
+
+
+def side_by_side(workers: Cluster) -> int:
+    """How many groups of tasks this process computes side by side: the processes of a host share its cores."""
+    return FLAGS["threads"].value or max(1, devices.cores() // workers.place[1])
+
+
+def identity() -> dict[str, object]:
+    """What must be alike in all processes of a run: the flags, but for --threads, and the code."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:16]
+    names = " ".join(GROUPS.values()).split()
+    given = {f"--{name}": FLAGS[name].value for name in names if name != "threads"}
+    return given | {"code with the checksum": code, "TensorFlow": tf.__version__, "GPUs": devices.gpus()}
 
 
 # -- how the program starts and ends -----------------------------------------------------------------------------------
@@ -369,14 +399,23 @@ def layout() -> tuple[int, int]:
 
 def run(argv: list[str]) -> None:
     """Runs main. What the user can mend is told in one line; any other error is a fault here, and has its traceback."""
+    workers = Cluster()
     try:
-        main(argv)
+        workers = cluster.of_environment()
+        main(argv, workers)
     except InputError as error:
-        fail(error)
+        fail(workers.failed(error))
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        fail(error)
+        fail(workers.failed(error))
+    except tf.errors.ResourceExhaustedError as error:
+        fail(
+            f"the memory is too small ({error.message.splitlines()[0]}): compute fewer tasks at once, with a small "
+            "--tasks_at_once, such as 1"
+        )
+    except tf.errors.OpError as error:
+        workers.lost(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -425,16 +464,23 @@ def fit_picture(maml: MAML, shot: int) -> np.ndarray | None:
 # -- the program -------------------------------------------------------------------------------------------------------
 
 
-def train_run(recipe: Recipe) -> None:
+def train_run(recipe: Recipe, workers: Cluster) -> None:
     """Trains the run of a recipe. Exits with the signal's code where a signal stopped it."""
-    run, dataset = run_folder(FLAGS), trained_data_set(recipe)
-    at_once = layout()[1]
-    if at_once and recipe.meta_batch % at_once:
+    run, dataset = run_folder(FLAGS, runs.Run if workers.chief else runs.ReadOnlyRun), trained_data_set(recipe)
+    share, at_once = workers.share(recipe.meta_batch), layout(workers)[1]
+    if at_once and share % at_once:
+        shared = f", shared by {workers.size} processes" if workers.size > 1 else ""
         raise InputError(
-            f"--tasks_at_once={at_once} does not divide --meta_batch_size={recipe.meta_batch}: give a number that does"
+            f"--tasks_at_once={at_once} does not divide --meta_batch_size={recipe.meta_batch}{shared}: give a number "
+            "that does"
         )
-    recipes.check_training(recipe, *layout())
-    maml = recipes.build(recipe, *layout())
+    recipes.check_training(dataclasses.replace(recipe, meta_batch=share), *layout(workers))
+    maml = recipes.build(recipe, *layout(workers), workers.all_sum if workers.size > 1 else None)
+    if maml.network.steps_a_call > 1 and workers.size > 1:
+        raise InputError(
+            f"the network of --datasource={recipe.data_set} is so small that {workers.size} processes would be slower "
+            "than one: start one"
+        )
     settings = train.Settings(
         val_split="test" if FLAGS.test_set else "val",
         val_tasks=FLAGS.val_tasks,
@@ -445,14 +491,16 @@ def train_run(recipe: Recipe) -> None:
     with run.locked():
         run.check(recipes.to_flags(recipe), recipes.DEFAULTS, FLAGS.resume)
         data = open_data(dataset, ("train", settings.val_split), recipe, training=True)
-        with stopping_on_signals() as stop:
+        workers.ready(run.folder)
+        with stopping_on_signals() as own_stop:
+            stop = workers.agreed(own_stop)
             picture = functools.partial(fit_picture, shot=recipe.shot) if dataset.images is None else None
-            finished = train.train(recipe, run, maml, data, settings, stop, picture)
+            finished = train.train(recipe, run, maml, data, settings, stop, picture, workers)
     if not finished:
         sys.exit(128 + signal.Signals[stop.reason])
 
 
-def test_run(recipe: Recipe) -> None:
+def test_run(recipe: Recipe, workers: Cluster) -> None:
     """Tests a checkpoint on --test_tasks tasks, always the same ones. recipe: with the K and alpha of the test."""
     trained, run = trained_recipe(recipe, FLAGS), run_folder(FLAGS)
     if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
@@ -467,7 +515,8 @@ def test_run(recipe: Recipe) -> None:
         del expected["split"]
     run.check_flags(expected, recipes.DEFAULTS, training=False)
     results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
-    runs.check_writable(results, "--results_dir")
+    if workers.chief:
+        runs.check_writable(results, "--results_dir")
     dataset = tested_data_set(recipe)
     protocol = evaluate.Protocol(
         split="test" if FLAGS.test_set else "val",
@@ -482,29 +531,33 @@ def test_run(recipe: Recipe) -> None:
         query_norm=FLAGS.query_norm,
     )
     asked = dataclasses.replace(recipe, query=FLAGS.num_query)
-    recipes.check_test(asked, min(FLAGS.threads or devices.cores(), FLAGS.test_tasks))
-    data, maml = open_data(dataset, (protocol.split,), recipe, training=False), recipes.build(recipe, *layout())
+    recipes.check_test(asked, min(side_by_side(workers), FLAGS.test_tasks))
+    data, maml = open_data(dataset, (protocol.split,), recipe, training=False), recipes.build(recipe, *layout(workers))
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
     else:
         run.restore(maml, prefix)
     say(f"Restoring model weights from {prefix}")
-    evaluate.test(maml, data, trained, protocol, run, prefix, results)
+    workers.ready()
+    workers.check_alike({"the checkpoint": Path(prefix).name}, "give all processes one --logdir that they share")
+    evaluate.test(maml, data, trained, protocol, run, prefix, results, workers)
 
 
-def main(argv: list[str]) -> None:
-    """Trains, or tests, as the flags say."""
+def main(argv: list[str], workers: Cluster) -> None:
+    """Trains, or tests, as the flags say, in one process or as one of several."""
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
-    start_devices()
+    start_devices(workers)
+    workers.check_alike(identity(), "give all processes the same flags and files, except for --threads")
     recipe = recipe_of(FLAGS)
     if taken := defaults_taken(FLAGS):
         print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")
     if FLAGS.train:
-        train_run(recipe)
+        train_run(recipe, workers)
     else:
-        test_run(recipe)
+        test_run(recipe, workers)
+    workers.leave()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class MAML(tf.Module):
         seed: int = 0,
         parallel_tasks: int = 1,
         tasks_at_once: int = 1,
+        all_sum: Callable[[tf.Tensor], tf.Tensor] | None = None,
     ):
         """Initial weights by `seed`, moments and step at 0.
 
@@ -36,6 +37,8 @@ class MAML(tf.Module):
         parallel_tasks: groups of tasks computed side by side; on a CPU one a core is fastest.
         tasks_at_once: G, the size of a group, whose tasks an operation computes together; 0: all tasks of a meta-batch.
             On a CPU one task a group is fastest.
+        all_sum: adds up a vector [n], float64, over the processes that compute a step together, each on its own tasks;
+            None: there is one process.
 
         Every public step is one graph, which is traced at its first call:
         train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps, query_norm).
@@ -44,7 +47,7 @@ class MAML(tf.Module):
         self.network, self.loss, self.accuracy = network, loss, accuracy
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.clip, self.parallel_tasks = clip, parallel_tasks
-        self.tasks_at_once = tasks_at_once
+        self.tasks_at_once, self.all_sum = tasks_at_once, all_sum
         self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
         if network.adapted is None:
             self.network = network._replace(adapted=tuple(self.weights))
@@ -198,10 +201,17 @@ class MAML(tf.Module):
         return self.over_tasks(curve, weights, tasks, Curve(dtype, dtype))
 
     def mean_gradient(self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks):
-        """Gradient to the meta-learned weights of the tasks' mean loss, and that loss.
+        """Gradient to the meta-learned weights of the mean loss over the tasks of all processes, and that loss.
 
         Each group differentiates its own losses inside the loop over groups: no backward pass through the loop, and
         the memory of one group a core.
+
+        The sums are float64 and rounded once, to the weights' dtype, when all is added up. So the order in which tasks
+        are added, on one core or on many processes, all but never matters. A sum of float32 numbers in float64 is exact
+        in any order where the largest is less than 2^29 / T times the smallest that is not zero, since then the 53 bits
+        of a float64 hold every partial sum. Elsewhere another order may move the sum by about 2^-53 of the largest
+        partial sum. This changes the float32 result only where the sum lies that near to the middle between two
+        float32 numbers. It is not impossible, but improbable: about one in 2^28 of such sums that do not cancel.
         """
         weights = self.values()
 
@@ -211,9 +221,13 @@ class MAML(tf.Module):
                 loss = task_loss(weights, task)
             return tape.gradient(loss, weights, unconnected_gradients="zero"), loss
 
-        outputs = tf.nest.map_structure(lambda x: x.dtype, weights), tasks.query_x.dtype
-        per_task = self.over_tasks(gradient_and_loss, weights, tasks, outputs)
-        return tf.nest.map_structure(lambda x: tf.reduce_mean(x, 0), per_task)
+        outputs = tf.nest.map_structure(tf.TensorSpec.from_tensor, weights), tf.TensorSpec([], tasks.query_x.dtype)
+        sums = self.sum_over_tasks(gradient_and_loss, weights, tasks, outputs)
+        count = tf.cast(tf.shape(tasks.query_x)[0], tf.float64)
+        if self.all_sum:
+            *sums, count = _as_one_vector(self.all_sum, [*tf.nest.flatten(sums), count])
+            sums = tf.nest.pack_sequence_as(outputs, sums)
+        return tf.nest.map_structure(lambda total, like: tf.cast(total / count, like.dtype), sums, outputs)
 
     def values(self) -> Weights:
         """Reads the meta-learned weights."""
@@ -239,16 +253,53 @@ class MAML(tf.Module):
         return tasks
 
     def over_tasks(self, function: Callable, weights: Weights, tasks: Tasks, outputs: object) -> object:
-        """Computes function(weights, task) of each task, stacked [T, ...]. It alone knows how tasks lie on the machine.
+        """Computes function(weights, task) of each task, stacked [T, ...].
+
+        outputs: the dtypes of what function returns, in its structure.
+        """
+        of_group, groups, size = self._groups(function, weights, tasks)
+        if groups is None:
+            return of_group(tasks)
+        run = functools.partial(tf.map_fn, fn_output_signature=outputs, parallel_iterations=self.parallel_tasks)
+        stacked = run(of_group, groups)
+        if size == 1:
+            return stacked
+        return tf.nest.map_structure(lambda x: tf.reshape(x, [-1, *x.shape[2:]]), stacked)
+
+    def sum_over_tasks(self, function: Callable, weights: Weights, tasks: Tasks, outputs: object) -> object:
+        """Sums function(weights, task) over the tasks of this process, in float64. The memory does not grow with T.
+
+        The groups are computed side by side, and only the additions are one after the other.
+        outputs: the shapes and dtypes of what function returns of one task, in its structure.
+        """
+        of_group, groups, size = self._groups(function, weights, tasks)
+
+        def total(values):
+            return tf.nest.map_structure(lambda x: tf.reduce_sum(tf.cast(x, tf.float64), 0), values)
+
+        if groups is None:
+            return total(of_group(tasks))
+
+        def body(i, sums):
+            values = of_group(tf.nest.map_structure(lambda x: x[i], groups))
+            values = tf.nest.map_structure(lambda x: tf.cast(x, tf.float64), values) if size == 1 else total(values)
+            return i + 1, tf.nest.map_structure(tf.add, sums, values)
+
+        count = tf.shape(tf.nest.flatten(groups)[0])[0]
+        start = tf.constant(0), tf.nest.map_structure(lambda x: tf.zeros(x.shape, tf.float64), outputs)
+        return tf.while_loop(lambda i, _: i < count, body, start, parallel_iterations=self.parallel_tasks)[1]
+
+    def _groups(self, function, weights, tasks):
+        """How the tasks lie on the machine: what computes a group, the groups [T / G, G, ...], and G.
 
         The tasks of a group are computed together. Where the network takes groups, function itself does it, with the
-        weights [G, ...] of each task. A network of a user's own may know nothing of groups.
-        outputs: the dtypes of what function returns, in its structure.
+        weights [G, ...] of each task. A network of a user's own may know nothing of groups. A group of one is a task,
+        without the axis G. The groups are None where all tasks are one group.
         """
         count = tf.nest.flatten(tasks)[0].shape[0]
         if count is None and self.tasks_at_once != 1:
             raise InputError("the number of tasks is unknown while the graph is traced: computing in groups needs it")
-        at_once = self.tasks_at_once or count
+        size = self.tasks_at_once or count
 
         def of_task(task):
             return function(weights, task)
@@ -256,19 +307,25 @@ class MAML(tf.Module):
         def of_group(group):
             if not self.network.takes_groups:
                 return tf.vectorized_map(of_task, group)
-            return function({name: tf.broadcast_to(w, [at_once, *w.shape]) for name, w in weights.items()}, group)
+            return function({name: tf.broadcast_to(w, [size, *w.shape]) for name, w in weights.items()}, group)
 
         if self.network.steps_a_call > 1:
-            return tf.vectorized_map(of_task, tasks)
-        if at_once == count > 1:
-            return of_group(tasks)
-        run = functools.partial(tf.map_fn, fn_output_signature=outputs, parallel_iterations=self.parallel_tasks)
-        if at_once == 1:
-            return run(of_task, tasks)
-        if count % at_once:
-            raise InputError(f"{count} tasks are no whole groups of {at_once}: give another number of tasks at once")
-        groups = tf.nest.map_structure(lambda x: tf.reshape(x, [-1, at_once, *x.shape[1:]]), tasks)
-        return tf.nest.map_structure(lambda x: tf.reshape(x, [count, *x.shape[2:]]), run(of_group, groups))
+            return functools.partial(tf.vectorized_map, of_task), None, count
+        if size == count > 1:
+            return of_group, None, count
+        if size == 1:
+            return of_task, tasks, 1
+        if count % size:
+            raise InputError(f"{count} tasks are no whole groups of {size}: give another number of tasks at once")
+        return of_group, tf.nest.map_structure(lambda x: tf.reshape(x, [-1, size, *x.shape[1:]]), tasks), size
+
+
+def _as_one_vector(function, tensors):
+    """What function makes of the elements of all tensors as one vector [n], in the shapes of the tensors."""
+    shapes = [tensor.shape for tensor in tensors]
+    vector = function(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0))
+    parts = tf.split(vector, [shape.num_elements() for shape in shapes])
+    return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Adam(tf.Module):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -215,13 +215,16 @@ def to_flags(recipe: Recipe) -> dict[str, Any]:
 DEFAULTS = to_flags(Recipe())
 
 
-def build(recipe: Recipe, parallel_tasks: int = 1, tasks_at_once: int = 1) -> MAML:
+def build(
+    recipe: Recipe,
+    parallel_tasks: int = 1,
+    tasks_at_once: int = 1,
+    all_sum: Callable[[tf.Tensor], tf.Tensor] | None = None,
+) -> MAML:
     """Makes the model with its initial weights.
 
-    Args: the recipe, with the K and alpha at hand; how many groups of tasks are computed side by side, best one a core,
-    and how many tasks are in a group (0: all of a meta-batch).
-    Raises InputError where its images are too small for its network.
-    Args: the recipe, with the K and alpha at hand; how many tasks are computed side by side, best one a core.
+    Args: the recipe, with the K and alpha at hand; how many groups of tasks are computed side by side, best one a core;
+    how many tasks are in a group (0: all of a meta-batch); what adds up over the processes, as of MAML.
     Raises InputError where its images are too small for its network, or its weights too many for the memory.
     """
     row, network = recipe.dataset, _network(recipe)
@@ -239,6 +242,7 @@ def build(recipe: Recipe, parallel_tasks: int = 1, tasks_at_once: int = 1) -> MA
         seed=recipe.seed,
         parallel_tasks=parallel_tasks,
         tasks_at_once=tasks_at_once,
+        all_sum=all_sum,
     )
 
 
@@ -264,7 +268,8 @@ def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) 
     """Raises InputError where a step of training certainly needs more memory than the machine has. Computes nothing.
 
     Counted are two blocks of tasks, since one is drawn while the steps on the other are taken; weights with Adam's
-    moments, and a gradient a task; and the layers' outputs, which second derivatives need of every update.
+    moments, a gradient for each task that is computed at once, and their sum in float64; and the layers' outputs, which
+    second derivatives need of every update.
     """
     network = _network(recipe)
     together = network.steps_a_call > 1 or tasks_at_once == 0
@@ -273,7 +278,7 @@ def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) 
     _check_tasks(
         recipe,
         drawn=2 * network.steps_a_call * recipe.meta_batch,
-        gradients=recipe.meta_batch,
+        gradients=at_once + 2,
         at_once=at_once,
         updates=held,
         query=recipe.query_examples(training=True),

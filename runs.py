@@ -213,8 +213,7 @@ class Run:
         where something in it is not finite, or it cannot be written; what was saved before stays.
         """
         iteration = int(model.step) - 1
-        if not all(np.isfinite(variable).all() for variable in model.variables):
-            raise self.diverged(f"after iteration {iteration} the weights, or Adam's moments, are not finite")
+        self._check_finite(model)
         _by_key(model)  # which raises where something would not be read back
         beside, prefix = self.folder / ".saving", self.prefix(iteration)
         validation = tf.Variable(self.validation, dtype=tf.float64)
@@ -230,6 +229,10 @@ class Run:
                     os.unlink(self.prefix(old) + ".index")
                     os.unlink(self._data(old))
         return prefix
+
+    def _check_finite(self, model):
+        if not all(np.isfinite(variable).all() for variable in model.variables):
+            raise self.diverged(f"after iteration {int(model.step) - 1} the weights, or Adam's moments, are not finite")
 
     def diverged(self, what: str) -> InputError:
         """Makes the error for a run whose loss or weights are no numbers any more."""
@@ -307,6 +310,25 @@ class Run:
                     "so it is tested with the --num_classes of its training"
                 )
         return f"; {self.folder.parent} has runs in {', '.join(dict.fromkeys(siblings))}: give the flags of one of them"
+
+
+class ReadOnlyRun(Run):
+    """A run folder that another process, the chief, writes to: see cluster.py. This one reads its checkpoints."""
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Does nothing: the chief has the lock."""
+        return contextlib.nullcontext()
+
+    def record(self, flags: Mapping) -> None:
+        """Does nothing."""
+
+    def record_computed(self, start: int, computed: Mapping) -> None:
+        """Does nothing."""
+
+    def save(self, model: Model) -> str:
+        """Writes nothing. Returns and raises what the chief's does."""
+        self._check_finite(model)
+        return self.prefix(int(model.step) - 1)
 
 
 def write_results(

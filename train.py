@@ -1,7 +1,9 @@
 """The training loop: its clocks, its steps, and what it prints and writes on the way."""
 
+import functools
 import math
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -11,6 +13,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import devices
+from cluster import Cluster
 from data_generator import ImageTasks, SinusoidTasks
 from evaluate import evaluate
 from events import Events, curve_scalars, task_picture
@@ -80,6 +83,7 @@ def train(
     settings: Settings,
     stop: Stop | None = None,
     last_picture: Callable[[MAML], np.ndarray | None] | None = None,
+    workers: Cluster | None = None,
 ) -> bool:
     """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files.
 
@@ -91,10 +95,11 @@ def train(
         settings: what is done besides the steps.
         stop: training ends after the step at hand, and saves, once its `reason` is set.
         last_picture: makes the picture, uint8 [height, width, 3], that ends the events of a sinusoid run.
+        workers: the processes that compute the run together, if there are several. `stop` is then one of all.
     Returns True when all iterations are done, False when it was stopped.
     Raises InputError where the folder holds weights alone, the run diverges, or a file cannot be written.
     """
-    stop, total, images = stop or Stop(), recipe.steps, recipe.dataset.images
+    stop, total, images, workers = stop or Stop(), recipe.steps, recipe.dataset.images, workers or Cluster()
     prefix = None
     if run.iterations():
         prefix = run.restore_newest(maml)
@@ -104,6 +109,10 @@ def train(
             )
         say(f"Restoring model weights from {prefix}")
     start = saved = int(maml.step)
+    workers.check_alike(
+        {"Step": start, "weights with the checksum": _checksum(maml)},
+        "give all processes one --logdir that they share, and one kind of machine",
+    )
     if start <= total:  # else the folder has more than this recipe says
         run.record(to_flags(recipe))
     schedule = Schedule.of(total, settings.save_interval, validates=images is not None)
@@ -121,11 +130,11 @@ def train(
     print("Done initializing, starting training.", flush=True)
     with (
         Events(run.folder, start, settings.log, run.validation.last if missed else None) as events,
-        tqdm(total=total, initial=start, unit=" iterations", disable=None) as progress,
-        Steps(maml, data, recipe, stop, progress) as steps,
+        tqdm(total=total, initial=start, unit=" iterations", disable=None if workers.chief else True) as progress,
+        Steps(maml, data, recipe, stop, progress, workers) as steps,
     ):
         events.overview(start, to_flags(recipe), recipe.inner_steps, images is not None)
-        report = Report(data, recipe, events, progress)
+        report = Report(data, recipe, events, progress, workers)
 
         def save() -> None:
             nonlocal prefix, saved
@@ -143,6 +152,7 @@ def train(
                 recipe.inner_steps,
                 settings.eval_seed,
                 lambda: stop.reason is not None,
+                workers=workers,
             )
             if curve is None:
                 return False
@@ -206,9 +216,16 @@ class Steps:
     """
 
     def __init__(
-        self, maml: MAML, data: SinusoidTasks | ImageTasks, recipe: Recipe, stop: Stop, progress: tqdm | None = None
+        self,
+        maml: MAML,
+        data: SinusoidTasks | ImageTasks,
+        recipe: Recipe,
+        stop: Stop,
+        progress: tqdm | None = None,
+        workers: Cluster | None = None,
     ):
         self.maml, self.data, self.recipe, self.stop, self.progress = maml, data, recipe, stop, progress
+        self.workers = workers or Cluster()
         self.done = int(maml.step)  # outer steps
         self.block = maml.network.steps_a_call
         self.drawn = {}  # number of a block -> a Future of its tasks
@@ -222,7 +239,7 @@ class Steps:
         self.background.shutdown(cancel_futures=True)
 
     def meta_batch(self, iteration: int) -> Tasks:
-        """Gives the meta-batch of an iteration, as NumPy arrays."""
+        """Gives this process's share of the meta-batch of an iteration, as NumPy arrays."""
         number, place = divmod(iteration, self.block)
         return Tasks(*(part[place] for part in self._block(number)))
 
@@ -252,7 +269,7 @@ class Steps:
                 norm = self.maml.many_steps(tasks, tf.constant(place), tf.constant(count), pretrain)
             else:
                 step = self.maml.pretrain_step if pretrain else self.maml.train_step
-                _, norm = step(Tasks(*(part[0] for part in tasks)))
+                _, norm = self.workers.together(step, Tasks(*(part[0] for part in tasks)))
             first_norm = norm if first_norm is None else first_norm
             self.timed += count
             self.seconds += time.perf_counter() - began
@@ -272,22 +289,27 @@ class Steps:
 
     def _drawn_tasks(self, number):
         batch = self.recipe.meta_batch
-        tasks = self.data.draw(self.recipe.seed, "train", number * self.block * batch, self.block * batch)
-        return Tasks(*(part.reshape(self.block, batch, *part.shape[1:]) for part in tasks))
+        share = self.workers.share(batch)  # of several processes, whose blocks have one meta-batch
+        first = number * self.block * batch + self.workers.rank * share
+        tasks = self.data.draw(self.recipe.seed, "train", first, self.block * share)
+        return Tasks(*(part.reshape(self.block, share, *part.shape[1:]) for part in tasks))
 
 
 class Report:
     """What a training run tells: the original's lines, the progress line, and TensorBoard's curves."""
 
-    def __init__(self, data: SinusoidTasks | ImageTasks, recipe: Recipe, events: Events, progress: tqdm):
-        self.data, self.recipe, self.events, self.progress = data, recipe, events, progress
+    def __init__(
+        self, data: SinusoidTasks | ImageTasks, recipe: Recipe, events: Events, progress: tqdm, workers: Cluster
+    ):
+        self.data, self.recipe, self.events, self.progress, self.workers = data, recipe, events, progress, workers
         self.images = recipe.dataset.images is not None
         self.sampled = []  # (before, after) of each summary since the last printed line
 
     def curve(self, iteration: int, maml: MAML, tasks: Tasks) -> Curve:
-        """Evaluates the training tasks of an iteration, before its step."""
+        """Evaluates the training tasks of an iteration, before its step. tasks: this process's share of them."""
         further = 0 if iteration % CURVE_INTERVAL else self.recipe.dataset.curve_steps
-        return maml.evaluate(tasks, max(self.recipe.inner_steps, further))
+        curve = maml.evaluate(tasks, max(self.recipe.inner_steps, further))
+        return tf.nest.map_structure(self.workers.gathered, curve)
 
     def loss(self, iteration: int, curve: Curve) -> float:
         """Gives the mean over tasks of the loss that the iteration's step minimises."""
@@ -341,6 +363,11 @@ def tell(line: str) -> None:
     """Prints a line, above the progress line where there is one."""
     with tqdm.external_write_mode():
         say(line)
+
+
+def _checksum(maml):
+    """Of all that a step changes."""
+    return format(functools.reduce(lambda crc, one: zlib.crc32(one.numpy().tobytes(), crc), maml.variables, 0), "08x")
 
 
 def _validation_picture(maml, data, seed, updates):
