@@ -550,6 +550,13 @@ def main(argv: list[str], workers: Cluster) -> None:
     logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
     start_devices(workers)
     workers.check_alike(identity(), "give all processes the same flags and files, except for --threads")
+    if workers.size > 1:
+        print(f"{workers.size} processes compute this run. This one is process 0, which alone prints and writes.")
+    if devices.gpus():
+        settings = [
+            f"{name} {'on' if devices.computed()[name] else 'off'}" for name in ("tensor_float_32", "deterministic")
+        ]
+        say(f"Computed on {', '.join(devices.gpus())}: {', '.join(settings)}.")
     recipe = recipe_of(FLAGS)
     if taken := defaults_taken(FLAGS):
         print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")

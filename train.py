@@ -129,7 +129,7 @@ def train(
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")
     print("Done initializing, starting training.", flush=True)
     with (
-        Events(run.folder, start, settings.log, run.validation.last if missed else None) as events,
+        Events(run.folder, start, settings.log and workers.chief, run.validation.last if missed else None) as events,
         tqdm(total=total, initial=start, unit=" iterations", disable=None if workers.chief else True) as progress,
         Steps(maml, data, recipe, stop, progress, workers) as steps,
     ):

@@ -388,8 +388,8 @@ def launch(tmp_path: Path, program: str, *flags: str, meanwhile: Callable = lamb
 def test_launch_starts_a_cluster(tmp_path):
     """Each process finds its place, the flags, and a GPU of its own."""
     program = (
-        "print(json.loads(os.environ['TF_CONFIG'])['task'], len(json.loads(os.environ['TF_CONFIG'])['cluster']['worker']),"
-        "os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:])"
+        "config = json.loads(os.environ['TF_CONFIG'])\n"
+        "print(config['task'], len(config['cluster']['worker']), os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:])"
     )
     ended = launch(tmp_path, program, CUDA_VISIBLE_DEVICES="4,7")
     assert (ended.code, ended.err) == (0, "")
