@@ -37,7 +37,7 @@ PEERS = {
     "torch_loop": ("PyTorch, loop over tasks", torch_loop, {}),
 }
 COMPARED = 4  # tasks whose meta-gradients are compared with float64, each alone
-ROUNDS, STEPS = 5, 10  # turns, and timed steps in each
+ROUNDS, STEPS, SECONDS = 5, 10, 2.0  # turns; in each so many timed steps, or fewer where they take that long
 
 
 # With TensorFlow.
@@ -101,12 +101,13 @@ def compiled(maml, problem: Problem, form: str, target: str) -> bytes:
     from utils import Tasks
 
     def gradient_and_loss(weights, *tasks):
-        maml.values = lambda: fixed | weights  # the weights come from outside, where maml has variables
+        # The weights come from outside, where maml has variables.
+        maml.values = lambda: {name: tf.constant(value) for name, value in fixed.items()} | weights
         gradient, loss = maml.mean_gradient(maml.query_loss, Tasks(*tasks))
         return loss, {name: gradient[name] for name in weights}
 
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    fixed = {name: tf.constant(w.numpy()) for name, w in maml.weights.items() if name not in problem.weights}
+    fixed = {name: w.numpy() for name, w in maml.weights.items() if name not in problem.weights}
     before = maml.tasks_at_once, special_grads.GROUPED_CONV
     maml.tasks_at_once, special_grads.GROUPED_CONV = 0, form == "grouped"
     try:
@@ -171,10 +172,13 @@ def configuration(path: Path, arrays: dict, peers: list[str], peak: float) -> li
     times = {words: [] for words in steps}
     for _ in range(ROUNDS):
         for words, step in steps.items():
+            began = time.perf_counter()
             for _ in range(STEPS):
                 start = time.perf_counter()
                 step(1)
                 times[words].append(time.perf_counter() - start)
+                if time.perf_counter() - began > SECONDS:
+                    break
     for row in rows:
         shown = row.get("why")
         if not shown:
