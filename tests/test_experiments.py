@@ -11,6 +11,7 @@ import sys
 import unittest.mock
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from absl.testing import flagsaver
@@ -402,3 +403,24 @@ def test_published_models_give_their_results_again(flags, tmp_path, request):
     for again, entry in zip(json.loads((tmp_path / "results.json").read_text()), entries, strict=True):
         for column, published in zip(again["results"], entry["results"], strict=True):
             assert column["mean"] == pytest.approx(published["mean"], rel=1e-3)
+
+
+def test_the_half_for_machines_without_tensorflow_does_not_import_it():
+    """`gpu.py run` is for a machine with a GPU that has JAX alone."""
+    code = "import sys; sys.modules['tensorflow'] = None; sys.path.insert(0, 'benchmarks'); import gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_gpu_draws_the_tasks_again_that_it_exported(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import forms
+    import gpu
+
+    for way, shot, query, channels in ((5, 1, 1, 1), (5, 5, 15, 3)):
+        batch = forms.random_images((8, 9), channels, 3, way, shot, query)
+        problem = forms.Problem({"w": np.ones(2)}, [batch], 0.4, 1, 0.001, None, shot, max_pool=True, mean_head=False)
+        header = problem._replace(weights=None, batches=None)._asdict() | {"shapes": [part.shape for part in batch]}
+        again, _ = gpu.problem_of({"header": np.array(json.dumps(header)), "weights/w": np.ones(2)})
+        assert again[2:] == problem[2:] and list(again.weights) == ["w"]
+        for one, other in zip(again.batches[0], batch, strict=True):
+            np.testing.assert_array_equal(one, other)
