@@ -10,13 +10,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -30,9 +31,10 @@ from utils import Curve, Tasks, printable, say, writing
 
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
-RIGHT, WRONG, WHITE = (40, 170, 60), (220, 50, 40), (255, 255, 255)  # frames, red green blue
+RIGHT, WRONG, WHITE, BLACK = (40, 170, 60), (220, 50, 40), (255, 255, 255), (0, 0, 0)  # red green blue
 TEST_FOLDER = "test"  # in the run folder: the events of its tests
 MOST_SIDE = 84  # pixels to which small images are enlarged
+LETTERS, GAP = 13, 12  # pixels of a picture: the height of its letters, the space between support and query images
 MOST_RECORD = 2**31  # bytes; no protocol buffer is longer
 FILES = "events.out.tfevents.*"  # how TensorFlow calls files of events; seconds, host, process and a number follow
 
@@ -147,23 +149,43 @@ def curve_scalars(prefix: str, curve: Curve) -> dict[str, float]:
     return values
 
 
-def task_picture(task: Tasks, scores: np.ndarray) -> np.ndarray:
-    """Draws a task: a row for each class, with its support images, a gap, and the query images that were taken for it.
+def task_picture(task: Tasks, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
+    """Draws a task: for each class its name, its support images, and the query images that were taken for it.
 
     A query image has a green frame where that is right, and a red one where it is wrong.
-    Args: one task of images, scores [N * Q, N]. Returns uint8 [height, width, 3].
+    Args: one task of images, the names of its classes, scores [N * Q, N]. Returns uint8 [height, width, 3].
     """
     support_row, query_row, taken_for = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))
     shown = PICTURED * scores.shape[1]  # the first examples of every class come first
     rows = []
     for label in range(scores.shape[1]):
         row = [_framed(image, WHITE) for image in task.support_x[support_row == label][:PICTURED]]
-        row.append(blank := np.full_like(row[0], 255))
+        row.append(np.full_like(row[0][:, :GAP], 255))
         query = zip(task.query_x[:shown], query_row, taken_for, strict=False)
         row += [_framed(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label]
-        rows.append(row)
-    longest = max(map(len, rows))
-    return np.concatenate([np.concatenate(row + [blank] * (longest - len(row)), 1) for row in rows])
+        rows.append(np.concatenate(row, 1))
+
+    font = ImageFont.load_default(LETTERS)
+    legend = [("support, then queries taken for the class:", BLACK), ("right", RIGHT), ("wrong", WRONG)]
+    written = round(font.getlength(" ".join(text for text, _ in legend)))
+    width, high, line = max(written, *(row.shape[1] for row in rows)), len(rows[0]), 2 * LETTERS
+    picture = Image.new("RGB", (width, line + (line + high) * len(rows)), WHITE)
+    draw, x = ImageDraw.Draw(picture), 0
+    for text, colour in legend:
+        draw.text((x, LETTERS), text, colour, font, "lm")
+        x += font.getlength(f"{text} ")
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+        top = line + (line + high) * number
+        draw.text((0, top + LETTERS), _fitted(printable(name), font, width), BLACK, font, "lm")
+        picture.paste(Image.fromarray(row), (0, top + line))
+    return np.asarray(picture)
+
+
+def _fitted(text, font, width):
+    """The end of a name that is too long: the names of folders begin alike more often than they end so."""
+    while font.getlength(text) > width:
+        text = f"…{text[2:]}"
+    return text
 
 
 def _framed(image, colour):
@@ -254,7 +276,8 @@ def _drop_from(folder, start, validated):
         one, kept = read(path), []
         for event, record in one.events:
             validation = any(value.tag.startswith(VALIDATION_TAGS) for value in event.summary.value)
-            if event.file_version or (event.step < start and not (validation and event.step > validated)):
+            # At iteration 0 there is a picture, and no validation.
+            if event.file_version or (event.step < start and not (validation and event.step > max(validated, 0))):
                 kept.append(record)
         if one.fault:
             aside = _free(folder / path.name.replace("events.out.tfevents", "damaged-events"))
