@@ -23,6 +23,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import summary as custom_scalar
 from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util.event_pb2 import Event
 from tensorflow.python.lib.io.tf_record import tf_record_random_reader
@@ -33,6 +34,7 @@ VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validatio
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
 RIGHT, WRONG, WHITE, BLACK = (40, 170, 60), (220, 50, 40), (255, 255, 255), (0, 0, 0)  # red green blue
 TEST_FOLDER = "test"  # in the run folder: the events of its tests
+FIRST_COLUMNS = {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}  # of the table of runs
 MOST_SIDE = 84  # pixels to which small images are enlarged
 LETTERS, GAP = 13, 12  # pixels of a picture: the height of its letters, the space between support and query images
 MOST_RECORD = 2**31  # bytes; no protocol buffer is longer
@@ -82,21 +84,15 @@ class Events:
     def overview(self, iteration: int, flags: Mapping, updates: int, images: bool) -> None:
         """Writes what TensorBoard shows of the run as a whole.
 
-        These are its flags as text; a row of the table of runs (HParams), by the folder's name, with the accuracies, or
-        of regression the losses, in training, validation and test; and a page of few charts (Custom Scalars).
+        These are its flags as text; a row of the table of runs (HParams), by the folder's name, with the accuracies and
+        losses in training, validation and test; and a page of few charts (Custom Scalars).
         Args: the flags; J, whose curves are shown; whether it is a run of images.
         """
         flags = {name: printable(value) if isinstance(value, str) else value for name, value in flags.items()}
         rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
-        metric = "accuracy" if images else "loss"
-        after = f"Post-update_{metric}__step_{updates}"
-        metrics = [hparams.Metric(f"metatrain_{after}", display_name=f"training {metric}")]
-        if images:
-            metrics.append(hparams.Metric(f"metaval_{after}", display_name=f"validation {metric}"))
-        metrics.append(hparams.Metric(metric, group=TEST_FOLDER, display_name=f"test {metric}"))
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
-            hparams.hparams_config([hparams.HParam(name) for name in flags], metrics)
+            tf.summary.experimental.write_raw_pb(_table(flags, updates).SerializeToString())
             values = {name: "None" if value is None else value for name, value in flags.items()}
             hparams.hparams(values, trial_id=self.folder.name)
             page = custom_scalar.pb(_layout(updates, images)).SerializeToString()
@@ -118,6 +114,23 @@ def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None
         events.scalars(iteration, {metric: value})
 
 
+def _table(flags, updates):
+    """The columns of the table of runs, the same for all runs: TensorBoard takes them from one of the runs it shows."""
+    metrics = []
+    for metric in ("accuracy", "loss"):
+        metrics.append(hparams.Metric(metric, group=TEST_FOLDER, display_name=f"test {metric}"))
+        for prefix, split in (("metaval", "validation"), ("metatrain", "training")):
+            tag = f"{prefix}_Post-update_{metric}__step_{updates}"
+            metrics.append(hparams.Metric(tag, display_name=f"{split} {metric}"))
+    summary = hparams.hparams_config_pb([hparams.HParam(name) for name in flags], metrics)
+    plugin = summary.value[0].metadata.plugin_data
+    columns = HParamsPluginData.FromString(plugin.content)
+    for column in columns.experiment.hparam_infos:
+        column.differs = column.name in FIRST_COLUMNS  # TensorBoard shows these first, and only five to begin with
+    plugin.content = columns.SerializeToString()
+    return summary
+
+
 def _layout(updates, images):
     """Four charts, in place of one for each tag."""
     metric, loss = ("accuracy", "mean_loss") if images else (None, "loss")
@@ -125,7 +138,7 @@ def _layout(updates, images):
         f"{name}: before any update and after {updates}": [
             f"(metatrain|metaval)_(Pre-update_{tag}|Post-update_{tag}__step_{updates})$"
         ]
-        for name, tag in (("Accuracy", metric), ("Loss of an example", loss))
+        for name, tag in (("Accuracy", metric), ("Loss of an example" if images else "Training's loss", loss))
         if tag
     }
     tags |= {

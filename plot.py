@@ -100,7 +100,8 @@ def sinusoid_figure(models: Mapping[str, MAML], tasks: Sequence[Tasks]) -> Figur
         row[0].set_ylabel("y")
     for panel in axes[-1]:
         panel.set_xlabel("x")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    columns = 5 if len(models) > 1 else 3
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
     return figure
 
 
