@@ -84,8 +84,8 @@ class Events:
     def overview(self, iteration: int, flags: Mapping, updates: int, images: bool) -> None:
         """Writes what TensorBoard shows of the run as a whole.
 
-        These are its flags as text; a row of the table of runs (HParams), by the folder's name, with the accuracies and
-        losses in training, validation and test; and a page of few charts (Custom Scalars).
+        These are its flags as text; a row of the table of runs (HParams), by the folder's name, with its numbers in
+        training, validation and test; and a page of few charts (Custom Scalars).
         Args: the flags; J, whose curves are shown; whether it is a run of images.
         """
         flags = {name: printable(value) if isinstance(value, str) else value for name, value in flags.items()}
@@ -116,12 +116,13 @@ def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None
 
 def _table(flags, updates):
     """The columns of the table of runs, the same for all runs: TensorBoard takes them from one of the runs it shows."""
-    metrics = []
-    for metric in ("accuracy", "loss"):
-        metrics.append(hparams.Metric(metric, group=TEST_FOLDER, display_name=f"test {metric}"))
-        for prefix, split in (("metaval", "validation"), ("metatrain", "training")):
-            tag = f"{prefix}_Post-update_{metric}__step_{updates}"
-            metrics.append(hparams.Metric(tag, display_name=f"{split} {metric}"))
+    metrics = [
+        hparams.Metric("accuracy", group=TEST_FOLDER, display_name="test accuracy"),
+        hparams.Metric(f"metaval_Post-update_accuracy__step_{updates}", display_name="validation accuracy"),
+        hparams.Metric(f"metatrain_Post-update_accuracy__step_{updates}", display_name="training accuracy"),
+        hparams.Metric("loss", group=TEST_FOLDER, display_name="test loss (sinusoid)"),
+        hparams.Metric(f"metatrain_Post-update_loss__step_{updates}", display_name="training loss"),
+    ]
     summary = hparams.hparams_config_pb([hparams.HParam(name) for name in flags], metrics)
     plugin = summary.value[0].metadata.plugin_data
     columns = HParamsPluginData.FromString(plugin.content)

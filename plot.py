@@ -100,7 +100,7 @@ def sinusoid_figure(models: Mapping[str, MAML], tasks: Sequence[Tasks]) -> Figur
         row[0].set_ylabel("y")
     for panel in axes[-1]:
         panel.set_xlabel("x")
-    columns = 5 if len(models) > 1 else 3
+    columns = 5 if len(models) > 1 else 2
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
     return figure
 
@@ -200,7 +200,7 @@ def task_figure(title: str, names: Sequence[str], task: Tasks, probabilities: np
 
     names: of the N classes. task: one, of images as they look, 0 to 1. probabilities: of the query images, [N * Q, N].
     """
-    letters = [chr(ord("A") + label) if len(names) <= 26 else str(label + 1) for label in range(len(names))]
+    letters = _letters(names)
     of_support, of_query = np.argmax(task.support_y, -1), np.argmax(task.query_y, -1)
     shot, query = (len(y) // len(names) for y in (task.support_y, task.query_y))
     figure = Figure(figsize=(1.9 + 0.95 * (shot + query), 0.8 + 1.15 * len(names)), layout="constrained")
@@ -232,6 +232,11 @@ def task_figure(title: str, names: Sequence[str], task: Tasks, probabilities: np
     return figure
 
 
+def _letters(names):
+    """A, B, C, ... for the classes, or numbers where those do not reach."""
+    return [chr(ord("A") + label) if len(names) <= 26 else str(label + 1) for label in range(len(names))]
+
+
 def _show(panel, image):
     panel.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)  # a photograph brings its colours
 
@@ -243,7 +248,7 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
     tables: label -> names of the N classes, and numbers of images [true class, class taken for]. One panel each.
     """
     side = max(len(names) for names, _ in tables.values())
-    figure = Figure(figsize=((2 + 0.55 * side) * len(tables), 2 + 0.5 * side), layout="constrained")
+    figure = Figure(figsize=((3 + 0.45 * side) * len(tables), 1.2 + 0.45 * side), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False)[0]
     for panel, (label, (names, counts)) in zip(axes, tables.items(), strict=True):
         asked = counts.sum(axis=1, keepdims=True)
@@ -252,14 +257,15 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
         for true, guess in np.argwhere(counts):
             colour = "white" if shares[true, guess] > 0.5 else "black"
             panel.text(guess, true, f"{counts[true, guess]:,}", ha="center", va="center", color=colour)
-        ends = [name if len(name) <= 24 else f"…{name[-23:]}" for name in map(printable, names)]
-        panel.set_xticks(range(len(names)), ends, rotation=45, ha="right", rotation_mode="anchor")
-        panel.set_yticks(range(len(names)), ends)
+        letters = _letters(names)
+        ends = [name if len(name) <= 30 else f"…{name[-29:]}" for name in map(printable, names)]
+        panel.set_xticks(range(len(names)), letters)
+        panel.set_yticks(range(len(names)), [f"{end}  {letter}" for end, letter in zip(ends, letters, strict=True)])
         panel.tick_params(length=0)
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
         panel.set(xlabel="taken for", ylabel="class")
-        panel.set_title(f"{label}: {np.trace(counts):,} of {counts.sum():,} right")
+        panel.set_title(f"{label}\n{np.trace(counts):,} of {counts.sum():,} right")
     return figure
 
 
