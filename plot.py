@@ -248,7 +248,7 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
     tables: label -> names of the N classes, and numbers of images [true class, class taken for]. One panel each.
     """
     side = max(len(names) for names, _ in tables.values())
-    figure = Figure(figsize=((3 + 0.45 * side) * len(tables), 1.2 + 0.45 * side), layout="constrained")
+    figure = Figure(figsize=((3.2 + 0.45 * side) * len(tables), 1.2 + 0.45 * side), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False)[0]
     for panel, (label, (names, counts)) in zip(axes, tables.items(), strict=True):
         asked = counts.sum(axis=1, keepdims=True)
@@ -264,7 +264,7 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
         panel.tick_params(length=0)
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
-        panel.set(xlabel="taken for", ylabel="class")
+        panel.set_xlabel("taken for")
         panel.set_title(f"{label}\n{np.trace(counts):,} of {counts.sum():,} right")
     return figure
 

@@ -17,6 +17,8 @@ import tensorflow as tf
 from PIL import Image
 
 import predict
+import recipe
+import runs
 from data_generator import DATASETS, ImageTasks
 from images import Classes, read_image
 from utils import InputError
@@ -251,6 +253,35 @@ def test_images_of_another_size_and_colour(characters, capsys, tmp_path):
     command(capsys, PUBLISHED, tmp_path / "labelled", tmp_path / "unlabelled", f"--csv={tmp_path / 'a.csv'}")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
     assert np.mean([Path(row["image"]).parent.name == row["class"] for row in rows]) > 0.9
+
+
+def test_grey_images_for_a_model_of_colours(characters, capsys, tmp_path):
+    """Grey, black and white, and of a palette with transparency: as the same images in colour. Here a new model's."""
+    folder = tmp_path / "cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden4maxpoolbatchnorm"
+    colours = recipe.Recipe(data_set="cifarfs", filters=4, inner_steps=5, inner_lr=0.01, max_pool=True)
+    run = runs.Run(folder)
+    with run.locked():
+        run.record(recipe.to_flags(colours))
+        run.save(recipe.build(colours))
+    tables = []
+    for mode in ("RGB", "L", "1", "P"):
+        for path in sorted((characters).glob("*/*/*")):
+            target = tmp_path / mode / path.relative_to(characters)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).convert(mode).save(target)
+        table = tmp_path / f"{mode}.csv"
+        _, err = command(capsys, folder, tmp_path / mode / "labelled", tmp_path / mode / "unlabelled", f"--csv={table}")
+        assert err == ""
+        tables.append([list(map(float, row[3:])) for row in list(csv.reader(io.StringIO(table.read_text())))[1:]])
+    assert np.shape(tables) == (4, 85, 5)
+    for grey in tables[1:]:
+        np.testing.assert_allclose(grey, tables[0], atol=1e-5)
+
+
+def test_a_run_without_a_checkpoint(characters, capsys, tmp_path):
+    shutil.copy(PUBLISHED / "flags.json", tmp_path)
+    line = refusal(capsys, tmp_path, characters / "labelled", characters / "unlabelled")
+    assert f"no checkpoint in {tmp_path}" in line
 
 
 def test_a_file_name_that_is_no_text(characters, capsys, tmp_path):
