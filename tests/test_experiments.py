@@ -369,6 +369,41 @@ def test_published_model_tests_as_the_run(tmp_path):
     assert {"flags", "_hparams_/session_start_info", "custom_scalars__config__", "test_task"} <= {
         tag for tag, _ in points
     }
+    (tested,) = json.loads((copy / "results.json").read_text())
+    assert numbers_of_the_test(copy) == {"loss": pytest.approx(tested["results"][10]["mean"])}
+
+
+def numbers_of_the_test(folder: Path) -> dict[str, float]:
+    events = EventFileLoader(str(folder / "test" / "events.out.tfevents.0.published")).Load()
+    return {value.tag: tf.make_ndarray(value.tensor).item() for event in events for value in event.summary.value}
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in PUBLISHED], ids=lambda folder: folder.name)
+def test_published_runs_have_all_that_tensorboard_shows(folder):
+    events = EventFileLoader(str(folder / "events.out.tfevents.0.published")).Load()
+    values = {value.tag: value for event in events for value in event.summary.value}
+    assert {
+        "flags",
+        "_hparams_/session_start_info",
+        "_hparams_/experiment",
+        "custom_scalars__config__",
+    } <= values.keys()
+    flags = json.loads((folder / "flags.json").read_text())
+    shown = tf.make_ndarray(values["flags"].tensor).item().decode()
+    assert all(f"| --{name} | {value} |" in shown for name, value in flags.items())
+    picture = "test_task" if flags["datasource"] == "sinusoid" else "validation_task"
+    assert tf.io.decode_png(values[picture].tensor.string_val[2]).shape[2] == 3
+    ((metric, number),) = numbers_of_the_test(folder).items()
+    assert metric == ("loss" if flags["datasource"] == "sinusoid" else "accuracy")
+    found = [
+        column["mean"]
+        for entry in json.loads((folder / "results.json").read_text())
+        for column in entry["results"]
+        if entry["support_examples_a_class_K"] == flags["update_batch_size"]
+        and entry["inner_step_size_alpha"] == flags["update_lr"]
+        and column["updates"] == (10 if metric == "loss" else 3)
+    ]
+    assert number == pytest.approx(*found)
 
 
 @pytest.fixture(scope="module")

@@ -749,8 +749,7 @@ def test_plot_with_wrong_flags(tmp_path):
     ids=str,
 )
 def test_plot_of_a_strangers_flags(flags, message, tmp_path):
-    for path in SINUSOID.iterdir():
-        shutil.copy(path, tmp_path)
+    shutil.copytree(SINUSOID, tmp_path, dirs_exist_ok=True)
     flags = json.loads((tmp_path / "flags.json").read_text()) | flags
     (tmp_path / "flags.json").write_text(json.dumps(flags))
     assert message in plot_refusal("training", f"theirs={tmp_path}", f"--output={tmp_path / 'figure'}")
