@@ -150,17 +150,28 @@ class ImageTasks:
         support = self.way * self.shot
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
+    def names(self, seed: int, split: str, task: int) -> list[str]:
+        """Gives the names of a task's classes, in order of their labels, with the angle of those that are turned."""
+        chosen, quarters, _ = self._chosen(seed, split, task, 1)
+        turned = [f", {90 * quarter}°" if quarter and self.images.rotations else "" for quarter in quarters[0]]
+        return [self.classes[split].names[c] + angle for c, angle in zip(chosen[0], turned, strict=True)]
+
+    def _chosen(self, seed, split, first, count):
+        """The classes of tasks [T, N], their quarter turns counterclockwise [T, N], and the random words left."""
+        way, examples = self.way, self.shot + self.query
+        words = _words(seed, split, first, count, per_task=2 * way + 2 * way * examples)
+        sizes = np.full(count, len(self.classes[split].starts))
+        return _without_replacement(words[:, :way], sizes), words[:, way : 2 * way] % 4, words[:, 2 * way :]
+
     def _pixels(self, seed, split, first, count):
         """uint8 [T, K + Q, N, height, width, channels] and each image's label [T, K + Q, N].
 
         Example e of every class, the classes in a new order for each e; the first K examples are the support set.
         """
         classes, way, examples = self.classes[split], self.way, self.shot + self.query
-        words = _words(seed, split, first, count, per_task=2 * way + 2 * way * examples)
-        chosen, turned, words = words[:, :way], words[:, way : 2 * way], words[:, 2 * way :]
+        chosen, turned, words = self._chosen(seed, split, first, count)
         members, orders = np.split(words.reshape(count, 2, way * examples), 2, axis=1)
 
-        chosen = _without_replacement(chosen, np.full(count, len(classes.starts)))  # [T, N]
         members = members.reshape(-1, examples)
         members = _without_replacement(members, classes.counts[chosen].ravel()).reshape(count, way, examples)
         ids = (classes.starts[chosen][..., None] + members).transpose(0, 2, 1)  # [T, K + Q, N]
@@ -168,7 +179,7 @@ class ImageTasks:
 
         pixels = classes.pixels[np.take_along_axis(ids, order, 2)]
         if self.images.rotations:
-            quarters = np.take_along_axis((turned % 4)[:, None], order, 2)  # quarter turns, counterclockwise
+            quarters = np.take_along_axis(turned[:, None], order, 2)
             for quarter in (1, 2, 3):
                 pixels[quarters == quarter] = np.rot90(pixels[quarters == quarter], quarter, axes=(1, 2))
         return pixels, order
