@@ -100,6 +100,7 @@ def train(
     Raises InputError where the folder holds weights alone, the run diverges, or a file cannot be written.
     """
     stop, total, images, workers = stop or Stop(), recipe.steps, recipe.dataset.images, workers or Cluster()
+    settings = settings._replace(log=settings.log and workers.chief)
     prefix = None
     if run.iterations():
         prefix = run.restore_newest(maml)
@@ -129,7 +130,7 @@ def train(
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")
     print("Done initializing, starting training.", flush=True)
     with (
-        Events(run.folder, start, settings.log and workers.chief, run.validation.last if missed else None) as events,
+        Events(run.folder, start, settings.log, run.validation.last if missed else None) as events,
         tqdm(total=total, initial=start, unit=" iterations", disable=None if workers.chief else True) as progress,
         Steps(maml, data, recipe, stop, progress, workers) as steps,
     ):
