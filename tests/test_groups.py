@@ -105,3 +105,18 @@ def test_evaluation_in_groups_has_the_same_tasks():
     for curve in found:
         assert curve.losses.shape == (7, 3)
         np.testing.assert_allclose(curve.losses, found[0].losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_the_order_of_the_sum_over_tasks_does_not_matter(at_once):
+    """Groups of tasks in another order, as other processes have them, give the same bits of gradient and loss."""
+    tasks = random_tasks(16, 6, 9, (9,), 3, dtype=np.float32)
+    order = np.random.default_rng(1).permutation(16 // at_once)
+    moved = Tasks(*(part.reshape(-1, at_once, *part.shape[1:])[order].reshape(part.shape) for part in tasks))
+    loss = functools.partial(xent, shot=2)
+    maml = MAML(networks.fc(9, (8, 7), 3, norm="batch_norm"), loss, inner_lr=0.05, inner_steps=1, tasks_at_once=at_once)
+    sums = tf.function(lambda tasks: maml.mean_gradient(maml.query_loss, tasks), autograph=False)
+    (gradient, loss), (other_gradient, other_loss) = sums(tasks), sums(moved)
+    for name, value in gradient.items():
+        np.testing.assert_array_equal(value, other_gradient[name], err_msg=name)
+    np.testing.assert_array_equal(loss, other_loss)
