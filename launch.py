@@ -102,9 +102,9 @@ def run_once(command: list[str], processes: int, names: list[str], stops: list[i
             for number, process in enumerate(running):
                 if process.poll() is not None and number not in first:
                     first.append(number)
-                    if process.returncode and until is None:
+                    if process.returncode and until is None and not stops:
                         until = time.monotonic() + GRACE
-                        if not stops and processes > 1:
+                        if processes > 1:
                             say(f"process {number} {ended(process.returncode)}, and the others end")
             if until and time.monotonic() > until:
                 break

@@ -496,6 +496,7 @@ def train_run(recipe: Recipe, workers: Cluster) -> None:
             stop = workers.agreed(own_stop)
             picture = functools.partial(fit_picture, shot=recipe.shot) if dataset.images is None else None
             finished = train.train(recipe, run, maml, data, settings, stop, picture, workers)
+            workers.leave()
     if not finished:
         sys.exit(128 + signal.Signals[stop.reason])
 
@@ -541,6 +542,7 @@ def test_run(recipe: Recipe, workers: Cluster) -> None:
     workers.ready()
     workers.check_alike({"the checkpoint": Path(prefix).name}, "give all processes one --logdir that they share")
     evaluate.test(maml, data, trained, protocol, run, prefix, results, workers)
+    workers.leave()
 
 
 def main(argv: list[str], workers: Cluster) -> None:
@@ -564,7 +566,6 @@ def main(argv: list[str], workers: Cluster) -> None:
         train_run(recipe, workers)
     else:
         test_run(recipe, workers)
-    workers.leave()
 
 
 if __name__ == "__main__":
