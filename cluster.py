@@ -6,6 +6,7 @@ stay equal. Process 0 is the chief: it alone prints and writes. Whatever one pro
 the same sums: a wish to stop, the numbers of an evaluation, an error.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -39,7 +40,7 @@ class Cluster:
         MultiWorkerMirroredStrategy.
         """
         self.addresses, self.rank, self._make_strategy = addresses, rank, strategy
-        self._strategy, self._stop, self._agreed, self._waited_for = None, Stop(), Stop(), False
+        self._strategy, self._stop, self._agreed, self._awaited = None, Stop(), Stop(), True
 
     @property
     def size(self) -> int:
@@ -198,7 +199,7 @@ class Cluster:
         """
         if self.size == 1:
             return
-        self._waited_for = True
+        self._awaited = False
         token = f".token-{secrets.token_hex(8)}"
         told = [json.loads(text) for text in self._told(json.dumps([str(error or ""), token]))]
         for rank, (reason, _) in enumerate(told):
@@ -229,6 +230,8 @@ class Cluster:
 
     def _refuse(self, reason):
         """What all processes know is told once."""
+        self._awaited = False
+        self._part()
         if self.chief:
             raise InputError(reason)
         sys.exit(1)
@@ -240,16 +243,27 @@ class Cluster:
 
         Returns the error to print. A process that need not print it ends here.
         """
-        if self._strategy and not self._waited_for:
+        if self._strategy and self._awaited:
             try:
                 self.ready(error=error)
             except InputError as common:
                 return common
+            except tf.errors.OpError as gone:
+                self.lost(gone)
         return error
 
     def leave(self) -> None:
         """Waits until all processes have done their work: none ends before what the chief writes is written."""
         if self.size > 1:
+            self._added(np.zeros(1))
+            self._part()
+
+    def _part(self):
+        """Waits, after a sum, until all processes have their result of it: it may come by way of this one.
+
+        Where another process has ended already, it has seen that all have it.
+        """
+        with contextlib.suppress(tf.errors.OpError):
             self._added(np.zeros(1))
 
     def lost(self, error: tf.errors.OpError) -> NoReturn:
