@@ -311,8 +311,9 @@ def _of_tf_config(text):
         kind, index = task["type"], int(task["index"])
         jobs = {job: list(addresses) for job, addresses in jobs.items() if addresses}
         ranked = [address for job in ("chief", "worker") for address in jobs.get(job, [])]
-        if not all(re.fullmatch(r"\S+:[0-9]{1,5}", address) for address in ranked):
-            raise ValueError("an address is no host:port")
+        for address in ranked:
+            if not (re.fullmatch(r"\S+:[0-9]{1,5}", address) and int(address.rpartition(":")[2]) < 2**16):
+                raise ValueError(f"{address} is no host:port")
     except json.JSONDecodeError as error:
         raise InputError(f"TF_CONFIG in the environment is no JSON ({error}): write it {form}, or unset it") from None
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -294,7 +294,8 @@ WORKERS = {"worker": ["a:1", "b:2"]}
         ("{", "TF_CONFIG in the environment is no JSON"),
         ("[]", "TF_CONFIG in the environment is incomplete"),
         ({"cluster": WORKERS}, "TF_CONFIG in the environment is incomplete (KeyError('task')): write it as "),
-        ({"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}, "an address is no host:port"),
+        ({"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}, "a is no host:port"),
+        ({"cluster": {"worker": ["a:70000"]}, "task": {"type": "worker", "index": 0}}, "a:70000 is no host:port"),
         (
             {"cluster": WORKERS, "task": {"type": "worker", "index": 2}},
             "says that this is worker 2, but its cluster has",
