@@ -13,7 +13,6 @@ import re
 import secrets
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from utils import InputError, Stop, say
 PATIENCE = 60  # seconds in which all processes must have started, and then again
 FOLDER_PATIENCE = 10  # seconds in which a new file must be seen by all processes: disks on a network are slow
 GONE = 75  # exit code where another process is gone: the same command may go on (EX_TEMPFAIL of sysexits.h)
+PRESENT, ABSENT = b"y", b"n"  # the chief's answers
 REASONS = ("SIGINT", "SIGTERM", "another process")  # for a stop
 
 
@@ -79,18 +79,7 @@ class Cluster:
             return
         if not self.chief:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process
-        own = self.addresses[self.rank]
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended process left does not matter
-            try:
-                probe.bind(("", int(own.rpartition(":")[2])))
-            except OSError as error:
-                raise InputError(
-                    f"process {self.rank} cannot listen on {own}, its address ({error.strerror}): is it started twice, "
-                    "or is the port another program's?"
-                ) from None
-        met = threading.Event()
-        threading.Thread(target=self._watch, args=(met,), daemon=True).start()
+        self._meet()
         strategy = self._make_strategy()
         if strategy.num_replicas_in_sync != self.size:
             raise InputError(
@@ -102,19 +91,68 @@ class Cluster:
         self._wishes = tf.Variable(tf.zeros(len(REASONS), tf.float64), trainable=False)
         self._sum = tf.function(self.all_sum, autograph=False, input_signature=[tf.TensorSpec([None], tf.float64)])
         self._added(np.zeros(1))
-        met.set()
 
-    def _watch(self, met):
-        """Ends this process where others cannot be reached. TensorFlow would wait for an hour."""
-        while not met.wait(PATIENCE):
-            absent = [rank for rank in range(self.size) if rank != self.rank and not self._reached(rank)]
-            if absent and not met.is_set():
-                listed = ", ".join(f"process {rank} at {self.addresses[rank]}" for rank in absent[:3])
-                more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-                self._leave(
-                    f"waited {PATIENCE} seconds for {listed}{more}, which cannot be reached from process {self.rank}: "
-                    "start all processes, on addresses that all of them can reach"
-                )
+    def _meet(self):
+        """Waits for the others without TensorFlow, which would wait for an hour and not be stopped meanwhile.
+
+        Each listens where TensorFlow will, and calls the chief, which answers once all have called and can be called.
+        """
+        own, until = self.addresses[self.rank], time.monotonic() + PATIENCE
+        try:
+            listener = socket.create_server(("", int(own.rpartition(":")[2])), backlog=self.size)
+        except OSError as error:
+            raise InputError(
+                f"process {self.rank} cannot listen on {own}, its address ({error.strerror}): is it started twice, or "
+                "is the port another program's?"
+            ) from None
+        with listener:
+            if self.chief:
+                self._answer(listener, until)
+            else:
+                self._call(until)
+
+    def _answer(self, listener, until):
+        with contextlib.ExitStack() as stack:
+            calls = {}
+            while len(calls) < self.size - 1 and (left := until - time.monotonic()) > 0:
+                listener.settimeout(left)
+                with contextlib.suppress(OSError, ValueError):  # a stranger may call, and time may be up
+                    call = stack.enter_context(listener.accept()[0])
+                    call.settimeout(5)
+                    calls[int(call.recv(20))] = call
+            absent = [rank for rank in range(1, self.size) if rank not in calls or not self._reached(rank)]
+            for call in calls.values():
+                with contextlib.suppress(OSError):
+                    call.sendall(ABSENT if absent else PRESENT)
+                    call.recv(1)  # they hang up first, so that the port is free at once
+        if absent:
+            listed = ", ".join(f"process {rank} at {self.addresses[rank]}" for rank in absent[:3])
+            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+            self._leave(
+                f"waited {PATIENCE} seconds for {listed}{more}, which did not come or cannot be reached: start all "
+                "processes, on addresses that all of them can reach"
+            )
+
+    def _call(self, until):
+        host, _, port = self.addresses[0].rpartition(":")
+        while time.monotonic() < until:
+            answer = b""
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((host.strip("[]"), int(port)), timeout=5) as call,
+            ):
+                call.sendall(b"%d" % self.rank)
+                call.settimeout(2 * PATIENCE)  # of the chief, which may have started later
+                answer = call.recv(1)
+            if answer == PRESENT:
+                return
+            if answer == ABSENT:
+                os._exit(GONE)  # the chief says who
+            time.sleep(0.2)
+        self._leave(
+            f"waited {PATIENCE} seconds for process 0 at {self.addresses[0]}, which did not come or cannot be reached "
+            f"from process {self.rank}: start all processes, on addresses that all of them can reach"
+        )
 
     def _reached(self, rank):
         host, _, port = self.addresses[rank].rpartition(":")

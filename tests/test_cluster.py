@@ -77,17 +77,21 @@ class Server:
         return int(self.process.stdout.readline())
 
     def start(
-        self, flags: list[list[str]], cwd: list[Path] | None = None, present: int | None = None, patience: int = 300
+        self,
+        flags: list[list[str]],
+        cwd: list[Path] | None = None,
+        present: list[int] | None = None,
+        patience: int = 300,
     ) -> "Processes":
-        """One process for each list of flags; only the first `present` ones are started."""
+        """One process for each list of flags; or only for those that are `present`."""
         addresses = [f"127.0.0.1:{port}" for port in free_ports(len(flags))]
         numbers, files = [], []
-        for index, one in enumerate(flags[:present]):
+        for index in range(len(flags)) if present is None else present:
             files.append(self.folder / f"{time.time_ns()}")
             config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
             numbers.append(
                 self.ask(
-                    flags=one,
+                    flags=flags[index],
                     patience=patience,
                     environment={"TF_CONFIG": json.dumps(config)} if len(flags) > 1 else {},
                     cwd=str(cwd[index] if cwd else ROOT),
@@ -277,12 +281,14 @@ def test_data_that_one_process_lacks(server, flags, tmp_path):
     assert_one_line(processes.end(), f"process 1 at {processes.addresses[1]}: ")
 
 
-def test_a_process_that_does_not_come(server, flags, tmp_path):
-    processes = server.start([[*flags, f"--logdir={tmp_path}"]] * 2, present=1, patience=1)
+@pytest.mark.parametrize(("rank", "absent"), [(0, 1), (1, 0)])
+def test_a_process_that_does_not_come(rank, absent, server, flags, tmp_path):
+    processes = server.start([[*flags, f"--logdir={tmp_path}"]] * 2, present=[rank], patience=1)
     (ended,) = processes.end()
     assert ended.code == GONE
     (line,) = ended.err.splitlines()
-    assert f"waited 1 seconds for process 1 at {processes.addresses[1]}, which cannot be reached from process 0" in line
+    who = f"process {absent} at {processes.addresses[absent]}"
+    assert f"waited 1 seconds for {who}, which did not come or cannot be reached" in line
 
 
 WORKERS = {"worker": ["a:1", "b:2"]}
