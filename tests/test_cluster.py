@@ -125,9 +125,9 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("output"))
-    yield server
-    server.process.stdin.close()
-    assert server.process.wait() == 0
+    with server.process:  # which closes its pipes, so that it ends
+        yield server
+    assert server.process.returncode == 0
 
 
 @pytest.fixture(scope="module")
