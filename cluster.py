@@ -196,7 +196,10 @@ class Cluster:
         return self._agreed
 
     def gathered(self, values: np.ndarray | tf.Tensor) -> np.ndarray:
-        """Puts the arrays of all processes, of one shape and float32 or float64, one after the other: exact."""
+        """Puts the arrays of all processes, of one shape and float32 or float64, one after the other.
+
+        It is exact, but that a -0 becomes 0.
+        """
         values = np.asarray(values)
         if self.size == 1:
             return values
@@ -306,13 +309,15 @@ class Cluster:
 
     def lost(self, error: tf.errors.OpError) -> NoReturn:
         """Ends this process, with a line, where an operation failed since another process is gone; else raises it."""
-        found = re.search(r"/job:(\w+)/replica:0/task:(\d+)", str(error))
         aborted = isinstance(error, tf.errors.UnavailableError | tf.errors.AbortedError | tf.errors.CancelledError)
         if self.size == 1 or not (aborted or "ollective" in str(error)):
             raise error
-        absent = [rank for rank in range(self.size) if rank != self.rank and not self._reached(rank)]
-        named = [self._rank_of(found[1], int(found[2]))] if found else absent
-        listed = ", ".join(f"process {rank} at {self.addresses[rank]}" for rank in named if rank != self.rank)
+        # The first task that it names is the cause, or else this one, which noticed it.
+        found = re.search(r"/job:(\w+)/replica:0/task:(\d+)", str(error))
+        gone = [self._rank_of(found[1], int(found[2]))] if found else []
+        if gone in ([], [self.rank]):
+            gone = [rank for rank in range(self.size) if rank != self.rank and not self._reached(rank)]
+        listed = ", ".join(f"process {rank} at {self.addresses[rank]}" for rank in gone)
         self._leave(
             f"{listed or 'another process'} is gone, so process {self.rank} ends too. The same command, given for all "
             "processes, goes on from the last checkpoint."

@@ -110,6 +110,7 @@ def computed() -> dict[str, object]:
     if names := gpus():
         found["gpus"] = names
         found["tensor_float_32"] = tf.config.experimental.tensor_float_32_execution_enabled()
+    if names or is_op_determinism_enabled():
         found["deterministic"] = is_op_determinism_enabled()
     return found
 
@@ -136,7 +137,7 @@ def start(
         parallel_tasks: tasks that are computed side by side, one a core; None: as many as there are cores.
         op_threads: cores for one operation of a task. Another number gives other roundings, so other weights.
         tensor_float_32: let products on a GPU round their inputs to 10 bits. TensorFlow's own default is to do it.
-        deterministic: let a GPU compute the same numbers every time.
+        deterministic: let a GPU compute the same numbers every time. A CPU does, but this changes its roundings too.
         place: the number of this process among those of its host, and how many there are; each has a GPU of its own.
         join: meets the other processes of the run, between the settings and the first operation.
     """

@@ -158,7 +158,9 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "tensor_float_32", False, "Let a GPU round what it multiplies to 10 bits. It is faster, and meta-gradients are off."
 )
-flags.DEFINE_bool("deterministic", False, "Have a GPU compute the same bits every time, which may be slower.")
+flags.DEFINE_bool(
+    "deterministic", False, "Have a GPU compute the same bits every time, as a CPU does anyway. It may be slower."
+)
 flags.DEFINE_string("data_path", None, "Folder of the images, if not the data set's own below data/.")
 flags.DEFINE_string(
     "split",
