@@ -81,6 +81,12 @@ class Events:
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
 
+    def flags(self, iteration: int, flags: Mapping) -> None:
+        """Writes the flags of a run as a table of text."""
+        rows = "".join(f"| --{name} | {_printed(value)} |\n" for name, value in flags.items())
+        with writing(self.folder), self.writer.as_default(iteration):
+            tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
+
     def overview(self, iteration: int, flags: Mapping, updates: int, images: bool) -> None:
         """Writes what TensorBoard shows of the run as a whole.
 
@@ -88,12 +94,10 @@ class Events:
         training, validation and test; and a page of few charts (Custom Scalars).
         Args: the flags; J, whose curves are shown; whether it is a run of images.
         """
-        flags = {name: printable(value) if isinstance(value, str) else value for name, value in flags.items()}
-        rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
+        self.flags(iteration, flags)
         with writing(self.folder), self.writer.as_default(iteration):
-            tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
             tf.summary.experimental.write_raw_pb(_table(flags, updates).SerializeToString())
-            values = {name: "None" if value is None else value for name, value in flags.items()}
+            values = {name: "None" if value is None else _printed(value) for name, value in flags.items()}
             hparams.hparams(values, trial_id=self.folder.name)
             page = custom_scalar.pb(_layout(updates, images)).SerializeToString()
             tf.summary.experimental.write_raw_pb(page)
@@ -112,6 +116,10 @@ def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None
     """
     with Events(folder / TEST_FOLDER, iteration) as events:
         events.scalars(iteration, {metric: value})
+
+
+def _printed(value):
+    return printable(value) if isinstance(value, str) else value
 
 
 def _table(flags, updates):
