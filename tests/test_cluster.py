@@ -166,10 +166,9 @@ def wait_for(logdir: Path, iteration: int) -> runs.Run:
 # -- the same weights -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_any_number_of_processes_trains_the_same_weights(count, server, flags, whole, tmp_path):
-    """Bit for bit, with Adam's moments, what validation found and TensorBoard's events."""
-    chief = train_on(server, count, [*flags, f"--logdir={tmp_path}"])[0]
+def test_two_processes_train_the_same_weights(server, flags, whole, tmp_path):
+    """Bit for bit, with Adam's moments, what validation found and TensorBoard's events. Another test has four."""
+    chief = train_on(server, 2, [*flags, f"--logdir={tmp_path}"])[0]
     folder = only_run(tmp_path)
     assert "Done: 45 iterations" in chief.out
     assert_same_ending(folder, whole)
