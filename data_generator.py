@@ -117,48 +117,81 @@ class SinusoidTasks:
         return Tasks(x[:, : self.shot], y[:, : self.shot], x[:, self.shot :], y[:, self.shot :])
 
 
-class ImageTasks:
-    """N-way K-shot classification tasks of images (paper section 5.2)."""
+QUERY_SHARES = ("balanced", "dirichlet")
 
-    def __init__(self, images: Images, classes: dict[str, Classes], way: int, shot: int, query: int):
+
+class ImageTasks:
+    """N-way K-shot classification tasks of images (paper section 5.2).
+
+    A task has N * Q queries. query_shares: "balanced", Q of each class; "dirichlet", as many of each as its share of
+    Dir(2, ..., 2) says, rounded so that the sum fits (Veilleux, Boudiaf, Piantanida, Ben Ayed, NeurIPS 2021).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        classes: dict[str, Classes],
+        way: int,
+        shot: int,
+        query: int,
+        query_shares: str = "balanced",
+    ):
         """Takes the classes of every split that tasks will be drawn from."""
         self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
+        self.query_shares = query_shares
+
+    @property
+    def examples(self) -> int:
+        """Images of one class that a task may have."""
+        return self.shot + self.query * (1 if self.query_shares == "balanced" else self.way)
 
     @classmethod
     def from_folder(
-        cls, images: Images, folder: Path, splits: tuple[str, ...], way: int, shot: int, query: int
+        cls,
+        images: Images,
+        folder: Path,
+        splits: tuple[str, ...],
+        way: int,
+        shot: int,
+        query: int,
+        query_shares: str = "balanced",
     ) -> "ImageTasks":
         """Reads the images of a folder.
 
         Raises InputError where the folder, a split, a class or an image is not as `images` says.
         """
-        classes = load_splits(images, folder, splits)
+        tasks = cls(images, load_splits(images, folder, splits), way, shot, query, query_shares)
         for split in splits:
-            classes[split].check(split, folder, way, shot + query)
-        return cls(images, classes, way, shot, query)
+            tasks.classes[split].check(split, folder, way, tasks.examples)
+        return tasks
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
         """Tasks first .. first + count - 1 of a split's stream, as NumPy arrays.
 
         T = count, D = [height, width, channels], pixels 0 to 1; O = N.
         """
-        pixels, order = self._pixels(seed, split, first, count)
-        x = np.divide(pixels.reshape(count, -1, *pixels.shape[3:]), 255, dtype=np.float32)
+        pixels, labels = self._pixels(seed, split, first, count)
+        x = np.divide(pixels, 255, dtype=np.float32)
         if self.images.invert:
             np.subtract(1, x, out=x)
-        y = np.eye(self.way, dtype=np.float32)[order].reshape(count, -1, self.way)
+        y = np.eye(self.way, dtype=np.float32)[labels]
         support = self.way * self.shot
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
     def _pixels(self, seed, split, first, count):
-        """uint8 [T, K + Q, N, height, width, channels] and each image's label [T, K + Q, N].
+        """uint8 [T, N * (K + Q), height, width, channels] and each image's label [T, N * (K + Q)].
 
-        Example e of every class, the classes in a new order for each e; the first K examples are the support set.
+        Example e of every class, the classes in a new order for each e; the first K examples are the support set. Where
+        the classes have queries of different numbers, the examples beyond a class's own are left out.
         """
-        classes, way, examples = self.classes[split], self.way, self.shot + self.query
-        words = _words(seed, split, first, count, per_task=2 * way + 2 * way * examples)
-        chosen, turned, words = words[:, :way], words[:, way : 2 * way], words[:, 2 * way :]
-        members, orders = np.split(words.reshape(count, 2, way * examples), 2, axis=1)
+        classes, way, examples = self.classes[split], self.way, self.examples
+        balanced = self.query_shares == "balanced"
+        needed = 2 * way, 2 * way * examples, 0 if balanced else 2 * way
+        words, orders, shares = np.split(
+            _words(seed, split, first, count, per_task=sum(needed)), np.cumsum(needed)[:-1], axis=1
+        )
+        chosen, turned = words[:, :way], words[:, way:]
+        members, orders = np.split(orders.reshape(count, 2, way * examples), 2, axis=1)
 
         chosen = _without_replacement(chosen, np.full(count, len(classes.starts)))  # [T, N]
         members = members.reshape(-1, examples)
@@ -166,9 +199,16 @@ class ImageTasks:
         ids = (classes.starts[chosen][..., None] + members).transpose(0, 2, 1)  # [T, K + Q, N]
         order = _without_replacement(orders.reshape(-1, way), np.full(count * examples, way)).reshape(ids.shape)
 
-        pixels = classes.pixels[np.take_along_axis(ids, order, 2)]
+        ids = np.take_along_axis(ids, order, 2)
+        quarters = np.take_along_axis((turned % 4)[:, None], order, 2)  # quarter turns, counterclockwise
+        if not balanced:
+            own = self.shot + _query_counts(shares, way * self.query)  # [T, N], examples of each class
+            used = np.arange(examples)[:, None] < np.take_along_axis(own[:, None], order, 2)
+            ids, quarters, order = ids[used], quarters[used], order[used]
+        ids, quarters, order = (part.reshape(count, -1) for part in (ids, quarters, order))
+
+        pixels = classes.pixels[ids]
         if self.images.rotations:
-            quarters = np.take_along_axis((turned % 4)[:, None], order, 2)  # quarter turns, counterclockwise
             for quarter in (1, 2, 3):
                 pixels[quarters == quarter] = np.rot90(pixels[quarters == quarter], quarter, axes=(1, 2))
         return pixels, order
@@ -222,6 +262,20 @@ def _words(seed: int, split: str, first: int, count: int, per_task: int) -> np.n
     blocks = -(-per_task // 4)  # Philox makes four words a counter
     stream = np.random.Philox(key=[seed, SPLITS.index(split)], counter=int(first) * blocks)
     return stream.random_raw(count * blocks * 4).reshape(count, -1)[:, :per_task]
+
+
+def _query_counts(words: np.ndarray, total: int) -> np.ndarray:
+    """Each class's number of queries, [T, N] of sum `total`: shares of Dir(2, ..., 2), and random words [T, 2 N].
+
+    A share is Gamma(2) distributed over the sum of all, and Gamma(2) is the sum of two exponentials. The shares of
+    `total` are rounded down, and those with the largest remainders get one more.
+    """
+    uniform = ((words >> np.uint64(11)) + np.uint64(1)) * 2.0**-53  # (0, 1]
+    gamma = -np.log(uniform).reshape(len(words), -1, 2).sum(2)
+    exact = total * gamma / gamma.sum(1, keepdims=True)
+    counts = np.floor(exact).astype(int)
+    place = (counts - exact).argsort(1, kind="stable").argsort(1)  # 0: the largest remainder
+    return counts + (place < total - counts.sum(1, keepdims=True))
 
 
 def _without_replacement(words: np.ndarray, sizes: np.ndarray) -> np.ndarray:

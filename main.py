@@ -35,7 +35,7 @@ import evaluate
 import recipe as recipes
 import runs
 import train
-from data_generator import DATASETS, Dataset, ImageTasks, SinusoidTasks
+from data_generator import DATASETS, QUERY_SHARES, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
 from maml import MAML
 from recipe import Range, Recipe
@@ -105,6 +105,21 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_bool("max_pool", False, "Halve by 2x2 max-pooling rather than by stride 2. Paper: MiniImagenet.")
 flags.DEFINE_bool("stop_grad", False, "First-order MAML: no second derivatives (paper section 5.2).")
+flags.DEFINE_enum(
+    "adapt",
+    "all",
+    recipes.CHOICES["adapt"],
+    "What the inner loop changes. all: every layer (MAML). head: the last layer alone (ANIL). body: all but the last "
+    "layer (BOIL).",
+)
+flags.DEFINE_enum(
+    "learn_update_lr",
+    "none",
+    recipes.CHOICES["learn_update_lr"],
+    "Meta-learn the sizes of the inner steps too; they begin as update_lr. weight: one for each element of each "
+    "weight (Meta-SGD). step: one for each array of weights and update (as MAML++); at test, updates beyond "
+    "num_updates go on with the last one's.",
+)
 flags.DEFINE_bool("log", True, "Write TensorBoard events.")
 flags.DEFINE_string("logdir", "/tmp/data", "Folder in which the run has its own folder, named by its flags.")
 flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint, exactly as if never stopped.")
@@ -185,6 +200,18 @@ flags.DEFINE_enum(
     "At test, under batch norm: a query image is normalised together with its task's other query images (batch, the "
     "paper's transductive way), or by itself together with the support set (support).",
 )
+flags.DEFINE_integer(
+    "test_updates",
+    -1,
+    "Updates at test. -1, as the original: 10, or num_updates where that is more.",
+)
+flags.DEFINE_enum(
+    "query_shares",
+    "balanced",
+    QUERY_SHARES,
+    "At test: num_query queries of each class (balanced), or as many in all, of which each class has a random share, "
+    "by a Dirichlet distribution of concentration 2 (dirichlet). num_query is then 15 unless it is given.",
+)
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
 
@@ -197,6 +224,7 @@ RANGES = recipes.RANGES | {
     "op_threads": Range(1, MOST_THREADS),
     "tasks_at_once": Range(0, recipes.RANGES["meta_batch_size"].most),
     "eval_seed": recipes.SEED,
+    "test_updates": recipes.RANGES["num_updates"]._replace(also=(-1,)),
     "train_update_batch_size": recipes.EXAMPLES._replace(also=(-1,)),
     "train_update_lr": recipes.RATE._replace(also=(-1,)),
 }
@@ -218,11 +246,13 @@ for _name in ("logdir", "data_path", "test_data_path", "results_dir"):
 GROUPS = {
     "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once",
     "The method": "meta_batch_size meta_lr update_batch_size update_lr num_updates metatrain_iterations "
-    "pretrain_iterations baseline stop_grad norm num_filters conv max_pool",
+    "pretrain_iterations baseline stop_grad adapt learn_update_lr norm num_filters conv max_pool",
     "The data": "num_classes num_query data_path split image_size image_channels skip_broken val_tasks",
     "The test": "test_set test_iter train_update_batch_size train_update_lr test_tasks eval_seed test_datasource "
-    "test_data_path query_norm results_dir",
+    "test_data_path query_norm test_updates query_shares results_dir",
 }
+
+UNEVEN_QUERY = 15  # queries a class, on average, under --query_shares: 75 of 5 classes (Veilleux et al., NeurIPS 2021)
 
 # What the system may refuse and the user can mend. Any other OSError is a fault of this program, and has its traceback.
 MENDABLE = {
@@ -343,14 +373,16 @@ def tested_data_set(recipe: Recipe) -> Dataset:
     return other._replace(images=images._replace(split_sizes=own.split_sizes))
 
 
-def open_data(dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool) -> SinusoidTasks | ImageTasks:
+def open_data(
+    dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool, query_shares: str = "balanced"
+) -> SinusoidTasks | ImageTasks:
     """Opens the source of tasks of a recipe, its folder checked, and prints what is there."""
     query = recipe.query_examples(training)
     if dataset.images is None:
         return SinusoidTasks(recipe.shot, query, oracle=recipe.baseline == "oracle")
     images = dataset.images._replace(skip_broken=FLAGS.skip_broken)
     folder = ROOT / images.folder
-    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query)
+    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query, query_shares)
     found = "; ".join(
         f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
         for split, classes in data.classes.items()
@@ -460,6 +492,14 @@ def test_run(recipe: Recipe) -> None:
             f"--query_norm={FLAGS.query_norm} is for batch norm, and with --norm={recipe.norm} it changes nothing: "
             "leave it out"
         )
+    if recipe.learn_inner_lr != "none" and FLAGS.train_update_lr != -1:
+        raise InputError(
+            f"--train_update_lr is for a test with another alpha, and with --learn_update_lr={recipe.learn_inner_lr} "
+            "the learned step sizes are taken: leave it out, and give the --update_lr of the training"
+        )
+    uneven = FLAGS.query_shares != "balanced"
+    if uneven and not recipe.dataset.images:
+        raise InputError(f"--query_shares={FLAGS.query_shares} is for classes, which the {recipe.data_set} has not")
     prefix = run.checkpoint(FLAGS.test_iter)
     expected = recipes.to_flags(trained)
     del expected["num_query"]  # at test it is the test's own, and so is --split where other data are tested
@@ -480,10 +520,13 @@ def test_run(recipe: Recipe) -> None:
         tasks=FLAGS.test_tasks,
         task_seed=FLAGS.eval_seed,
         query_norm=FLAGS.query_norm,
+        updates=FLAGS.test_updates,
+        query_shares=FLAGS.query_shares,
     )
-    asked = dataclasses.replace(recipe, query=FLAGS.num_query)
+    asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query)
     recipes.check_test(asked, min(FLAGS.threads or devices.cores(), FLAGS.test_tasks))
-    data, maml = open_data(dataset, (protocol.split,), recipe, training=False), recipes.build(recipe, *layout())
+    data = open_data(dataset, (protocol.split,), asked, training=False, query_shares=FLAGS.query_shares)
+    maml = recipes.build(recipe, *layout())
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
     else:

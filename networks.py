@@ -8,7 +8,6 @@ Weights carry the original's names: convolutions conv1..conv4 (fully connected l
 the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one for each hidden layer.
 """
 
-import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -32,11 +31,17 @@ class Weight(NamedTuple):
     adapted: bool = True  # the inner loop changes it; else only the outer loop does
 
 
-def network(weights: dict[str, Weight], apply: Callable[[Weights, tf.Tensor], tf.Tensor], **more: object) -> Network:
-    """Makes the Network of declared weights and a forward function.
+def network(
+    weights: dict[str, Weight],
+    body: Callable[[Weights, tf.Tensor], tf.Tensor],
+    last_layer: Callable[[Weights, tf.Tensor], tf.Tensor],
+    head: tuple[str, ...],
+    **more: object,
+) -> Network:
+    """Makes the Network of declared weights and its two parts.
 
-    Args: weights by name, in the order that numbers their seeds; apply(weights, inputs) -> outputs; more fields of
-    Network.
+    Args: weights by name, in the order that numbers their seeds; body(weights, inputs) -> features;
+    last_layer(weights, features) -> outputs; names of the last layer's weights; more fields of Network.
     """
 
     def init(seed: int) -> Weights:
@@ -46,11 +51,26 @@ def network(weights: dict[str, Weight], apply: Callable[[Weights, tf.Tensor], tf
 
     return Network(
         init=init,
-        apply=apply,
+        apply=lambda weights, x: last_layer(weights, body(weights, x)),
         adapted=tuple(name for name, weight in weights.items() if weight.adapted),
         tf1_names={name: weight.tf1_name for name, weight in weights.items()},
+        head=head,
+        body=body,
+        last_layer=last_layer,
         **more,
     )
+
+
+def adapting(network: Network, what: str) -> Network:
+    """The network, of whose adapted weights the inner loop changes only a part.
+
+    what: 'all', as MAML; 'head', the last layer alone, as ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020); 'body', all
+    but the last layer, as BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
+    """
+    if what == "all":
+        return network
+    in_head = what == "head"
+    return network._replace(adapted=tuple(name for name in network.adapted if (name in network.head) == in_head))
 
 
 def conv4(
@@ -100,7 +120,7 @@ def conv4(
     for layer in layers:
         weights |= _norm_weights(norm, layer, filters, tf1_scope=layer - 1)
 
-    def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+    def body(weights: Weights, x: tf.Tensor) -> tf.Tensor:
         group = group_size(weights["b5"])
         x = side_by_side(x, group)
         for layer in layers:
@@ -110,10 +130,13 @@ def conv4(
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
         x = tf.reduce_mean(x, [1, 2]) if mean_head else x
-        x = tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
+        return tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
+
+    def last_layer(weights: Weights, x: tf.Tensor) -> tf.Tensor:
         return _plus(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
 
-    return network(weights, apply, batch_statistics=norm == "batch_norm", takes_groups=True)
+    more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
+    return network(weights, body, last_layer, ("w5", "b5"), **more)
 
 
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
@@ -144,19 +167,24 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
         # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
         weights |= _norm_weights(norm, layer, widths[layer], tf1_scope=0 if layer == 1 else layer)
 
-    def apply(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
+    def body(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         group = group_size(weights[f"b{last}"])
         x = tf.reshape(x, [*([group] if group else []), -1, widths[0]])
         for layer in range(1, last):
             x = side_by_side(product(x, weights[f"w{layer}"]), group)
             x = apart(tf.nn.relu(_normalized(x, weights, layer, norm)), group)
+        return x
+
+    def last_layer(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         return _plus(product(x, weights[f"w{last}"]), weights[f"b{last}"])
+
+    def inner_apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        return last_layer(weights, body(weights, x, special_grads.matmul), special_grads.matmul)
 
     more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
     if tiny:
-        more["inner_apply"] = functools.partial(apply, product=special_grads.matmul)
-        more["steps_a_call"] = STEPS_A_CALL
-    return network(weights, apply, **more)
+        more |= {"inner_apply": inner_apply, "steps_a_call": STEPS_A_CALL}
+    return network(weights, body, last_layer, (f"w{last}", f"b{last}"), **more)
 
 
 def from_keras(model: "tf.keras.Model", **more: object) -> Network:

@@ -114,7 +114,7 @@ class Model:
         """Takes what load makes."""
         self.recipe, self.maml, self.checkpoint, self.normalise_with = recipe, maml, checkpoint, normalise_with
         if updates is None:
-            updates = recipe.dataset.paper_updates.get(recipe.way, (recipe.inner_steps,))[-1]
+            updates = (recipe.paper_updates or (recipe.inner_steps,))[-1]
         self.updates = updates
         self.images = recipe.dataset.images._replace(any_size=True)
         maml.loss = functools.partial(xent, shot=None)  # with as many labelled images of a class as there are

@@ -13,7 +13,7 @@ import devices
 from data_generator import DATASETS, Dataset
 from images import Images
 from maml import MAML
-from networks import NETWORKS
+from networks import NETWORKS, adapting
 from utils import InputError, accuracy, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
@@ -76,6 +76,8 @@ class Recipe:
     conv: bool = _flag("conv", True)  # else image data has a fully connected network
     max_pool: bool = _flag("max_pool", False)  # else convolutions of stride 2
     first_order: bool = _flag("stop_grad", False)  # no second derivatives
+    adapt: str = _flag("adapt", "all")  # what the inner loop changes: "all", "head" (ANIL) or "body" (BOIL)
+    learn_inner_lr: str = _flag("learn_update_lr", "none")  # "weight" or "step": step sizes are learned, see MAML
     query: int = _flag(
         "num_query", -1, EXAMPLES._replace(also=(-1,))
     )  # Q, query examples a class; -1: see query_examples
@@ -114,6 +116,17 @@ class Recipe:
         return (training and images and images.train_query) or self.shot
 
     @property
+    def paper_updates(self) -> tuple[int, ...]:
+        """Updates at test behind published numbers; empty where there are none.
+
+        BOIL and learned step sizes are published with as many as in training (Oh et al. 2021, Li et al. 2017, Antoniou
+        et al. 2019), MAML and ANIL with those of the data set.
+        """
+        published = self.dataset.paper_updates.get(self.way, ())
+        as_trained = self.adapt == "body" or self.learn_inner_lr != "none"
+        return (self.inner_steps,) if published and as_trained else published
+
+    @property
     def run_name(self) -> str:
         """The run folder's name: the original's (its main.py), with suffixes for what that leaves out.
 
@@ -132,6 +145,10 @@ class Recipe:
             name += ".fc"
         if self.pretrain_steps and not self.baseline:
             name += f".pretrain{self.pretrain_steps}" if self.metatrain_steps else ".pretrain"
+        if self.adapt != "all":
+            name += f".adapt{self.adapt}"
+        if self.learn_inner_lr != "none":
+            name += f".learnlr{self.learn_inner_lr}"
         if self.meta_lr != 0.001:
             name += f".metalr{self.meta_lr}"
         if self.image_size:
@@ -147,7 +164,14 @@ FIELDS = {field.metadata["flag"]: field for field in dataclasses.fields(Recipe)}
 FLAGS = {field.name: flag for flag, field in FIELDS.items()}  # name of a field -> its flag
 SPLIT = "[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}"
 RANGES = {flag: field.metadata["range"] for flag, field in FIELDS.items() if field.metadata["range"]}
-CHOICES = {"datasource": DATASETS, "norm": NORMS, "baseline": (None, "oracle"), "image_channels": (None, 1, 3)}
+CHOICES = {
+    "datasource": DATASETS,
+    "norm": NORMS,
+    "baseline": (None, "oracle"),
+    "image_channels": (None, 1, 3),
+    "adapt": ("all", "head", "body"),
+    "learn_update_lr": ("none", "weight", "step"),
+}
 
 
 def from_flags(flags: Mapping[str, Any]) -> Recipe:
@@ -235,6 +259,7 @@ def build(recipe: Recipe, parallel_tasks: int = 1, tasks_at_once: int = 1) -> MA
         inner_steps=recipe.inner_steps,
         meta_lr=recipe.meta_lr,
         first_order=recipe.first_order,
+        learn_inner_lr=recipe.learn_inner_lr,
         clip=row.clip,
         seed=recipe.seed,
         parallel_tasks=parallel_tasks,
@@ -254,7 +279,7 @@ def _network(recipe):
     shape, outputs = _input_and_outputs(recipe)
     row = recipe.dataset
     network = row.network if recipe.conv or row.images is None else "no_conv"
-    return NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool)
+    return adapting(NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool), recipe.adapt)
 
 
 # -- what would fill the memory ----------------------------------------------------------------------------------------
@@ -269,7 +294,7 @@ def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) 
     network = _network(recipe)
     together = network.steps_a_call > 1 or tasks_at_once == 0
     at_once = recipe.meta_batch if together else min(recipe.meta_batch, parallel_tasks * tasks_at_once)
-    held = 1 if recipe.first_order else recipe.inner_steps
+    held = 1 if recipe.first_order or recipe.adapt == "head" else recipe.inner_steps
     _check_tasks(
         recipe,
         drawn=2 * network.steps_a_call * recipe.meta_batch,

@@ -45,28 +45,43 @@ def fc(weights, x, *, norm):
     return x @ weights[f"w{last}"] + weights[f"b{last}"]
 
 
-def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order):
+def step_size(weights, name, update, learned, inner_lr):
+    """Of an adapted weight at an update: alpha, one for each of its elements (Meta-SGD), or one a update (MAML++)."""
+    if learned == "none":
+        return inner_lr
+    sizes = weights[f"step_size_{name}"]
+    return sizes if learned == "weight" else sizes[min(update, len(sizes) - 1)]
+
+
+def part(weights, what):
+    """The names that the inner loop changes: of all but the norms', the last layer's (ANIL) or the others (BOIL)."""
+    names = [name for name in weights if not name.startswith(("beta", "gamma", "step_size"))]
+    last = max(int(name[-1]) for name in names)
+    return [name for name in names if what == "all" or (int(name[-1]) == last) == (what == "head")]
+
+
+def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, adapt="all", learned="none"):
     """Query loss of one task after the inner loop (paper, Algorithm 2, lines 5 to 7 and the sum of line 10)."""
     weights = dict(weights)
-    for _ in range(inner_steps):
-        adapted = [name for name in weights if not name.startswith(("beta", "gamma"))]
+    for update in range(inner_steps):
+        adapted = part(weights, adapt)
         with tf.GradientTape() as tape:
             tape.watch([weights[name] for name in adapted])
             support_loss = loss(apply(weights, task.support_x), task.support_y)
         gradients = tape.gradient(support_loss, [weights[name] for name in adapted])
         for name, gradient in zip(adapted, gradients, strict=True):
             gradient = tf.stop_gradient(gradient) if first_order else gradient
-            weights[name] = weights[name] - inner_lr * gradient
+            weights[name] = weights[name] - step_size(weights, name, update, learned, inner_lr) * gradient
     return loss(apply(weights, task.query_x), task.query_y)
 
 
-def meta_gradient(apply, loss, weights, tasks, inner_lr, inner_steps, first_order=False):
+def meta_gradient(apply, loss, weights, tasks, inner_lr, inner_steps, first_order=False, **variant):
     """The mean over tasks of the query loss, and its gradient to the meta-learned weights."""
     with tf.GradientTape() as tape:
         tape.watch(weights)
         losses = [
-            task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order)
+            task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, **variant)
             for task in (type(tasks)(*(part[i] for part in tasks)) for i in range(tasks.support_x.shape[0]))
         ]
         mean = tf.add_n(losses) / len(losses)
-    return mean, tape.gradient(mean, weights)
+    return mean, tape.gradient(mean, weights, unconnected_gradients="zero")
