@@ -1,17 +1,23 @@
 """MAML's family: ANIL, BOIL, Meta-SGD and MAML++'s step sizes, each against the reference and against differences."""
 
 import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import networks
+import predict
+import publish
 import recipe
-from data_generator import SinusoidTasks
+from data_generator import ImageTasks, SinusoidTasks
 from maml import MAML
 from recipe import Recipe
 from tests import reference
+from tests.test_main import assert_same_ending, read_pickle, refusal, run
 from tests.test_maml import in_float64, random_tasks
 from utils import Tasks, accuracy, mse, xent
 
@@ -148,3 +154,96 @@ def test_a_network_without_parts_learns_step_sizes():
     maml = MAML(network, mse, inner_lr=0.05, inner_steps=1, learn_inner_lr="step")
     maml.train_step(SinusoidTasks(5, 5).draw(0, "train", 0, 4))
     assert all(maml.weights[f"step_size_{name}"].shape == [1] for name in network.init(0))
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    flags: list[str]
+    folder: Path
+
+
+def flags_of(folder: Path, logdir: Path, adapt: str, learned: str) -> list[str]:
+    return [
+        *("--datasource=folder", f"--data_path={folder}", "--image_size=16", "--num_filters=4", "--num_updates=2"),
+        *("--meta_batch_size=2", "--update_batch_size=1", "--meta_lr=0.01", f"--adapt={adapt}", f"--logdir={logdir}"),
+        *(f"--learn_update_lr={learned}", "--num_query=1"),
+    ]
+
+
+@pytest.fixture(scope="module", params=[("head", "step"), ("all", "weight")], ids="-".join)
+def trained(request, miniimagenet_like, tmp_path_factory) -> Trained:
+    """Four steps."""
+    logdir = tmp_path_factory.mktemp("family")
+    flags = flags_of(miniimagenet_like, logdir, *request.param)
+    run(*flags, "--metatrain_iterations=4")
+    (folder,) = logdir.iterdir()
+    return Trained(flags, folder)
+
+
+def learned_and_beginning(trained: Trained) -> tuple[MAML, MAML]:
+    """The trained model, and one with its weights and the step sizes that training began with."""
+    one, maml, _ = predict.trained(trained.folder)
+    beginning = recipe.build(one)
+    for name, weight in maml.weights.items():
+        if not name.startswith("step_size"):
+            beginning.weights[name].assign(weight)
+    return maml, beginning
+
+
+def test_a_run_goes_on_with_its_step_sizes(trained, miniimagenet_like, tmp_path):
+    """Stopped after two steps and continued, it ends as the other does; the folder's name says what it is."""
+    adapt, learned = (flag.partition("=")[2] for flag in trained.flags if flag.startswith(("--adapt", "--learn")))
+    flags = flags_of(miniimagenet_like, tmp_path, adapt, learned)
+    run(*flags, "--metatrain_iterations=2")
+    run(*flags, "--metatrain_iterations=4")
+    (folder,) = tmp_path.iterdir()
+    assert_same_ending(folder, trained.folder)
+    parts = f"{'.adapthead' if adapt == 'head' else ''}.learnlr{learned}"
+    assert folder.name == f"cls_5.mbs_2.ubs_1.numstep2.updatelr0.01hidden4maxpoolbatchnorm{parts}.metalr0.01.size16"
+
+
+def test_a_test_takes_the_learned_step_sizes(trained, tmp_path):
+    flags = *trained.flags, "--metatrain_iterations=4", "--train=False", f"--results_dir={tmp_path}", "--test_tasks=3"
+    run(*flags, "--test_updates=3")
+    values = read_pickle(tmp_path / "val_ubs1_stepsize0.01_query1_tasks3_updates3.pkl")
+    maml, beginning = learned_and_beginning(trained)
+    one = recipe.from_flags(json.loads((trained.folder / "flags.json").read_text()))
+    (folder,) = (flag.partition("=")[2] for flag in trained.flags if flag.startswith("--data_path"))
+    images = one.dataset.images._replace(folder=folder, any_size=True)
+    tasks = ImageTasks.from_folder(images, Path(folder), ("val",), 5, 1, 1).draw(0, "val", 0, 3)
+    np.testing.assert_allclose(values, maml.evaluate(tasks, 3).accuracies, atol=1e-6)
+    assert not np.allclose(maml.evaluate(tasks, 3).losses[:, 1:], beginning.evaluate(tasks, 3).losses[:, 1:], rtol=1e-4)
+    (entry,) = json.loads((tmp_path / "results.json").read_text())
+    assert entry["step_sizes_learned"] == one.learn_inner_lr
+    assert entry.get("adapted") == ("head" if one.adapt == "head" else None)
+    assert "the learned step sizes are taken: leave it out" in refusal(*flags, "--train_update_lr=0.02")
+
+
+def test_an_answer_takes_the_learned_step_sizes(trained, tmp_path):
+    """From the run folder, what publish.py makes of it, and an export; after an update more than in training."""
+    random = np.random.default_rng(0)
+    labelled, asked = (random.random((n, 16, 16, 3), np.float32) for n in (10, 7))
+    labels = np.arange(10) % 5
+    model = predict.load(trained.folder, updates=3)
+    adapted = model.adapt(labelled, labels)
+    maml, beginning = learned_and_beginning(trained)
+    task = Tasks(tf.constant(labelled), tf.one_hot(labels, 5), None, None)
+    for one in (maml, beginning):
+        one.loss = functools.partial(xent, shot=2)
+    expected, other = (one.adapt(one.values(), task, 3) for one in (maml, beginning))
+    for found, path in zip(adapted.path, expected, strict=True):
+        for name, value in path.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not np.allclose(adapted.path[-1]["w5"], other[-1]["w5"], atol=1e-5)
+
+    answers = adapted.predict(asked)
+    predict.export(model, tmp_path / "exported")
+    exported = tf.saved_model.load(str(tmp_path / "exported"))
+    found = exported.adapt_and_predict(labelled, labels, asked)["probabilities"]
+    np.testing.assert_allclose(found, answers, atol=1e-6)
+    if not (trained.folder / "results.json").exists():
+        run(*trained.flags, "--metatrain_iterations=4", "--train=False", "--test_tasks=3")
+    copy = publish.publish(trained.folder, tmp_path / "published")
+    np.testing.assert_allclose(predict.load(copy, updates=3).adapt(labelled, labels).predict(asked), answers, atol=1e-6)
