@@ -116,6 +116,12 @@ class Recipe:
         return (training and images and images.train_query) or self.shot
 
     @property
+    def variant(self) -> str:
+        """The part of names that says which member of MAML's family it is; empty for MAML."""
+        adapt = f".adapt{self.adapt}" if self.adapt != "all" else ""
+        return adapt + (f".learnlr{self.learn_inner_lr}" if self.learn_inner_lr != "none" else "")
+
+    @property
     def paper_updates(self) -> tuple[int, ...]:
         """Updates at test behind published numbers; empty where there are none.
 
@@ -145,10 +151,7 @@ class Recipe:
             name += ".fc"
         if self.pretrain_steps and not self.baseline:
             name += f".pretrain{self.pretrain_steps}" if self.metatrain_steps else ".pretrain"
-        if self.adapt != "all":
-            name += f".adapt{self.adapt}"
-        if self.learn_inner_lr != "none":
-            name += f".learnlr{self.learn_inner_lr}"
+        name += self.variant
         if self.meta_lr != 0.001:
             name += f".metalr{self.meta_lr}"
         if self.image_size:
