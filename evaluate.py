@@ -164,6 +164,10 @@ def test(
         entry["adapted"] = recipe.adapt
     if recipe.learn_inner_lr != "none":
         entry["step_sizes_learned"] = recipe.learn_inner_lr
+    if recipe.network != "paper":
+        entry["network"] = recipe.network
+    if recipe.loss != "sum_over_shot":
+        entry["loss"] = recipe.loss
     known = {
         "best_on_validation": is_best,
         "validation_accuracy": best.accuracy if is_best else None,

@@ -120,6 +120,20 @@ flags.DEFINE_enum(
     "weight (Meta-SGD). step: one for each array of weights and update (as MAML++); at test, updates beyond "
     "num_updates go on with the last one's.",
 )
+flags.DEFINE_enum(
+    "loss",
+    "sum_over_shot",
+    recipes.CHOICES["loss"],
+    "Cross-entropy of classes: summed over the examples and divided by K (sum_over_shot, the original's), or their "
+    "mean. On a support set the first is num_classes times the second, and so is the step of the same update_lr.",
+)
+flags.DEFINE_enum(
+    "network",
+    "paper",
+    recipes.CHOICES["network"],
+    "The paper's network of the data set, or one of mmfewshot's, whose batch norm has a gamma and a beta that the "
+    "inner loop changes too: conv4_affine (with num_filters) or resnet12. Their meta-gradient is not clipped.",
+)
 flags.DEFINE_bool("log", True, "Write TensorBoard events.")
 flags.DEFINE_string("logdir", "/tmp/data", "Folder in which the run has its own folder, named by its flags.")
 flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint, exactly as if never stopped.")
@@ -246,7 +260,7 @@ for _name in ("logdir", "data_path", "test_data_path", "results_dir"):
 GROUPS = {
     "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once",
     "The method": "meta_batch_size meta_lr update_batch_size update_lr num_updates metatrain_iterations "
-    "pretrain_iterations baseline stop_grad adapt learn_update_lr norm num_filters conv max_pool",
+    "pretrain_iterations baseline stop_grad adapt learn_update_lr loss network norm num_filters conv max_pool",
     "The data": "num_classes num_query data_path split image_size image_channels skip_broken val_tasks",
     "The test": "test_set test_iter train_update_batch_size train_update_lr test_tasks eval_seed test_datasource "
     "test_data_path query_norm test_updates query_shares results_dir",
@@ -288,6 +302,11 @@ def recipe_of(values: flags.FlagValues) -> Recipe:
         for field, own in (("image_size", row.images.size[0]), ("image_channels", row.images.channels)):
             if fields[field] == own:
                 fields[field] = None  # given or not, it is the data set's own
+    for flag in ("loss", "network"):
+        if not row.images and fields[flag] != recipes.DEFAULTS[flag]:
+            raise InputError(f"--{flag}={fields[flag]} is for images, not for --datasource={name}: leave it out")
+    if fields["network"] != "paper" and not fields["conv"]:
+        raise InputError(f"--network={fields['network']} has convolutions: leave --conv=False out")
     if fields["baseline"] == "oracle":
         if row.images:
             raise InputError(f"--baseline=oracle is the sinusoid's, not for --datasource={name}: leave it out")

@@ -117,7 +117,7 @@ class Model:
             updates = (recipe.paper_updates or (recipe.inner_steps,))[-1]
         self.updates = updates
         self.images = recipe.dataset.images._replace(any_size=True)
-        maml.loss = functools.partial(xent, shot=None)  # with as many labelled images of a class as there are
+        maml.loss = self._loss
         self._images_spec = tf.TensorSpec([None, *self.images.size, self.images.channels])
         self._weights_spec = {name: tf.TensorSpec(weight.shape) for name, weight in maml.weights.items()}
 
@@ -149,6 +149,11 @@ class Model:
         for _ in range(self.updates):
             path.append(self._one_update(path[-1], support_x, support_y))
         return Adapted(self, classes, support_x, path)
+
+    def _loss(self, logits, labels):
+        """The recipe's, with as many labelled images of a class as there are."""
+        loss = xent(logits, labels, shot=None)
+        return loss / self.recipe.way if self.recipe.loss == "mean" else loss
 
     def inputs(self, pixels: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Makes of pixels, uint8 or floats of 0 to 1, what the network takes: float32, inverted if training's were."""

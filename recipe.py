@@ -14,7 +14,7 @@ from data_generator import DATASETS, Dataset
 from images import Images
 from maml import MAML
 from networks import NETWORKS, adapting
-from utils import InputError, accuracy, mse, printable, xent
+from utils import InputError, accuracy, mean_xent, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
 # The original's folder names, without our suffixes: a folder that has one of those has a flags.json too.
@@ -71,6 +71,8 @@ class Recipe:
     shot: int = _flag("update_batch_size", 5, EXAMPLES)  # K, support examples a class
     inner_lr: float = _flag("update_lr", 0.001, RATE)  # alpha, the size of an inner step
     inner_steps: int = _flag("num_updates", 1, Range(1, 200))  # J, inner steps in training; 200 compile for minutes
+    loss: str = _flag("loss", "sum_over_shot")  # cross-entropy, "sum_over_shot" (xent) or "mean"
+    network: str = _flag("network", "paper")  # or one of NETWORKS that another code has: "conv4_affine", "resnet12"
     norm: str | None = _flag("norm", "batch_norm")  # a key of NORMS
     filters: int = _flag("num_filters", 64, Range(1, 10**4))  # of each convolution
     conv: bool = _flag("conv", True)  # else image data has a fully connected network
@@ -152,6 +154,10 @@ class Recipe:
         if self.pretrain_steps and not self.baseline:
             name += f".pretrain{self.pretrain_steps}" if self.metatrain_steps else ".pretrain"
         name += self.variant
+        if self.network != "paper":
+            name += f".{self.network}"
+        if self.loss != "sum_over_shot":
+            name += f".loss{self.loss}"
         if self.meta_lr != 0.001:
             name += f".metalr{self.meta_lr}"
         if self.image_size:
@@ -174,6 +180,8 @@ CHOICES = {
     "image_channels": (None, 1, 3),
     "adapt": ("all", "head", "body"),
     "learn_update_lr": ("none", "weight", "step"),
+    "loss": ("sum_over_shot", "mean"),
+    "network": ("paper", "conv4_affine", "resnet12"),
 }
 
 
@@ -253,17 +261,16 @@ def build(recipe: Recipe, parallel_tasks: int = 1, tasks_at_once: int = 1) -> MA
     """
     row, network = recipe.dataset, _network(recipe)
     _check_memory(recipe, {"weights": 5 * _size(_weights(network))})
-    loss, score = (mse, None) if row.images is None else (functools.partial(xent, shot=recipe.shot), accuracy)
     return MAML(
         network,
-        loss,
-        score,
+        _loss(recipe),
+        accuracy if row.images else None,
         inner_lr=recipe.inner_lr,
         inner_steps=recipe.inner_steps,
         meta_lr=recipe.meta_lr,
         first_order=recipe.first_order,
         learn_inner_lr=recipe.learn_inner_lr,
-        clip=row.clip,
+        clip=row.clip if recipe.network == "paper" else None,
         seed=recipe.seed,
         parallel_tasks=parallel_tasks,
         tasks_at_once=tasks_at_once,
@@ -278,10 +285,18 @@ def _input_and_outputs(recipe):
     return (*images.size, images.channels), recipe.way
 
 
+def _loss(recipe):
+    if recipe.dataset.images is None:
+        return mse
+    return mean_xent if recipe.loss == "mean" else functools.partial(xent, shot=recipe.shot)
+
+
 def _network(recipe):
     shape, outputs = _input_and_outputs(recipe)
     row = recipe.dataset
     network = row.network if recipe.conv or row.images is None else "no_conv"
+    if recipe.network != "paper":
+        network = recipe.network
     return adapting(NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool), recipe.adapt)
 
 

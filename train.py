@@ -325,7 +325,7 @@ class Report:
     def _mean_losses(self, curve):
         """Losses per example, before any update and after J."""
         before, after = (float(np.mean(curve.losses[:, j])) for j in (0, self.recipe.inner_steps))
-        if self.images:  # xent is a sum over N * K support or N * Q query examples, divided by K
+        if self.images and self.recipe.loss == "sum_over_shot":  # it is a sum divided by K
             before /= self.data.way
             after *= self.data.shot / (self.data.way * self.data.query)
         return before, after

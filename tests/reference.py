@@ -8,6 +8,7 @@ import tensorflow as tf
 
 BATCH_NORM_EPSILON = 0.001
 LAYER_NORM_EPSILON = 1e-12
+TORCH_EPSILON = 1e-5
 
 
 def normalise(x, axes, epsilon):
@@ -45,6 +46,29 @@ def fc(weights, x, *, norm):
     return x @ weights[f"w{last}"] + weights[f"b{last}"]
 
 
+def affine(x, weights, layer):
+    """Convolution with its bias, if it has one, and batch norm with gamma and beta."""
+    x = tf.nn.conv2d(x, weights[f"conv{layer}"], strides=1, padding="SAME") + weights.get(f"b{layer}", 0)
+    return weights[f"gamma{layer}"] * normalise(x, [0, 1, 2], TORCH_EPSILON) + weights[f"beta{layer}"]
+
+
+def conv4_affine(weights, x):
+    for layer in range(1, 5):
+        x = tf.nn.max_pool2d(tf.nn.relu(affine(x, weights, layer)), 2, 2, "VALID")
+    return tf.reshape(x, [x.shape[0], -1]) @ weights["w5"] + weights["b5"]
+
+
+def resnet12(weights, x):
+    for block in range(1, 5):
+        inputs = x
+        for layer in (1, 2, 3):
+            x = affine(x, weights, f"{block}_{layer}")
+            x = tf.nn.leaky_relu(x, 0.1) if layer < 3 else x
+        x = tf.nn.leaky_relu(x + affine(inputs, weights, f"{block}_0"), 0.1)
+        x = tf.nn.max_pool2d(x, 2, 2, "VALID")
+    return tf.reduce_mean(x, [1, 2]) @ weights["w5"] + weights["b5"]
+
+
 def step_size(weights, name, update, learned, inner_lr):
     """Of an adapted weight at an update: alpha, one for each of its elements (Meta-SGD), or one a update (MAML++)."""
     if learned == "none":
@@ -53,18 +77,24 @@ def step_size(weights, name, update, learned, inner_lr):
     return sizes if learned == "weight" else sizes[min(update, len(sizes) - 1)]
 
 
-def part(weights, what):
-    """The names that the inner loop changes: of all but the norms', the last layer's (ANIL) or the others (BOIL)."""
-    names = [name for name in weights if not name.startswith(("beta", "gamma", "step_size"))]
+def part(weights, what, norms):
+    """The names that the inner loop changes: the last layer's (ANIL), the others (BOIL) or all.
+
+    norms: those of the norms are among them.
+    """
+    left_out = ("step_size",) if norms else ("beta", "gamma", "step_size")
+    names = [name for name in weights if not name.startswith(left_out)]
+    if what == "all":
+        return names
     last = max(int(name[-1]) for name in names)
-    return [name for name in names if what == "all" or (int(name[-1]) == last) == (what == "head")]
+    return [name for name in names if (int(name[-1]) == last) == (what == "head")]
 
 
-def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, adapt="all", learned="none"):
+def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, adapt="all", learned="none", norms=False):
     """Query loss of one task after the inner loop (paper, Algorithm 2, lines 5 to 7 and the sum of line 10)."""
     weights = dict(weights)
     for update in range(inner_steps):
-        adapted = part(weights, adapt)
+        adapted = part(weights, adapt, norms)
         with tf.GradientTape() as tape:
             tape.watch([weights[name] for name in adapted])
             support_loss = loss(apply(weights, task.support_x), task.support_y)
