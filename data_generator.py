@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import augment
 from images import SPLITS, Classes, Images, load_splits
 from utils import InputError, Tasks
 
@@ -46,13 +47,15 @@ MINIIMAGENET = Dataset(
 
 
 def _photographs(
-    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False
+    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False, kept: int = 128
 ) -> Dataset:
     """Describes square RGB photographs for MiniImagenet's recipe, with the values of its documented commands.
 
-    published: papers report MAML on this data set by the same protocol.
+    published: papers report MAML on this data set by the same protocol. kept: see Images.
     """
-    images = MINIIMAGENET.images._replace(folder=folder, prepare=prepare, size=(size, size), any_size=any_size)
+    images = MINIIMAGENET.images._replace(
+        folder=folder, prepare=prepare, size=(size, size), any_size=any_size, kept=kept
+    )
     defaults = {"meta_batch": 4, "inner_lr": 0.01, "inner_steps": 5, "filters": 32, "max_pool": True}
     paper_updates = MINIIMAGENET.paper_updates if published else {}
     return MINIIMAGENET._replace(defaults=defaults, images=images, paper_updates=paper_updates)
@@ -87,8 +90,8 @@ DATASETS = {
         ),
     ),
     "miniimagenet": MINIIMAGENET,
-    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True),
-    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True),
+    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True, kept=32),
+    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True, kept=32),
     "cub": _photographs("data/cub", "data/cub/prepare.py"),
     "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py"),
     "folder": _photographs(None, "docs/data.md (Your own images)", any_size=True),
@@ -168,12 +171,14 @@ class ImageTasks:
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
         """Tasks first .. first + count - 1 of a split's stream, as NumPy arrays.
 
-        T = count, D = [height, width, channels], pixels 0 to 1; O = N.
+        T = count, D = [height, width, channels], pixels 0 to 1, or as augment.py makes them; O = N.
         """
         pixels, labels = self._pixels(seed, split, first, count)
         x = np.divide(pixels, 255, dtype=np.float32)
         if self.images.invert:
             np.subtract(1, x, out=x)
+        if self.images.augment:
+            x = augment.normalised(x)
         y = np.eye(self.way, dtype=np.float32)[labels]
         support = self.way * self.shot
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
@@ -186,8 +191,9 @@ class ImageTasks:
         """
         classes, way, examples = self.classes[split], self.way, self.examples
         balanced = self.query_shares == "balanced"
-        needed = 2 * way, 2 * way * examples, 0 if balanced else 2 * way
-        words, orders, shares = np.split(
+        crops = augment.WORDS * way * examples if self.images.augment and split == "train" else 0
+        needed = 2 * way, 2 * way * examples, 0 if balanced else 2 * way, crops
+        words, orders, shares, crops = np.split(
             _words(seed, split, first, count, per_task=sum(needed)), np.cumsum(needed)[:-1], axis=1
         )
         chosen, turned = words[:, :way], words[:, way:]
@@ -207,11 +213,22 @@ class ImageTasks:
             ids, quarters, order = ids[used], quarters[used], order[used]
         ids, quarters, order = (part.reshape(count, -1) for part in (ids, quarters, order))
 
+        if self.images.augment:
+            return self._crops(classes, ids, crops), order
         pixels = classes.pixels[ids]
         if self.images.rotations:
             for quarter in (1, 2, 3):
                 pixels[quarters == quarter] = np.rot90(pixels[quarters == quarter], quarter, axes=(1, 2))
         return pixels, order
+
+    def _crops(self, classes, ids, words):
+        """The crops of the images ids [T, n], at random where there are words for them."""
+        pixels, aspects, size = classes.pixels[ids.ravel()], classes.aspects[ids.ravel()], self.images.size
+        if words.size:
+            crops = augment.random_crops(pixels, aspects, words.reshape(len(pixels), augment.WORDS), size)
+        else:
+            crops = augment.centre_crops(pixels, aspects, size)
+        return crops.reshape(*ids.shape, *crops.shape[1:])
 
 
 def tasks_from_arrays(

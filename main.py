@@ -194,6 +194,12 @@ flags.DEFINE_integer(
     "Default: the data set's own, 84 for folder.",
 )
 flags.DEFINE_integer("image_channels", None, "1 grey, 3 colour. Default: the data set's own, 3 for folder.")
+flags.DEFINE_bool(
+    "augment",
+    False,
+    "Train as mmfewshot on random crops of whole photographs, half of them flipped, with other brightness, contrast "
+    "and saturation; test on the middle. Colours are less ImageNet's mean, divided by its deviation. docs/data.md.",
+)
 flags.DEFINE_bool("skip_broken", False, "Leave out images that cannot be read, and name them, rather than refuse.")
 flags.DEFINE_enum(
     "test_datasource",
@@ -261,7 +267,7 @@ GROUPS = {
     "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once",
     "The method": "meta_batch_size meta_lr update_batch_size update_lr num_updates metatrain_iterations "
     "pretrain_iterations baseline stop_grad adapt learn_update_lr loss network norm num_filters conv max_pool",
-    "The data": "num_classes num_query data_path split image_size image_channels skip_broken val_tasks",
+    "The data": "num_classes num_query data_path split image_size image_channels augment skip_broken val_tasks",
     "The test": "test_set test_iter train_update_batch_size train_update_lr test_tasks eval_seed test_datasource "
     "test_data_path query_norm test_updates query_shares results_dir",
 }
@@ -305,6 +311,8 @@ def recipe_of(values: flags.FlagValues) -> Recipe:
     for flag in ("loss", "network"):
         if not row.images and fields[flag] != recipes.DEFAULTS[flag]:
             raise InputError(f"--{flag}={fields[flag]} is for images, not for --datasource={name}: leave it out")
+    if fields["augment"] and not (row.images and (fields["image_channels"] or row.images.channels) == 3):
+        raise InputError(f"--augment is for photographs in colour, not for --datasource={name}: leave it out")
     if fields["network"] != "paper" and not fields["conv"]:
         raise InputError(f"--network={fields['network']} has convolutions: leave --conv=False out")
     if fields["baseline"] == "oracle":
@@ -389,6 +397,7 @@ def tested_data_set(recipe: Recipe) -> Dataset:
     other = data_set(FLAGS.test_datasource, "test_datasource", FLAGS["test_data_path"])
     any_size = other.images.any_size or other.images.size != own.size
     images = other.images._replace(size=own.size, channels=own.channels, invert=own.invert, any_size=any_size)
+    images = images._replace(augment=own.augment, any_size=any_size or own.augment)
     return other._replace(images=images._replace(split_sizes=own.split_sizes))
 
 

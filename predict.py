@@ -34,6 +34,7 @@ from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 from tqdm import tqdm
 
+import augment
 import recipe as recipes
 import runs
 from data_generator import DATASETS
@@ -156,9 +157,10 @@ class Model:
         return loss / self.recipe.way if self.recipe.loss == "mean" else loss
 
     def inputs(self, pixels: np.ndarray | tf.Tensor) -> tf.Tensor:
-        """Makes of pixels, uint8 or floats of 0 to 1, what the network takes: float32, inverted if training's were."""
+        """Makes of pixels, uint8 or floats of 0 to 1, what the network takes: float32, as training's were made."""
         x = tf.cast(pixels, tf.float32) / 255 if pixels.dtype == np.uint8 else tf.cast(pixels, tf.float32)
-        return 1 - x if self.images.invert else x
+        x = 1 - x if self.images.invert else x
+        return augment.normalised(x) if self.images.augment else x
 
     def probabilities(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
         """Computes the probability of each class, [n, N], with the weights after the updates."""

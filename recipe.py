@@ -88,6 +88,7 @@ class Recipe:
     split: str | None = _flag("split", None)  # "64,16,20": classes in train, val and test, where no folders say it
     image_size: int | None = _flag("image_size", None, Range(1, 10**4))  # pixels; None: the data set's own
     image_channels: int | None = _flag("image_channels", None)  # 1 or 3; None: the data set's own
+    augment: bool = _flag("augment", False)  # crops of whole photographs, and ImageNet's mean and std: augment.py
 
     @property
     def dataset(self) -> Dataset:
@@ -101,6 +102,8 @@ class Recipe:
                 folder=self.data_path or own.folder,
                 size=(self.image_size,) * 2 if self.image_size else own.size,
                 channels=self.image_channels or own.channels,
+                augment=self.augment,
+                any_size=own.any_size or self.augment,
                 split_sizes=sizes_of_split(self.split),
             )
         )
@@ -128,8 +131,10 @@ class Recipe:
         """Updates at test behind published numbers; empty where there are none.
 
         BOIL and learned step sizes are published with as many as in training (Oh et al. 2021, Li et al. 2017, Antoniou
-        et al. 2019), MAML and ANIL with those of the data set.
+        et al. 2019), MAML and ANIL with those of the data set, and mmfewshot's networks with 5.
         """
+        if self.network != "paper":
+            return (5,)
         published = self.dataset.paper_updates.get(self.way, ())
         as_trained = self.adapt == "body" or self.learn_inner_lr != "none"
         return (self.inner_steps,) if published and as_trained else published
@@ -164,6 +169,8 @@ class Recipe:
             name += f".size{self.image_size}"
         if self.image_channels:
             name += f".channels{self.image_channels}"
+        if self.augment:
+            name += ".augment"
         if self.seed:
             name += f".seed{self.seed}"
         return name

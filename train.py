@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+import augment
 import devices
 from data_generator import ImageTasks, SinusoidTasks
 from evaluate import evaluate
@@ -347,4 +348,8 @@ def _validation_picture(maml, data, seed, updates):
     """The first validation task, and what its query images are taken for after so many updates."""
     task = Tasks(*(part[0] for part in data.draw(seed, "val", 0, 1)))
     adapted = maml.adapt(maml.weights, task, updates)[-1]
-    return task_picture(task, maml.network.apply(adapted, task.query_x).numpy())
+    scores = maml.network.apply(adapted, task.query_x).numpy()
+    if data.images.augment:
+        shown = (np.clip(augment.colours(x), 0, 1) for x in (task.support_x, task.query_x))
+        task = Tasks(next(shown), task.support_y, next(shown), task.query_y)
+    return task_picture(task, scores)

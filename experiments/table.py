@@ -91,6 +91,12 @@ FAMILY = [
     Row("CIFAR-FS 5-way 1-shot", "Meta-SGD", "cifarfs_1shot", 1, 0.01, META_SGD),
     Row("CIFAR-FS 5-way 1-shot", "step sizes", "cifarfs_1shot", 1, 0.01, SIZES),
 ]
+MMFEWSHOT = [
+    Row(f"{title} 5-way {shot}-shot", network, f"mmfewshot_{data}_{network}", shot, 0.01)
+    for data, title in (("cub", "CUB"), ("miniimagenet", "MiniImagenet"))
+    for shot in (1, 5)
+    for network in ("conv4", "resnet12")
+]
 SUMMARY = [Row("Sinusoid 10-shot, error after 1 / 5 / 10 updates", "MAML", "sinusoid_maml", 10, 0.001), *IMAGES]
 SPEED = {
     "sinusoid_10shot": "sinusoid 10-shot",
@@ -280,6 +286,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "sinusoid": partial(table, SINUSOID, "query points"),
         "images": partial(table, IMAGES, "queries a class"),
         "family": partial(table, FAMILY, "queries a class"),
+        "mmfewshot": partial(table, MMFEWSHOT, "queries a class"),
     },
     "docs/design.md": {"speed": speed},
 }

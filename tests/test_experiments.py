@@ -27,6 +27,7 @@ ROOT = Path(main.__file__).parent
 SCRIPTS = sorted(
     {*(ROOT / "experiments").glob("*.sh")} - {*(ROOT / "experiments").glob("rl_*.sh")}
 )  # those: test_rl.py
+TABLES = table.SINUSOID + table.IMAGES + table.FAMILY + table.MMFEWSHOT
 PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))
 
 
@@ -93,7 +94,7 @@ def test_tables_have_every_test_of_every_script(tmp_path):
         for flags in tests:
             recipe = main.recipe_of(main.parsed([*training, *flags]))
             tested.add((script.stem, recipe.shot, recipe.inner_lr))
-    rows = [(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES]
+    rows = [(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES + table.MMFEWSHOT]
     assert sorted(rows) == sorted(tested)
 
 
@@ -261,7 +262,7 @@ def test_times_of_a_step_as_the_benchmarks_write_them(tmp_path):
 
 
 def test_every_number_of_others_has_its_place_and_source():
-    rows = [(one.script, one.shot, one.alpha, dict(one.flags)) for one in table.SINUSOID + table.IMAGES + table.FAMILY]
+    rows = [(one.script, one.shot, one.alpha, dict(one.flags)) for one in TABLES]
     for entry in json.loads((ROOT / "results" / "published.json").read_text()):
         place = (entry["row"], entry["support_examples_a_class_K"], entry["inner_step_size_alpha"])
         flags = [flags for *row, flags in rows if tuple(row) == place]
