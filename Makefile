@@ -28,11 +28,15 @@ sinusoid: $(VENV)/installed
 
 figures: $(VENV)/installed-dev
 	$(VENV)/bin/python plot.py sinusoid MAML=$(published).updatelr0.01nonorm \
-	  Pretrained=$(published).updatelr0.001nonorm.pretrain --update_lr=0.01 --task=10 --output=figures/sinusoid
+	  Pretrained=$(published).updatelr0.001nonorm.pretrain --update_lr=0.01 --task=10 --output=figures/sinusoid --dpi=110
 	$(VENV)/bin/python plot.py updates MAML=results/sinusoid_maml.json \
-	  Pretrained=results/sinusoid_pretrained.json --update_lr=0.001 --output=figures/sinusoid_updates
+	  Pretrained=results/sinusoid_pretrained.json --update_lr=0.001 --output=figures/sinusoid_updates --dpi=110
+	$(VENV)/bin/python plot.py updates MAML=results/omniglot_5way_1shot.json \
+	  'No convolutions'=results/omniglot_5way_1shot_fc.json --output=figures/omniglot_updates --dpi=110
 	$(VENV)/bin/python plot.py training 'Sinusoid, 10-shot'=$(published).updatelr0.01nonorm \
-	  'Omniglot, 5-way 1-shot'=$(published_omniglot) --output=figures/training
+	  'Omniglot, 5-way 1-shot'=$(published_omniglot) --output=figures/training --dpi=110
+	test ! -d data/omniglot_resized/Greek || $(VENV)/bin/python plot.py task \
+	  'Omniglot, 5-way 1-shot'=$(published_omniglot) --task=23 --output=figures/omniglot_task --dpi=110
 
 docs:
 	$(PYTHON) experiments/table.py

@@ -183,6 +183,33 @@ class ImageTasks:
         support = self.way * self.shot
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
+    def names(self, seed: int, split: str, task: int) -> list[str]:
+        """Gives the names of a task's classes, in order of their labels, with the angle of those that are turned."""
+        chosen, quarters, _ = self._chosen(seed, split, task, 1)
+        turned = [f", {90 * quarter}°" if quarter and self.images.rotations else "" for quarter in quarters[0]]
+        return [self.classes[split].names[c] + angle for c, angle in zip(chosen[0], turned, strict=True)]
+
+    def _chosen(self, seed, split, first, count):
+        """The classes of tasks [T, N], their quarter turns counterclockwise [T, N], and the random words left."""
+        way = self.way
+        words = _words(seed, split, first, count, per_task=sum(self._words_needed(split)))
+        sizes = np.full(count, len(self.classes[split].starts))
+        return _without_replacement(words[:, :way], sizes), words[:, way : 2 * way] % 4, words[:, 2 * way :]
+
+    def _words_needed(self, split):
+        """The random words of a task: for its classes, members, orders, the shares of its queries, and its crops."""
+        images = self.way * self.examples
+        shares = 0 if self.query_shares == "balanced" else 2 * self.way
+        crops = augment.WORDS * images if self.images.augment and split == "train" else 0
+        return 2 * self.way, images, images, shares, crops
+
+    def colours(self, task: Tasks) -> Tasks:
+        """Gives a task with colours of 0 to 1, which its images have unless they are augmented."""
+        if not self.images.augment:
+            return task
+        x = (np.clip(augment.colours(part), 0, 1) for part in (task.support_x, task.query_x))
+        return task._replace(support_x=next(x), query_x=next(x))
+
     def _pixels(self, seed, split, first, count):
         """uint8 [T, N * (K + Q), height, width, channels] and each image's label [T, N * (K + Q)].
 
@@ -190,24 +217,17 @@ class ImageTasks:
         the classes have queries of different numbers, the examples beyond a class's own are left out.
         """
         classes, way, examples = self.classes[split], self.way, self.examples
-        balanced = self.query_shares == "balanced"
-        crops = augment.WORDS * way * examples if self.images.augment and split == "train" else 0
-        needed = 2 * way, 2 * way * examples, 0 if balanced else 2 * way, crops
-        words, orders, shares, crops = np.split(
-            _words(seed, split, first, count, per_task=sum(needed)), np.cumsum(needed)[:-1], axis=1
-        )
-        chosen, turned = words[:, :way], words[:, way:]
-        members, orders = np.split(orders.reshape(count, 2, way * examples), 2, axis=1)
+        chosen, turned, words = self._chosen(seed, split, first, count)
+        members, orders, shares, crops = np.split(words, np.cumsum(self._words_needed(split)[1:-1]), axis=1)
 
-        chosen = _without_replacement(chosen, np.full(count, len(classes.starts)))  # [T, N]
         members = members.reshape(-1, examples)
         members = _without_replacement(members, classes.counts[chosen].ravel()).reshape(count, way, examples)
         ids = (classes.starts[chosen][..., None] + members).transpose(0, 2, 1)  # [T, K + Q, N]
         order = _without_replacement(orders.reshape(-1, way), np.full(count * examples, way)).reshape(ids.shape)
 
         ids = np.take_along_axis(ids, order, 2)
-        quarters = np.take_along_axis((turned % 4)[:, None], order, 2)  # quarter turns, counterclockwise
-        if not balanced:
+        quarters = np.take_along_axis(turned[:, None], order, 2)
+        if shares.size:
             own = self.shot + _query_counts(shares, way * self.query)  # [T, N], examples of each class
             used = np.arange(examples)[:, None] < np.take_along_axis(own[:, None], order, 2)
             ids, quarters, order = ids[used], quarters[used], order[used]

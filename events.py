@@ -10,18 +10,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import summary as custom_scalar
 from tensorboard.plugins.hparams import api as hparams
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util.event_pb2 import Event
 from tensorflow.python.lib.io.tf_record import tf_record_random_reader
@@ -30,9 +32,11 @@ from utils import Curve, Tasks, printable, say, writing
 
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
-RIGHT, WRONG, WHITE = (40, 170, 60), (220, 50, 40), (255, 255, 255)  # frames, red green blue
+RIGHT, WRONG, WHITE, BLACK = (40, 170, 60), (220, 50, 40), (255, 255, 255), (0, 0, 0)  # red green blue
 TEST_FOLDER = "test"  # in the run folder: the events of its tests
+FIRST_COLUMNS = {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}  # of the table of runs
 MOST_SIDE = 84  # pixels to which small images are enlarged
+LETTERS, GAP = 13, 12  # pixels of a picture: the height of its letters, the space between support and query images
 MOST_RECORD = 2**31  # bytes; no protocol buffer is longer
 FILES = "events.out.tfevents.*"  # how TensorFlow calls files of events; seconds, host, process and a number follow
 
@@ -77,25 +81,23 @@ class Events:
         with writing(self.folder), self.writer.as_default(iteration):
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
 
+    def flags(self, iteration: int, flags: Mapping) -> None:
+        """Writes the flags of a run as a table of text."""
+        rows = "".join(f"| --{name} | {_printed(value)} |\n" for name, value in flags.items())
+        with writing(self.folder), self.writer.as_default(iteration):
+            tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
+
     def overview(self, iteration: int, flags: Mapping, updates: int, images: bool) -> None:
         """Writes what TensorBoard shows of the run as a whole.
 
-        These are its flags as text; a row of the table of runs (HParams), by the folder's name, with the accuracies, or
-        of regression the losses, in training, validation and test; and a page of few charts (Custom Scalars).
+        These are its flags as text; a row of the table of runs (HParams), by the folder's name, with its numbers in
+        training, validation and test; and a page of few charts (Custom Scalars).
         Args: the flags; J, whose curves are shown; whether it is a run of images.
         """
-        flags = {name: printable(value) if isinstance(value, str) else value for name, value in flags.items()}
-        rows = "".join(f"| --{name} | {value} |\n" for name, value in flags.items())
-        metric = "accuracy" if images else "loss"
-        after = f"Post-update_{metric}__step_{updates}"
-        metrics = [hparams.Metric(f"metatrain_{after}", display_name=f"training {metric}")]
-        if images:
-            metrics.append(hparams.Metric(f"metaval_{after}", display_name=f"validation {metric}"))
-        metrics.append(hparams.Metric(metric, group=TEST_FOLDER, display_name=f"test {metric}"))
+        self.flags(iteration, flags)
         with writing(self.folder), self.writer.as_default(iteration):
-            tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
-            hparams.hparams_config([hparams.HParam(name) for name in flags], metrics)
-            values = {name: "None" if value is None else value for name, value in flags.items()}
+            tf.summary.experimental.write_raw_pb(_table(flags, updates).SerializeToString())
+            values = {name: "None" if value is None else _printed(value) for name, value in flags.items()}
             hparams.hparams(values, trial_id=self.folder.name)
             page = custom_scalar.pb(_layout(updates, images)).SerializeToString()
             tf.summary.experimental.write_raw_pb(page)
@@ -116,6 +118,28 @@ def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None
         events.scalars(iteration, {metric: value})
 
 
+def _printed(value):
+    return printable(value) if isinstance(value, str) else value
+
+
+def _table(flags, updates):
+    """The columns of the table of runs, the same for all runs: TensorBoard takes them from one of the runs it shows."""
+    metrics = [
+        hparams.Metric("accuracy", group=TEST_FOLDER, display_name="test accuracy"),
+        hparams.Metric(f"metaval_Post-update_accuracy__step_{updates}", display_name="validation accuracy"),
+        hparams.Metric(f"metatrain_Post-update_accuracy__step_{updates}", display_name="training accuracy"),
+        hparams.Metric("loss", group=TEST_FOLDER, display_name="test loss (sinusoid)"),
+        hparams.Metric(f"metatrain_Post-update_loss__step_{updates}", display_name="training loss"),
+    ]
+    summary = hparams.hparams_config_pb([hparams.HParam(name) for name in flags], metrics)
+    plugin = summary.value[0].metadata.plugin_data
+    columns = HParamsPluginData.FromString(plugin.content)
+    for column in columns.experiment.hparam_infos:
+        column.differs = column.name in FIRST_COLUMNS  # TensorBoard shows these first, and only five to begin with
+    plugin.content = columns.SerializeToString()
+    return summary
+
+
 def _layout(updates, images):
     """Four charts, in place of one for each tag."""
     metric, loss = ("accuracy", "mean_loss") if images else (None, "loss")
@@ -123,7 +147,7 @@ def _layout(updates, images):
         f"{name}: before any update and after {updates}": [
             f"(metatrain|metaval)_(Pre-update_{tag}|Post-update_{tag}__step_{updates})$"
         ]
-        for name, tag in (("Accuracy", metric), ("Loss of an example", loss))
+        for name, tag in (("Accuracy", metric), ("Loss of an example" if images else "Training's loss", loss))
         if tag
     }
     tags |= {
@@ -147,23 +171,43 @@ def curve_scalars(prefix: str, curve: Curve) -> dict[str, float]:
     return values
 
 
-def task_picture(task: Tasks, scores: np.ndarray) -> np.ndarray:
-    """Draws a task: a row for each class, with its support images, a gap, and the query images that were taken for it.
+def task_picture(task: Tasks, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
+    """Draws a task: for each class its name, its support images, and the query images that were taken for it.
 
     A query image has a green frame where that is right, and a red one where it is wrong.
-    Args: one task of images, scores [N * Q, N]. Returns uint8 [height, width, 3].
+    Args: one task of images, the names of its classes, scores [N * Q, N]. Returns uint8 [height, width, 3].
     """
     support_row, query_row, taken_for = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))
     shown = PICTURED * scores.shape[1]  # the first examples of every class come first
     rows = []
     for label in range(scores.shape[1]):
         row = [_framed(image, WHITE) for image in task.support_x[support_row == label][:PICTURED]]
-        row.append(blank := np.full_like(row[0], 255))
+        row.append(np.full_like(row[0][:, :GAP], 255))
         query = zip(task.query_x[:shown], query_row, taken_for, strict=False)
         row += [_framed(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label]
-        rows.append(row)
-    longest = max(map(len, rows))
-    return np.concatenate([np.concatenate(row + [blank] * (longest - len(row)), 1) for row in rows])
+        rows.append(np.concatenate(row, 1))
+
+    font = ImageFont.load_default(LETTERS)
+    legend = [("support, then queries taken for the class:", BLACK), ("right", RIGHT), ("wrong", WRONG)]
+    written = round(font.getlength(" ".join(text for text, _ in legend)))
+    width, high, line = max(written, *(row.shape[1] for row in rows)), len(rows[0]), 2 * LETTERS
+    picture = Image.new("RGB", (width, line + (line + high) * len(rows)), WHITE)
+    draw, x = ImageDraw.Draw(picture), 0
+    for text, colour in legend:
+        draw.text((x, LETTERS), text, colour, font, "lm")
+        x += font.getlength(f"{text} ")
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+        top = line + (line + high) * number
+        draw.text((0, top + LETTERS), _fitted(printable(name), font, width), BLACK, font, "lm")
+        picture.paste(Image.fromarray(row), (0, top + line))
+    return np.asarray(picture)
+
+
+def _fitted(text, font, width):
+    """The end of a name that is too long: the names of folders begin alike more often than they end so."""
+    while font.getlength(text) > width:
+        text = f"…{text[2:]}"
+    return text
 
 
 def _framed(image, colour):
@@ -254,7 +298,8 @@ def _drop_from(folder, start, validated):
         one, kept = read(path), []
         for event, record in one.events:
             validation = any(value.tag.startswith(VALIDATION_TAGS) for value in event.summary.value)
-            if event.file_version or (event.step < start and not (validation and event.step > validated)):
+            # At iteration 0 there is a picture, and no validation.
+            if event.file_version or (event.step < start and not (validation and event.step > max(validated, 0))):
                 kept.append(record)
         if one.fault:
             aside = _free(folder / path.name.replace("events.out.tfevents", "damaged-events"))

@@ -3,15 +3,19 @@
     python plot.py sinusoid MAML=<run folder> Pretrained=<run folder> --output figures/sinusoid
     python plot.py updates MAML=results/sinusoid_maml.json Oracle=results/sinusoid_oracle.json --output figures/updates
     python plot.py training Omniglot=<run folder> --output figures/training
+    python plot.py task Omniglot=<run folder> --output figures/task
+    python plot.py confusion Characters=answers.csv --output figures/confusion
 
-What is drawn is given as label=path. Each figure is written as <output>.png and <output>.svg.
+What is drawn is given as label=path. Each figure is written as <output>.png, .svg and .pdf.
 """
 
 import devices  # noqa: F401, isort: skip (it comes first, since it imports TensorFlow without its notices)
 
 import argparse
+import csv
 import dataclasses
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,18 +27,21 @@ from PIL import Image
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 except ImportError:
     if __name__ == "__main__":
         sys.exit("plot.py needs matplotlib: pip install -r requirements-plot.txt")
     raise
 
 import events
+import predict
 import recipe
 import runs
-from data_generator import SinusoidTasks
+from data_generator import ImageTasks, SinusoidTasks
+from images import ROOT
 from maml import MAML
-from utils import InputError, Tasks, say, write_whole, writing
+from utils import InputError, Tasks, printable, read_regular, say, write_whole, writing
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"
@@ -49,6 +56,7 @@ STYLE = {
     "font.size": 10,
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
+    "pdf.fonttype": 42,  # letters as letters, which some publishers ask for
     "svg.hashsalt": "maml",  # the same figure is the same file
     "text.parse_math": False,  # a label may have a dollar sign
 }
@@ -56,6 +64,10 @@ STYLE = {
 LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # colour and marker of each label
 UPDATES = {0: ("before any update", ORANGE, ":"), 1: ("1 update", SKY, "--"), 10: ("10 updates", BLUE, "-")}
 MOST_PANELS = 20
+MOST_CLASSES = 50  # in a table of confusions
+MOST_CSV = 10**8  # bytes
+QUERIES = 5  # query images of each class in the figure of a task
+SCREEN = 110  # pixels an inch, for pages
 SMOOTHED = 1 / 20  # of the run, in a running mean
 
 
@@ -89,15 +101,19 @@ def sinusoid_figure(models: Mapping[str, MAML], tasks: Sequence[Tasks]) -> Figur
         row[0].set_ylabel("y")
     for panel in axes[-1]:
         panel.set_xlabel("x")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    columns = 5 if len(models) > 1 else 2
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
+def updates_figure(
+    tests: Mapping[str, Sequence[Mapping]], paper: Mapping[str, Mapping[int, tuple[float, float]]] | None = None
+) -> Figure:
     """Paper, figure 3: mean squared error or accuracy after every update, with the means' 95 % intervals.
 
     tests: label -> entries of results.json, one line each. Entries with the same K share a panel. At most five labels.
+    paper: label -> K -> the paper's accuracy and the half width of its interval, in percent, drawn as a dashed line.
     """
     if len(tests) > len(LINES):
         raise InputError(f"{len(tests)} labels, but there are colours for {len(LINES)}: give fewer")
@@ -120,14 +136,22 @@ def updates_figure(tests: Mapping[str, Sequence[Mapping]]) -> Figure:
             means, ci95 = percent * means, percent * ci95
             panel.fill_between(updates, means - ci95, means + ci95, color=colour, alpha=0.2, linewidth=0)
             (shown[label],) = panel.plot(updates, means, marker=marker, color=colour, markersize=4, label=label)
+            if theirs := (paper or {}).get(label, {}).get(test["support_examples_a_class_K"]):
+                mean, half_width = theirs
+                panel.axhspan(mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
+                panel.axhline(mean, color=colour, linestyle="--", linewidth=1.2)
     for panel, shot in zip(axes, shots, strict=True):
         panel.set_title(f"{shot}-shot")
         panel.set_xlabel("updates (0: support set, before any)")
         panel.set_xticks(range(0, 11, 2))
     if percent == 1:
         _log_scale(axes[0])
+    else:
+        _accuracy_scale(axes[0])
     axes[0].set_ylabel("mean squared error" if percent == 1 else "accuracy, %")
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(tests))
+    if paper and any(paper.values()):
+        shown["paper, in the same colour"] = Line2D([], [], color="black", linestyle="--", linewidth=1.2)
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown))
     return figure
 
 
@@ -161,11 +185,88 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
             panel.plot(steps, percent * values, color="black", linewidth=1, label=f"validation, after {times}")
         if metric == "loss":
             _log_scale(panel)
+        else:
+            _accuracy_scale(panel)
         panel.set_title(label)
         panel.set_xlabel("outer iteration")
         panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.set_ylabel("accuracy, %" if metric == "accuracy" else "mean squared error")
         panel.legend()
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def task_figure(title: str, names: Sequence[str], task: Tasks, probabilities: np.ndarray) -> Figure:
+    """An N-way task: a row for each class, with its support images and what its query images are taken for.
+
+    names: of the N classes. task: one, of images as they look, 0 to 1. probabilities: of the query images, [N * Q, N].
+    """
+    letters = _letters(names)
+    of_support, of_query = np.argmax(task.support_y, -1), np.argmax(task.query_y, -1)
+    shot, query = (len(y) // len(names) for y in (task.support_y, task.query_y))
+    figure = Figure(figsize=(1.9 + 0.95 * (shot + query), 0.8 + 1.15 * len(names)), layout="constrained")
+    figure.suptitle(title, fontweight="bold")
+    axes = figure.subplots(
+        len(names), shot + 1 + query, squeeze=False, gridspec_kw={"width_ratios": [1] * shot + [0.15] + [1] * query}
+    )
+    for label, row in enumerate(axes):
+        for panel in row:
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+        lines = [line if len(line) <= 24 else f"{line[:23]}…" for line in printable(names[label]).split("/")]
+        row[0].set_ylabel("\n".join([letters[label], *lines]), rotation=0, ha="right", va="center")
+        for panel, image in zip(row, task.support_x[of_support == label], strict=False):
+            _show(panel, image)
+        for panel, image, found in zip(
+            row[shot + 1 :], task.query_x[of_query == label], probabilities[of_query == label], strict=True
+        ):
+            _show(panel, image)
+            guess = int(np.argmax(found))
+            colour = GREEN if guess == label else ORANGE
+            panel.spines[:].set(visible=True, color=colour, linewidth=2.5)
+            panel.set_xlabel(f"{letters[guess]}, {100 * found[guess]:.0f} %", color=colour, labelpad=2)
+    for place, text in (
+        ((shot - 1) // 2, "support"),
+        (shot + 1 + (query - 1) // 2, "query: taken for, and its probability"),
+    ):
+        axes[0, place].set_title(text, fontsize=10, fontweight="normal")
+    return figure
+
+
+def _letters(names):
+    """A, B, C, ... for the classes, or numbers where those do not reach."""
+    return [chr(ord("A") + label) if len(names) <= 26 else str(label + 1) for label in range(len(names))]
+
+
+def _show(panel, image):
+    panel.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)  # a photograph brings its colours
+
+
+@matplotlib.rc_context(STYLE)
+def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
+    """How often images of each class are taken for each other class.
+
+    tables: label -> names of the N classes, and numbers of images [true class, class taken for]. One panel each.
+    """
+    side = max(len(names) for names, _ in tables.values())
+    figure = Figure(figsize=((3.2 + 0.45 * side) * len(tables), 1.2 + 0.45 * side), layout="constrained")
+    axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    for panel, (label, (names, counts)) in zip(axes, tables.items(), strict=True):
+        asked = counts.sum(axis=1, keepdims=True)
+        shares = counts / np.maximum(asked, 1)
+        panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for true, guess in np.argwhere(counts):
+            colour = "white" if shares[true, guess] > 0.5 else "black"
+            panel.text(guess, true, f"{counts[true, guess]:,}", ha="center", va="center", color=colour)
+        letters = _letters(names)
+        ends = [name if len(name) <= 30 else f"…{name[-29:]}" for name in map(printable, names)]
+        panel.set_xticks(range(len(names)), letters)
+        panel.set_yticks(range(len(names)), [f"{end}  {letter}" for end, letter in zip(ends, letters, strict=True)])
+        panel.tick_params(length=0)
+        panel.grid(visible=False)
+        panel.spines[:].set_visible(False)
+        panel.set_xlabel("taken for")
+        panel.set_title(f"{label}\n{np.trace(counts):,} of {counts.sum():,} right")
     return figure
 
 
@@ -190,32 +291,50 @@ def _log_scale(panel):
     panel.yaxis.set_minor_locator(NullLocator())
 
 
-def pixels(figure: Figure) -> np.ndarray:
+def _accuracy_scale(panel):
+    """Wide near 100 %, as a log scale of the distance to it; as it is where all accuracies are below 90 %."""
+    low, high = panel.get_ylim()
+    if high < 90:
+        return
+
+    def forward(percent):
+        return -np.log10(np.maximum(100.5 - percent, 0.1))
+
+    panel.set_yscale("function", functions=(forward, lambda place: 100.5 - 10**-place))
+    panel.yaxis.set_major_locator(FixedLocator([0, 20, 50, 80, 90, 95, 98, 99, 99.5, 100]))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.set_ylim(max(low, 0), 100.1)
+
+
+def pixels(figure: Figure, dpi: int = SCREEN) -> np.ndarray:
     """The figure, uint8 [height, width, 3]."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
+    figure.savefig(drawn, format="png", dpi=dpi)
     return np.asarray(Image.open(drawn).convert("RGB"))
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = SCREEN) -> bytes:
     """The figure as a PNG file, of 64 colours: a third of the size."""
     small = io.BytesIO()
-    Image.fromarray(pixels(figure)).quantize(64).save(small, format="png", optimize=True)
+    drawn = Image.fromarray(pixels(figure, dpi)).quantize(64)
+    drawn.save(small, format="png", optimize=True, dpi=(dpi, dpi))
     return small.getvalue()
 
 
 @matplotlib.rc_context(STYLE)
-def save(figure: Figure, output: Path) -> None:
-    """Writes <output>.png and <output>.svg. Raises InputError where they cannot be written."""
+def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
+    """Writes <output>.png, of so many pixels an inch, .svg and .pdf. Raises InputError where they cannot be written."""
     if not output.name:
-        raise InputError(f"--output={output} is a folder: name the files in it, without .png and .svg")
+        raise InputError(f"--output={output} is a folder: name the files in it, without .png and the like")
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output.with_name(output.name + ".png"), lambda file: file.write(png(figure)))
-        write_whole(
-            output.with_name(output.name + ".svg"),
-            lambda file: figure.savefig(file, format="svg", metadata={"Date": None}),
-        )
+        write_whole(output.with_name(output.name + ".png"), lambda file: file.write(png(figure, dpi)))
+        for ending, date in (("svg", "Date"), ("pdf", "CreationDate")):
+            write_whole(
+                output.with_name(f"{output.name}.{ending}"),
+                lambda file, ending=ending, date=date: figure.savefig(file, format=ending, metadata={date: None}),
+            )
 
 
 def trained(folder: Path, update_lr: float | None = None) -> MAML:
@@ -231,6 +350,63 @@ def trained(folder: Path, update_lr: float | None = None) -> MAML:
     run = runs.Run(folder)
     run.restore(maml, run.checkpoint())
     return maml
+
+
+def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) -> tuple[list[str], Tasks, np.ndarray]:
+    """Draws a test task of a run's data set, and lets the run's model answer it, by the protocol of the paper's tests.
+
+    Args: the run folder; K; the number of the task; where the data set lies, None: where training has it.
+    Returns the names of the classes; the task, its images as they look; the probabilities of its query images.
+    """
+    model = predict.load(folder, normalise_with="batch")
+    images = model.recipe.dataset.images
+    images = images._replace(any_size=images.any_size or model.recipe.image_size is not None)  # as in training
+    if not (data_path or images.folder):
+        raise InputError(f"{folder} does not say where its images lie: name their folder with --data_path")
+    lies_in = data_path or ROOT / images.folder
+    data = ImageTasks.from_folder(images, lies_in, ("test",), model.recipe.way, shot, QUERIES)
+    task = Tasks(*(part[0] for part in data.draw(0, "test", number, 1)))
+    weights = model.maml.adapt(model.maml.weights, task, model.updates)[-1]
+    probabilities = tf.nn.softmax(model.maml.network.apply(weights, task.query_x)).numpy()
+    task = data.colours(task)
+    if images.invert:
+        task = task._replace(support_x=1 - task.support_x, query_x=1 - task.query_x)
+    return data.names(0, "test", number), task, probabilities
+
+
+def confusions(path: Path) -> tuple[list[str], np.ndarray]:
+    """Counts what predict.py took the images of each class for.
+
+    Args: what predict.py --csv wrote, where every image lies in a folder of its class' name.
+    Returns the names of the classes, and the numbers of images, [true class, class taken for].
+    """
+    way_out = "name what predict.py --csv=FILE wrote"
+    try:
+        text = read_regular(path, MOST_CSV).decode(errors="surrogateescape")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}): {way_out}") from None
+    try:
+        header, *rows = csv.reader(io.StringIO(text), strict=True)
+    except (ValueError, csv.Error):
+        header, rows = [], []
+    classes = header[3:]
+    if header[:3] != ["image", "class", "probability"] or not all(
+        len(row) == len(header) and row[1] in classes for row in rows
+    ):
+        raise InputError(f"{path} is no table of answers: {way_out}")
+    if len(classes) > MOST_CLASSES:
+        raise InputError(f"{path} has {len(classes):,} classes, of {MOST_CLASSES} at most a figure can be drawn")
+    counts = np.zeros((len(classes), len(classes)), int)
+    for image, guess, *_ in rows:
+        parent = "/" + Path(image).parent.as_posix()
+        true = [name for name in classes if parent.endswith("/" + name)]
+        if not true:
+            raise InputError(
+                f"image {image} in {path} lies in no folder of its class' name ({', '.join(classes)}): ask predict.py "
+                "for folders that are named as those of LABELLED"
+            )
+        counts[classes.index(max(true, key=len)), classes.index(guess)] += 1
+    return classes, counts
 
 
 def _flags(folder):
@@ -252,38 +428,71 @@ def main() -> None:
     figures = parser.add_subparsers(dest="figure", required=True)
     for name, help in (
         ("sinusoid", "fits of sinusoid models before and after updates (paper, figure 2)"),
-        ("updates", "error or accuracy after each update (paper, figure 3), of results/*.json or a run's results.json"),
+        (
+            "updates",
+            "error or accuracy after each update (paper, figure 3), of results/*.json or a run's results.json; the "
+            "paper's accuracy beside that of results/*.json, a dashed line with its 95 %% interval",
+        ),
         ("training", "training curves of run folders"),
+        (
+            "task",
+            "a test task of images: its support images, and what the model of a run folder takes its query images for, "
+            "by the protocol of the paper's tests; it needs the run's data set",
+        ),
+        (
+            "confusion",
+            "how often images of each class are taken for another, of the table of predict.py --csv; the images that "
+            "predict.py was asked lie in folders with the same names as those of the labelled images",
+        ),
     ):
         one = figures.add_parser(name, help=help, description=help)
         one.add_argument("what", nargs="+", type=_labelled, metavar="label=path")
-        one.add_argument("--output", type=Path, required=True, help="path without .png and .svg")
-        if name != "training":
+        one.add_argument("--output", type=Path, required=True, help="path without .png, .svg and .pdf")
+        one.add_argument("--dpi", type=int, default=300, help="pixels an inch of the PNG (300)")
+        if name in ("sinusoid", "updates"):
             one.add_argument("--update_lr", type=float, help="alpha of the updates, where there are several")
         if name == "sinusoid":
             one.add_argument("--shots", type=int, nargs="+", default=[5, 10], help="K of each row of panels (5 10)")
+        if name == "task":
+            one.add_argument("--shots", type=int, nargs=1, default=[1], help="K, support images of each class (1)")
+            one.add_argument("--data_path", type=Path, help="folder of the data set, if not where training has it")
+        if name in ("sinusoid", "task"):
             one.add_argument("--task", type=int, default=0, help="number of the test task (0)")
     args = parser.parse_args()
     what = dict(args.what)
     if len(what) < len(args.what):
         parser.error("two of the labels are the same")
+    if args.figure == "task" and len(what) > 1:
+        parser.error("a figure of a task is of one run folder")
     try:
-        if args.figure == "sinusoid":
-            if not all(shot in recipe.EXAMPLES for shot in args.shots):
-                raise InputError(f"--shots={' '.join(map(str, args.shots))}: each must be {recipe.EXAMPLES}")
-            if args.task not in recipe.SEED:
-                raise InputError(f"--task={args.task} must be {recipe.SEED}")
-            models = {label: trained(folder, args.update_lr) for label, folder in what.items()}
-            tasks = [SinusoidTasks(shot, shot, oracle=True).draw(0, "test", args.task, 1) for shot in args.shots]
-            figure = sinusoid_figure(models, tasks)
-        elif args.figure == "updates":
-            figure = updates_figure({label: _tests(path, args.update_lr) for label, path in what.items()})
-        else:
-            figure = training_figure(what)
-        save(figure, args.output)
+        save(_drawn(args, what), args.output, args.dpi)
     except InputError as error:
         parser.exit(1, f"plot.py: {error}\n")
-    say(f"Written: {args.output}.png and .svg.")
+    say(f"Written: {args.output}.png, .svg and .pdf.")
+
+
+def _drawn(args, what):
+    """The figure that the flags ask for, of label -> path."""
+    if not 10 <= args.dpi <= 1200:
+        raise InputError(f"--dpi={args.dpi} must be 10 or more, and at most 1,200")
+    if args.figure in ("sinusoid", "task"):
+        if not all(shot in recipe.EXAMPLES for shot in args.shots):
+            raise InputError(f"--shots={' '.join(map(str, args.shots))}: each must be {recipe.EXAMPLES}")
+        if args.task not in recipe.SEED:
+            raise InputError(f"--task={args.task} must be {recipe.SEED}")
+    if args.figure == "sinusoid":
+        models = {label: trained(folder, args.update_lr) for label, folder in what.items()}
+        tasks = [SinusoidTasks(shot, shot, oracle=True).draw(0, "test", args.task, 1) for shot in args.shots]
+        return sinusoid_figure(models, tasks)
+    if args.figure == "updates":
+        tests = {label: _tests(path, args.update_lr) for label, path in what.items()}
+        return updates_figure(tests, {label: _papers(path) for label, path in what.items()})
+    if args.figure == "training":
+        return training_figure(what)
+    if args.figure == "confusion":
+        return confusion_figure({label: confusions(path) for label, path in what.items()})
+    ((label, folder),) = what.items()
+    return task_figure(label, *answered_task(folder, *args.shots, args.task, args.data_path))
 
 
 def _tests(path, update_lr):
@@ -302,6 +511,23 @@ def _tests(path, update_lr):
     if not tests:
         raise InputError(f"{path} has no test" + (f" with alpha {update_lr}" if update_lr else ""))
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())
+
+
+def _papers(path):
+    """K -> the paper's accuracy and the half width of its interval, in percent, for the row of results/<row>.json.
+
+    Only for MAML itself: the records of other methods have longer names.
+    """
+    published = runs.read_json(ROOT / "results" / "published.json", list, "take the project's")
+    return {
+        entry["support_examples_a_class_K"]: (entry["results"][-1]["mean"], entry["results"][-1]["ci95"])
+        for entry in published
+        if entry["reported_by"] == "paper"
+        and entry["metric"] == "accuracy in %"
+        and entry["row"] == re.sub(r"(\.seed\d+)?\.json$", "", path.name)
+        and not entry.get("flags")
+        and "ci95" in entry["results"][-1]
+    }
 
 
 def _is_entry(test):

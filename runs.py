@@ -429,7 +429,9 @@ def _by_key(model):
 
     for name, part in model.state.items():
         add(name, part)
-    missed = [variable.name for variable in model.variables if not any(variable is one for one in found.values())]
+    modules = [part for part in model.state.values() if isinstance(part, tf.Module)]
+    tracked = [variable for part in modules for variable in part.variables]
+    missed = [variable.name for variable in tracked if not any(variable is one for one in found.values())]
     if missed:
         raise TypeError(f"these variables are in no part of the state that is read back: {missed}")
     return found

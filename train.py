@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-import augment
 import devices
 from data_generator import ImageTasks, SinusoidTasks
 from evaluate import evaluate
@@ -152,10 +151,15 @@ def train(
             accuracy = before_and_after(curve, recipe.inner_steps)[1] if settings.val_split == "val" else -math.inf
             run.validation = run.validation.then(iteration, accuracy, settings.val_tasks)
             if run.validation.best == iteration:
-                picture = _validation_picture(maml, data, settings.eval_seed, recipe.inner_steps)
-                events.picture(iteration, "validation_task", picture)
+                picture(iteration)
             return True
 
+        def picture(iteration: int) -> None:
+            if settings.log:
+                events.picture(iteration, "validation_task", _task_picture(maml, data, settings, recipe.inner_steps))
+
+        if images and start == 0:
+            picture(0)  # before any step
         if missed and validate(start - 1):
             save()  # with what validation has found
             missed = False
@@ -191,8 +195,10 @@ def train(
                 when = f"after iteration {saved - 1}, saved in {prefix}"
             tell(f"Stopped by {stop.reason} {when}. The same command goes on from there.")
             return False
-        if settings.log and last_picture and (picture := last_picture(maml)) is not None:
-            events.picture(total - 1, "test_task", picture)
+        if images and run.validation.best != total - 1:
+            picture(total - 1)
+        if settings.log and last_picture and (pixels := last_picture(maml)) is not None:
+            events.picture(total - 1, "test_task", pixels)
     say(f"Done: {total} iterations, the last saved in {prefix}.")
     if (best := run.validation).best >= 0:
         print(f"Best on validation: model{best.best}, accuracy {best.accuracy:.6g} on {best.tasks} tasks.")
@@ -344,12 +350,9 @@ def tell(line: str) -> None:
         say(line)
 
 
-def _validation_picture(maml, data, seed, updates):
+def _task_picture(maml, data, settings, updates):
     """The first validation task, and what its query images are taken for after so many updates."""
-    task = Tasks(*(part[0] for part in data.draw(seed, "val", 0, 1)))
+    drawn = settings.eval_seed, settings.val_split, 0
+    task = Tasks(*(part[0] for part in data.draw(*drawn, 1)))
     adapted = maml.adapt(maml.weights, task, updates)[-1]
-    scores = maml.network.apply(adapted, task.query_x).numpy()
-    if data.images.augment:
-        shown = (np.clip(augment.colours(x), 0, 1) for x in (task.support_x, task.query_x))
-        task = Tasks(next(shown), task.support_y, next(shown), task.query_y)
-    return task_picture(task, scores)
+    return task_picture(data.colours(task), data.names(*drawn), maml.network.apply(adapted, task.query_x).numpy())

@@ -3,7 +3,7 @@
     python experiments/publish.py <run folder> [--iteration 59999] [--to logs/published]
 
 The copy is tested as any run, e.g. with --train=False --test_set=True --logdir=logs/published/. Of the events stay the
-curves, every 1,000 iterations, the flags, the layout of the charts and the last pictures.
+curves, every 1,000 iterations, the flags, the layout of the charts, the last pictures and the number of the test.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import runs
 from utils import InputError, say, writing
 
 EVENT_INTERVAL = 1000
+EVENTS = "events.out.tfevents.0.published"
 
 
 def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
@@ -43,7 +44,9 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
         for name in ("flags.json", "results.json"):
             shutil.copyfile(folder / name, copy / name)
         write_weights(maml, copy / prefix.name)
-        write_events(folder, copy / "events.out.tfevents.0.published")
+        write_events(folder, copy)
+        if (folder / events.TEST_FOLDER).is_dir():
+            write_events(folder / events.TEST_FOLDER, copy / events.TEST_FOLDER)
     return copy
 
 
@@ -68,10 +71,10 @@ def write_weights(maml, prefix: Path) -> None:
             left.unlink()
 
 
-def write_events(folder: Path, path: Path) -> None:
-    """The metatrain_ and metaval_ events of every 1,000th iteration, and all others, in one file.
+def write_events(folder: Path, copy: Path) -> None:
+    """The metatrain_ and metaval_ events of every 1,000th iteration, and of all others the last of each tag, in a file.
 
-    The others are the flags, the layout of the charts, and pictures; of those of one tag the last.
+    The others are the flags, the layout of the charts, pictures, and the number of a test.
     """
     kept, others = [], {}
     for event, record in events.read_all(folder):
@@ -83,7 +86,8 @@ def write_events(folder: Path, path: Path) -> None:
             found = (event.step, event.wall_time, record)
             others[tags] = max(found, others.get(tags, found))
     kept += others.values()
-    with tf.io.TFRecordWriter(str(path)) as writer:
+    copy.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(copy / EVENTS)) as writer:
         for _, _, record in sorted(kept):
             writer.write(record)
 

@@ -98,6 +98,7 @@ MMFEWSHOT = [
     for network in ("conv4", "resnet12")
 ]
 SUMMARY = [Row("Sinusoid 10-shot, error after 1 / 5 / 10 updates", "MAML", "sinusoid_maml", 10, 0.001), *IMAGES]
+RETURNS = {"point": "2D navigation", "cheetah_direction": "Half-cheetah, direction"}  # rl/; by updates 0 to 3
 SPEED = {
     "sinusoid_10shot": "sinusoid 10-shot",
     "omniglot_5way": "Omniglot 5-way 1-shot",
@@ -237,9 +238,31 @@ def summary(results: Path) -> str:
             if theirs := _theirs(row, results, protocol):
                 mine = "<br>".join(_reported(test) for _, test in tests)
                 lines.append(f"| {name} | {theirs} | {mine} | {protocol} |")
+    lines += returns(results)
     if missing:
         lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines)
+
+
+def returns(results: Path) -> list[str]:
+    """Reinforcement learning by MAML: the authors' returns beside ours; docs/rl.md has the other policies."""
+    lines = []
+    for environment, title in RETURNS.items():
+        records = [json.loads(path.read_text()) for path in sorted(results.glob(f"rl_{environment}_maml*.json"))]
+        if not records:
+            continue
+        theirs = json.loads((results / "rl_authors.json").read_text())[environment]["maml"]
+        mine = [
+            _returned(*zip(*((one["mean"], one["ci95"]) for one in record["results"]), strict=True))
+            for record in records
+        ]
+        name = f"{title}, return after 0 / 1 / 2 / 3 updates"
+        lines.append(f"| {name} | {_returned(theirs['mean'], theirs['ci95'])} | {'<br>'.join(mine)} | |")
+    return lines
+
+
+def _returned(means, halves):
+    return " +- ".join(" / ".join(f"{number:.1f}" for number in numbers[:4]) for numbers in (means, halves))
 
 
 def _theirs(row, results, protocol=""):

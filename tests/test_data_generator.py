@@ -290,6 +290,23 @@ def test_omniglot_pixels_are_those_of_the_files(omniglot_like):
         assert_drawn_from(tasks, 5, OMNIGLOT, folders)
 
 
+@pytest.mark.parametrize("images", [OMNIGLOT, OMNIGLOT._replace(rotations=False)], ids=["turned", "upright"])
+def test_the_names_of_a_tasks_classes(omniglot_like, images):
+    source = ImageTasks.from_folder(images, omniglot_like, ("test",), 5, 1, 1)
+    angles = set()
+    for number in range(7, 12):
+        (support,) = source.draw(3, "test", number, 1).support_x
+        (label,) = source.draw(3, "test", number, 1).support_y.argmax(2)
+        names = source.names(3, "test", number)
+        for x, name in zip(support, np.array(names)[label], strict=True):
+            name, _, angle = name.partition(", ")
+            pixels = [np.asarray(Image.open(file).convert("L")) for file in (omniglot_like / name).iterdir()]
+            quarter = int(angle.removesuffix("°") or 0) // 90
+            assert any(np.array_equal(np.rot90(1 - file / 255, quarter), x[..., 0]) for file in pixels)
+            angles.add(angle)
+    assert angles == ({"", "90°", "180°", "270°"} if images.rotations else {""})
+
+
 def test_miniimagenet_pixels_are_those_of_the_files(miniimagenet_like):
     source = ImageTasks.from_folder(MINIIMAGENET, miniimagenet_like, ("train", "test"), 5, 1, 4)
     for split in ("train", "test"):

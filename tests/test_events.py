@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from events import MOST_SIDE, RIGHT, WRONG, Events, task_picture
+from events import GAP, LETTERS, MOST_SIDE, RIGHT, WHITE, WRONG, Events, task_picture
 from utils import Tasks
 
 
@@ -79,16 +79,38 @@ def last_record(path: Path) -> bytes:
 def test_the_picture_of_a_task():
     """Two grey classes of 42x42 images, 1-shot: one query image recognised, the other taken for the first class."""
     support, query = (np.full((2, 42, 42, 1), [[[[0.2]]], [[[0.8]]]]) + shift for shift in (0, 0.1))
-    labels = np.eye(2)
-    picture = task_picture(Tasks(support, labels, query, labels), scores=np.array([[1, 0], [0.7, 0.3]]))
-    side = MOST_SIDE + 4  # with its frame
-    assert picture.shape == (2 * side, 4 * side, 3)
-    tiles = picture.reshape(2, side, 4, side, 3).swapaxes(1, 2)
-    colours = [[tuple(int(x) for x in tile[side // 2, side // 2]) for tile in row] for row in tiles]
-    white = (255,) * 3
+    labels, names = np.eye(2), ["a\udcff", "b" * 500]  # the first is what a name that is no text becomes
+    task = Tasks(support, labels, query, labels)
+    picture = task_picture(task, names, scores=np.array([[1, 0], [0.7, 0.3]]))
+    side, line = MOST_SIDE + 4, 2 * LETTERS  # a tile with its frame; a line of text
+    height, width, _ = picture.shape
+    assert height == line + 2 * (line + side)
+    tops, lefts = [2 * line, 3 * line + side], [0, side + GAP, 2 * side + GAP]
+    assert lefts[-1] + side <= width < lefts[-1] + 2 * side  # as wide as the images or the legend, not as the name
+    colours = [[tuple(map(int, picture[y + side // 2, x + side // 2])) for x in lefts] for y in tops]
     assert colours == [
-        [(51,) * 3, white, (77,) * 3, (230,) * 3],  # class 0: its support image; the query images taken for it
-        [(204,) * 3, white, white, white],
+        [(51,) * 3, (77,) * 3, (230,) * 3],  # class 0: its support image; the query images taken for it
+        [(204,) * 3, WHITE, WHITE],
     ]
-    assert tuple(tiles[0, 2, 0, 0]) == RIGHT
-    assert tuple(tiles[0, 3, 0, 0]) == WRONG
+    assert tuple(picture[tops[0], lefts[1]]) == RIGHT
+    assert tuple(picture[tops[0], lefts[2]]) == WRONG
+    assert {RIGHT, WRONG} <= {tuple(map(int, colour)) for colour in picture[:line].reshape(-1, 3)}  # the legend
+    for top in tops:
+        assert (picture[top - line : top] < 128).any()  # a name
+    other = task_picture(task, ["another", names[1]], scores=np.array([[1, 0], [0.7, 0.3]]))
+    changed = np.argwhere((picture != other).any((1, 2)))
+    assert line <= changed.min() <= changed.max() < 2 * line
+
+
+def test_the_first_picture_stays_where_a_validation_is_made_again(tmp_path):
+    """A run whose first validation was cut short: the picture of iteration 0 is no part of that."""
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    with Events(tmp_path, 0) as events:
+        for step in (0, 500):
+            events.picture(step, "validation_task", pixels)
+    with Events(tmp_path, 501, validated=-1):
+        pass
+    found = [
+        event.step for path in tmp_path.iterdir() for event in EventFileLoader(str(path)).Load() if event.summary.value
+    ]
+    assert found == [0]

@@ -11,6 +11,7 @@ import sys
 import unittest.mock
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 from absl.testing import flagsaver
@@ -401,6 +402,41 @@ def test_published_model_tests_as_the_run(tmp_path):
     assert {"flags", "_hparams_/session_start_info", "custom_scalars__config__", "test_task"} <= {
         tag for tag, _ in points
     }
+    (tested,) = json.loads((copy / "results.json").read_text())
+    assert numbers_of_the_test(copy) == {"loss": pytest.approx(tested["results"][10]["mean"])}
+
+
+def numbers_of_the_test(folder: Path) -> dict[str, float]:
+    events = EventFileLoader(str(folder / "test" / "events.out.tfevents.0.published")).Load()
+    return {value.tag: tf.make_ndarray(value.tensor).item() for event in events for value in event.summary.value}
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in PUBLISHED], ids=lambda folder: folder.name)
+def test_published_runs_have_all_that_tensorboard_shows(folder):
+    events = EventFileLoader(str(folder / "events.out.tfevents.0.published")).Load()
+    values = {value.tag: value for event in events for value in event.summary.value}
+    assert {
+        "flags",
+        "_hparams_/session_start_info",
+        "_hparams_/experiment",
+        "custom_scalars__config__",
+    } <= values.keys()
+    flags = json.loads((folder / "flags.json").read_text())
+    shown = tf.make_ndarray(values["flags"].tensor).item().decode()
+    assert all(f"| --{name} | {value} |" in shown for name, value in flags.items())
+    picture = "test_task" if flags["datasource"] == "sinusoid" else "validation_task"
+    assert tf.io.decode_png(values[picture].tensor.string_val[2]).shape[2] == 3
+    ((metric, number),) = numbers_of_the_test(folder).items()
+    assert metric == ("loss" if flags["datasource"] == "sinusoid" else "accuracy")
+    found = [
+        column["mean"]
+        for entry in json.loads((folder / "results.json").read_text())
+        for column in entry["results"]
+        if entry["support_examples_a_class_K"] == flags["update_batch_size"]
+        and entry["inner_step_size_alpha"] == flags["update_lr"]
+        and column["updates"] == (10 if metric == "loss" else 3)
+    ]
+    assert number == pytest.approx(*found)
 
 
 @pytest.fixture(scope="module")
@@ -435,3 +471,24 @@ def test_published_models_give_their_results_again(flags, tmp_path, request):
     for again, entry in zip(json.loads((tmp_path / "results.json").read_text()), entries, strict=True):
         for column, published in zip(again["results"], entry["results"], strict=True):
             assert column["mean"] == pytest.approx(published["mean"], rel=1e-3)
+
+
+def test_the_half_for_machines_without_tensorflow_does_not_import_it():
+    """`gpu.py run` is for a machine with a GPU that has JAX alone."""
+    code = "import sys; sys.modules['tensorflow'] = None; sys.path.insert(0, 'benchmarks'); import gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_gpu_draws_the_tasks_again_that_it_exported(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import forms
+    import gpu
+
+    for way, shot, query, channels in ((5, 1, 1, 1), (5, 5, 15, 3)):
+        batch = forms.random_images((8, 9), channels, 3, way, shot, query)
+        problem = forms.Problem({"w": np.ones(2)}, [batch], 0.4, 1, 0.001, None, shot, max_pool=True, mean_head=False)
+        header = problem._replace(weights=None, batches=None)._asdict() | {"shapes": [part.shape for part in batch]}
+        again, _ = gpu.problem_of({"header": np.array(json.dumps(header)), "weights/w": np.ones(2)})
+        assert again[2:] == problem[2:] and list(again.weights) == ["w"]
+        for one, other in zip(again.batches[0], batch, strict=True):
+            np.testing.assert_array_equal(one, other)

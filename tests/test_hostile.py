@@ -499,7 +499,7 @@ def test_a_strangers_flags_fill_no_memory(tmp_path, monkeypatch):
 def test_every_published_command_fits_a_small_machine(monkeypatch):
     """The estimate is from below, so that nothing is refused that would work."""
     monkeypatch.setattr(devices, "memory", lambda: 4 * 2**30)
-    for script in (ROOT / "experiments").glob("*.sh"):
+    for script in set((ROOT / "experiments").glob("*.sh")) - set((ROOT / "experiments").glob("rl_*.sh")):
         training = script.read_text().replace("\\\n", " ").split(" -- ")[0]
         flags = [word for word in training.split() if re.fullmatch(r"--\w+=?\S*", word)]
         recipe.check_training(main.recipe_of(main.parsed(flags)), 4)
@@ -749,8 +749,7 @@ def test_plot_with_wrong_flags(tmp_path):
     ids=str,
 )
 def test_plot_of_a_strangers_flags(flags, message, tmp_path):
-    for path in SINUSOID.iterdir():
-        shutil.copy(path, tmp_path)
+    shutil.copytree(SINUSOID, tmp_path, dirs_exist_ok=True)
     flags = json.loads((tmp_path / "flags.json").read_text()) | flags
     (tmp_path / "flags.json").write_text(json.dumps(flags))
     assert message in plot_refusal("training", f"theirs={tmp_path}", f"--output={tmp_path / 'figure'}")

@@ -409,10 +409,10 @@ def test_the_events_of_an_image_run(omniglot_run):
     # 5-way 1-shot: the sum over 5 support, or 5 query, examples.
     for tag in ("metaval_Pre-update_{}", "metaval_Post-update_{}__step_1"):
         assert found[tag.format("mean_loss")][0][1] == pytest.approx(found[tag.format("loss")][0][1] / 5)
-    ((step, picture),) = events(omniglot_run.folder, "images")["validation_task"]
-    assert step == 500
-    pixels = tf.io.decode_png(picture[2])
-    assert pixels.shape[0] == 5 * 88  # a row for each class
+    pictures = events(omniglot_run.folder, "images")["validation_task"]
+    assert [step for step, _ in pictures] == [0, 500, 509]  # the first and last iteration, and the best validation
+    for _, picture in pictures:
+        assert tf.io.decode_png(picture[2]).shape[0] > 5 * 88  # a row for each class
 
 
 def test_tensorboards_pages_at_a_glance(omniglot_run, sinusoid_run, few_test_tasks, tmp_path):
@@ -438,6 +438,14 @@ def test_tensorboards_pages_at_a_glance(omniglot_run, sinusoid_run, few_test_tas
             context.SummaryMetadata(copy.name, "_hparams_/session_start_info").plugin_data.content
         )
         assert sessions.session_start_info.group_name == copy.name
+        plugin = context.SummaryMetadata(copy.name, "_hparams_/experiment").plugin_data
+        columns = PluginData.FromString(plugin.content).experiment
+        runs_own = {tag for tag in tags if tag != "loss"} | {metric}
+        named = [info.display_name for info in columns.metric_infos if info.name.tag in runs_own]
+        accuracies = ["test accuracy", "validation accuracy", "training accuracy"]
+        assert named == ([*accuracies, "training loss"] if curves == 4 else ["test loss (sinusoid)", "training loss"])
+        first = {info.name for info in columns.hparam_infos if info.differs}
+        assert first == {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}
 
 
 def test_the_norm_of_the_meta_gradient(uninterrupted):
@@ -903,7 +911,7 @@ def test_stop_in_a_validation(omniglot_run, monkeypatch, tmp_path):
     drawn = []
 
     def draw(data, seed, split, first, count, draw=ImageTasks.draw):
-        if split == "val":
+        if split == "val" and count > 1:  # of one task pictures are drawn
             drawn.append(first)
             if len(drawn) == 1:
                 signal.raise_signal(signal.SIGTERM)

@@ -18,6 +18,7 @@ from utils import InputError
 
 ROOT = Path(plot.__file__).parent
 RUN = ROOT / "logs" / "published" / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm"
+OMNIGLOT = ROOT / "logs" / "published" / "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm"
 BASELINE = ROOT / "logs" / "published" / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.pretrain"
 
 
@@ -110,6 +111,96 @@ def test_accuracies_are_shown_in_percent():
     np.testing.assert_allclose(lines(panel)["conv"][1], [20, 95])
 
 
+def test_the_papers_accuracy_is_a_line_with_a_band(tmp_path, monkeypatch):
+    """Of the row that a file of results/ is named by, for each K that the paper has, whatever the seed."""
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, *_: drawn.append(figure))
+    results = json.loads((ROOT / "results" / "omniglot_5way_1shot.json").read_text())
+    path = tmp_path / "omniglot_5way_1shot.seed1.json"
+    path.write_text(json.dumps(results))
+    command(monkeypatch, "updates", f"conv={path}", "--output", "figure")
+    for panel, mean, ci95 in zip(drawn[0].axes, (98.7, 99.9), (0.4, 0.1), strict=True):
+        (line,) = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
+        np.testing.assert_allclose(line.get_ydata(), [mean, mean])
+        np.testing.assert_allclose([band.get_y() for band in panel.patches], [mean - ci95])
+        np.testing.assert_allclose([band.get_height() for band in panel.patches], [2 * ci95])
+    (path := tmp_path / "mine.json").write_text(json.dumps(results))
+    command(monkeypatch, "updates", f"conv={path}", "--output", "figure")
+    assert all(line.get_linestyle() == "-" for panel in drawn[1].axes for line in panel.get_lines())
+
+
+def test_accuracies_near_100_percent_are_told_apart():
+    """From 95 to 100 % is a third of the axis or more, and all lies on it; accuracies far below are as they are."""
+    metric = "accuracy (share of query examples, 0 to 1)"
+    (panel,) = plot.updates_figure({"conv": [entry(1, metric, [0.2, 0.95, 1.0])]}).axes
+
+    def height(percent):
+        return panel.transData.transform((0, percent))[1]
+
+    assert height(100) - height(95) > 0.33 * panel.bbox.height
+    assert panel.bbox.y0 <= height(20) < height(50) < height(90) < height(99.5) < height(100) <= panel.bbox.y1
+    (panel,) = plot.updates_figure({"conv": [entry(1, metric, [0.2, 0.48])]}).axes
+    assert height(30) - height(20) == pytest.approx(height(48) - height(38))
+
+
+def test_the_figure_of_a_task(omniglot_like, monkeypatch):
+    """The published model on generated characters, a drawing of each labelled: images as they look, and its answers."""
+    names, task, probabilities = plot.answered_task(OMNIGLOT, 2, 1, omniglot_like)
+    assert len(names) == 5 and task.support_x.shape == (10, 28, 28, 1) and probabilities.shape == (25, 5)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    assert np.mean(task.query_x) > 0.5  # ink is dark
+    true = task.query_y.argmax(1)
+    assert np.mean(probabilities.argmax(1) == true) > 0.8
+    probabilities[np.argmax(true == 1)] = [0, 0, 0.75, 0.25, 0]
+    figure = plot.task_figure("Characters", names, task, probabilities)
+    shown = [[panel for panel in figure.axes[8 * row : 8 * row + 8] if panel.images] for row in range(5)]
+    assert [len(row) for row in shown] == [7] * 5  # 2 + 5, and a gap
+    for label, row in enumerate(shown):
+        assert row[0].get_ylabel() == "\n".join(["ABCDE"[label], *names[label].split("/")])
+        of_class = np.concatenate([task.support_x[task.support_y.argmax(1) == label], task.query_x[true == label]])
+        np.testing.assert_array_equal([panel.images[0].get_array() for panel in row], of_class[..., 0])
+        for panel, found in zip(row[2:], probabilities[true == label], strict=True):
+            right = found.argmax() == label
+            assert panel.get_xlabel() == f"{'ABCDE'[found.argmax()]}, {100 * found.max():.0f} %"
+            assert panel.xaxis.label.get_color() == (plot.GREEN if right else plot.ORANGE)
+    assert shown[1][2].get_xlabel() == "C, 75 %"
+
+
+def answers(path: Path, rows: list[str], classes: str = "a,b") -> Path:
+    path.write_text("\n".join([f"image,class,probability,{classes}", *rows]) + "\n")
+    return path
+
+
+def test_confusions_are_counted(tmp_path):
+    """The class is the folder of the image, however deep; one class' name may be the end of another's."""
+    rows = ["u/b/1.png,b", "u/b/2.png,x/b", "u/x/b/1.png,x/b", "/u/x/b/2.png,x/b", "u/x/b/3.png,b"]
+    path = answers(tmp_path / "answers.csv", [f"{row},1,1,0" for row in rows], "b,x/b")
+    names, counts = plot.confusions(path)
+    assert names == ["b", "x/b"]
+    np.testing.assert_array_equal(counts, [[1, 1], [1, 2]])
+    (panel,) = plot.confusion_figure({"Letters": (names, counts)}).axes
+    assert panel.get_title() == "Letters\n3 of 5 right"
+    cells = {tuple(map(int, text.get_position())): text.get_text() for text in panel.texts}
+    assert cells == {(0, 0): "1", (1, 0): "1", (0, 1): "1", (1, 1): "2"}
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["b  A", "x/b  B"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "message"),
+    [
+        (["1.png,a,1,1,0"], "a,b", "image 1.png in .* lies in no folder of its class' name \\(a, b\\): ask predict.py"),
+        (["u/ba/1.png,a,1,1,0"], "a,b", "lies in no folder of its class' name"),
+        (["a/1.png,c,1,1,0"], "a,b", "is no table of answers: name what predict.py"),
+        (["a/1.png,a,1"], "a,b", "is no table of answers"),
+        (['"a'], "a,b", "is no table of answers"),
+        ([], ",".join(map(str, range(51))), "has 51 classes, of 50 at most"),
+    ],
+)
+def test_a_table_that_is_none_of_predict(rows, classes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        plot.confusions(answers(tmp_path / "answers.csv", rows, classes))
+
+
 def test_scalars_of_a_run_that_was_resumed(tmp_path):
     """Two event files, the later one first by name, and a tag that is no curve."""
     for name, steps in (("9.first", (0, 100)), ("10.second", (200, 300))):
@@ -140,16 +231,21 @@ def command(monkeypatch, *arguments: object) -> None:
             "--update_lr=0.01",
         ),
         ("training", f"with = in it={RUN}"),
+        ("confusion", "Letters={answers}"),
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_command_writes_png_and_svg(arguments, tmp_path, monkeypatch):
+def test_command_writes_png_svg_and_pdf(arguments, tmp_path, monkeypatch):
+    answers(tmp_path / "answers.csv", ["u/a/1.png,a,0.9,0.9,0.1"])
+    arguments = [argument.format(answers=tmp_path / "answers.csv") for argument in arguments]
     command(monkeypatch, *arguments, "--output", tmp_path / "new folder" / "v1.0")
     written = sorted((tmp_path / "new folder").iterdir())
-    assert [path.name for path in written] == ["v1.0.png", "v1.0.svg"]
-    with Image.open(written[0]) as image:
-        assert image.width > 400
-    assert "</svg>" in written[1].read_text()
+    assert [path.name for path in written] == ["v1.0.pdf", "v1.0.png", "v1.0.svg"]
+    assert written[0].read_bytes().startswith(b"%PDF-")
+    with Image.open(written[1]) as image:
+        assert image.width > 1200
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    assert "</svg>" in written[2].read_text()
 
 
 @pytest.mark.parametrize(
@@ -161,6 +257,15 @@ def test_command_writes_png_and_svg(arguments, tmp_path, monkeypatch):
         (("updates", "MAML=nowhere.json"), "plot.py: no nowhere.json: name a file of results/"),
         (("sinusoid", f"MAML={RUN}/results.json"), "results.json/flags.json is damaged ("),
         (("training", "empty=tests/data"), "no TensorBoard events of training"),
+        (("training", f"MAML={RUN}", "--dpi=5"), "--dpi=5 must be 10 or more, and at most 1,200"),
+        (("task", f"MAML={RUN}"), "is a run of the sinusoid, which has no classes: name a run of images"),
+        (("task", f"Omniglot={OMNIGLOT}", "--data_path=nowhere"), "no data folder nowhere: prepare it as"),
+        (("task", f"Omniglot={OMNIGLOT}", "--shots", "0"), "--shots=0: each must be 1 or more"),
+        (
+            ("confusion", "Letters=nowhere.csv"),
+            "cannot read nowhere.csv (No such file or directory): name what predict.py",
+        ),
+        (("confusion", "Letters=README.md"), "README.md is no table of answers: name what predict.py --csv=FILE wrote"),
     ],
 )
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,8 @@ import tensorflow as tf
 from PIL import Image
 
 import predict
+import recipe
+import runs
 from data_generator import DATASETS, ImageTasks
 from images import Classes, read_image
 from utils import InputError
@@ -251,6 +253,34 @@ def test_images_of_another_size_and_colour(characters, capsys, tmp_path):
     command(capsys, PUBLISHED, tmp_path / "labelled", tmp_path / "unlabelled", f"--csv={tmp_path / 'a.csv'}")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
     assert np.mean([Path(row["image"]).parent.name == row["class"] for row in rows]) > 0.9
+
+
+def test_grey_images_for_a_model_of_colours(characters, tmp_path):
+    """Grey, black and white, and of a palette: as the same images in colour. The model is a new one."""
+    folder = tmp_path / "cls_5.mbs_25.ubs_1.numstep1.updatelr0.01hidden4batchnorm"
+    colours = recipe.Recipe(data_set="cifarfs", inner_lr=0.01, filters=4)
+    run, maml = runs.Run(folder), recipe.build(colours)
+    maml.step.assign(1)
+    with run.locked():
+        run.record(recipe.to_flags(colours))
+        run.save(maml)
+    model, found = predict.load(folder, updates=1), []
+    for mode in ("RGB", "L", "1", "P"):
+        for path in characters.glob("*/*/*"):
+            target = tmp_path / mode / path.relative_to(characters)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).convert(mode).save(target)
+        adapted = _adapted(model, tmp_path / mode)
+        found.append(adapted.predict(sorted((tmp_path / mode / "unlabelled").glob("*/*"))))
+    assert np.shape(found) == (4, 85, 5)
+    for grey in found[1:]:
+        np.testing.assert_array_equal(grey, found[0])
+
+
+def test_a_run_without_a_checkpoint(characters, capsys, tmp_path):
+    shutil.copy(PUBLISHED / "flags.json", tmp_path)
+    line = refusal(capsys, tmp_path, characters / "labelled", characters / "unlabelled")
+    assert f"no checkpoint (model<iteration>.index) in {tmp_path}: train first" in line
 
 
 def test_a_file_name_that_is_no_text(characters, capsys, tmp_path):

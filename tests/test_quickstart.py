@@ -1,11 +1,40 @@
 """The notebook, from top to bottom."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("address", ["", "ssh://somewhere/maml.git"])
+def test_the_notebook_alone(address, tmp_path, monkeypatch):
+    """It asks for the address of the project, and with that it clones and installs."""
+    cells = json.loads((ROOT / "quickstart.ipynb").read_text())["cells"]
+    first = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
+    assert 'ADDRESS = ""  #' in first
+    called = []
+
+    def run(command, check):
+        called.append(command[:2] + command[3:4] if command[0] == "git" else command[1:4])
+        Path("maml").mkdir(exist_ok=True)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
+    first = first.replace('ADDRESS = ""', f"ADDRESS = {address!r}")
+    if address:
+        exec(first)
+        assert called == [["git", "clone", address], ["-m", "pip", "install"]]
+        assert Path.cwd() == tmp_path / "maml" and sys.path[0] == str(tmp_path / "maml")
+    else:
+        with pytest.raises(AssertionError, match="write the address that you clone the project from into ADDRESS"):
+            exec(first)
+        assert not called
 
 
 def test_the_notebook_runs(tmp_path):
