@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import augment
 from images import SPLITS, Classes, Images, load_splits
 from utils import InputError, Tasks
 
@@ -46,13 +47,15 @@ MINIIMAGENET = Dataset(
 
 
 def _photographs(
-    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False
+    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False, kept: int = 128
 ) -> Dataset:
     """Describes square RGB photographs for MiniImagenet's recipe, with the values of its documented commands.
 
-    published: papers report MAML on this data set by the same protocol.
+    published: papers report MAML on this data set by the same protocol. kept: see Images.
     """
-    images = MINIIMAGENET.images._replace(folder=folder, prepare=prepare, size=(size, size), any_size=any_size)
+    images = MINIIMAGENET.images._replace(
+        folder=folder, prepare=prepare, size=(size, size), any_size=any_size, kept=kept
+    )
     defaults = {"meta_batch": 4, "inner_lr": 0.01, "inner_steps": 5, "filters": 32, "max_pool": True}
     paper_updates = MINIIMAGENET.paper_updates if published else {}
     return MINIIMAGENET._replace(defaults=defaults, images=images, paper_updates=paper_updates)
@@ -87,8 +90,8 @@ DATASETS = {
         ),
     ),
     "miniimagenet": MINIIMAGENET,
-    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True),
-    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True),
+    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True, kept=32),
+    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True, kept=32),
     "cub": _photographs("data/cub", "data/cub/prepare.py"),
     "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py"),
     "folder": _photographs(None, "docs/data.md (Your own images)", any_size=True),
@@ -117,36 +120,66 @@ class SinusoidTasks:
         return Tasks(x[:, : self.shot], y[:, : self.shot], x[:, self.shot :], y[:, self.shot :])
 
 
-class ImageTasks:
-    """N-way K-shot classification tasks of images (paper section 5.2)."""
+QUERY_SHARES = ("balanced", "dirichlet")
 
-    def __init__(self, images: Images, classes: dict[str, Classes], way: int, shot: int, query: int):
+
+class ImageTasks:
+    """N-way K-shot classification tasks of images (paper section 5.2).
+
+    A task has N * Q queries. query_shares: "balanced", Q of each class; "dirichlet", as many of each as its share of
+    Dir(2, ..., 2) says, rounded so that the sum fits (Veilleux, Boudiaf, Piantanida, Ben Ayed, NeurIPS 2021).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        classes: dict[str, Classes],
+        way: int,
+        shot: int,
+        query: int,
+        query_shares: str = "balanced",
+    ):
         """Takes the classes of every split that tasks will be drawn from."""
         self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
+        self.query_shares = query_shares
+
+    @property
+    def examples(self) -> int:
+        """Images of one class that a task may have."""
+        return self.shot + self.query * (1 if self.query_shares == "balanced" else self.way)
 
     @classmethod
     def from_folder(
-        cls, images: Images, folder: Path, splits: tuple[str, ...], way: int, shot: int, query: int
+        cls,
+        images: Images,
+        folder: Path,
+        splits: tuple[str, ...],
+        way: int,
+        shot: int,
+        query: int,
+        query_shares: str = "balanced",
     ) -> "ImageTasks":
         """Reads the images of a folder.
 
         Raises InputError where the folder, a split, a class or an image is not as `images` says.
         """
-        classes = load_splits(images, folder, splits)
+        tasks = cls(images, load_splits(images, folder, splits), way, shot, query, query_shares)
         for split in splits:
-            classes[split].check(split, folder, way, shot + query)
-        return cls(images, classes, way, shot, query)
+            tasks.classes[split].check(split, folder, way, tasks.examples)
+        return tasks
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
         """Tasks first .. first + count - 1 of a split's stream, as NumPy arrays.
 
-        T = count, D = [height, width, channels], pixels 0 to 1; O = N.
+        T = count, D = [height, width, channels], pixels 0 to 1, or as augment.py makes them; O = N.
         """
-        pixels, order = self._pixels(seed, split, first, count)
-        x = np.divide(pixels.reshape(count, -1, *pixels.shape[3:]), 255, dtype=np.float32)
+        pixels, labels = self._pixels(seed, split, first, count)
+        x = np.divide(pixels, 255, dtype=np.float32)
         if self.images.invert:
             np.subtract(1, x, out=x)
-        y = np.eye(self.way, dtype=np.float32)[order].reshape(count, -1, self.way)
+        if self.images.augment:
+            x = augment.normalised(x)
+        y = np.eye(self.way, dtype=np.float32)[labels]
         support = self.way * self.shot
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
@@ -158,31 +191,64 @@ class ImageTasks:
 
     def _chosen(self, seed, split, first, count):
         """The classes of tasks [T, N], their quarter turns counterclockwise [T, N], and the random words left."""
-        way, examples = self.way, self.shot + self.query
-        words = _words(seed, split, first, count, per_task=2 * way + 2 * way * examples)
+        way = self.way
+        words = _words(seed, split, first, count, per_task=sum(self._words_needed(split)))
         sizes = np.full(count, len(self.classes[split].starts))
         return _without_replacement(words[:, :way], sizes), words[:, way : 2 * way] % 4, words[:, 2 * way :]
 
-    def _pixels(self, seed, split, first, count):
-        """uint8 [T, K + Q, N, height, width, channels] and each image's label [T, K + Q, N].
+    def _words_needed(self, split):
+        """The random words of a task: for its classes, members, orders, the shares of its queries, and its crops."""
+        images = self.way * self.examples
+        shares = 0 if self.query_shares == "balanced" else 2 * self.way
+        crops = augment.WORDS * images if self.images.augment and split == "train" else 0
+        return 2 * self.way, images, images, shares, crops
 
-        Example e of every class, the classes in a new order for each e; the first K examples are the support set.
+    def colours(self, task: Tasks) -> Tasks:
+        """Gives a task with colours of 0 to 1, which its images have unless they are augmented."""
+        if not self.images.augment:
+            return task
+        x = (np.clip(augment.colours(part), 0, 1) for part in (task.support_x, task.query_x))
+        return task._replace(support_x=next(x), query_x=next(x))
+
+    def _pixels(self, seed, split, first, count):
+        """uint8 [T, N * (K + Q), height, width, channels] and each image's label [T, N * (K + Q)].
+
+        Example e of every class, the classes in a new order for each e; the first K examples are the support set. Where
+        the classes have queries of different numbers, the examples beyond a class's own are left out.
         """
-        classes, way, examples = self.classes[split], self.way, self.shot + self.query
+        classes, way, examples = self.classes[split], self.way, self.examples
         chosen, turned, words = self._chosen(seed, split, first, count)
-        members, orders = np.split(words.reshape(count, 2, way * examples), 2, axis=1)
+        members, orders, shares, crops = np.split(words, np.cumsum(self._words_needed(split)[1:-1]), axis=1)
 
         members = members.reshape(-1, examples)
         members = _without_replacement(members, classes.counts[chosen].ravel()).reshape(count, way, examples)
         ids = (classes.starts[chosen][..., None] + members).transpose(0, 2, 1)  # [T, K + Q, N]
         order = _without_replacement(orders.reshape(-1, way), np.full(count * examples, way)).reshape(ids.shape)
 
-        pixels = classes.pixels[np.take_along_axis(ids, order, 2)]
+        ids = np.take_along_axis(ids, order, 2)
+        quarters = np.take_along_axis(turned[:, None], order, 2)
+        if shares.size:
+            own = self.shot + _query_counts(shares, way * self.query)  # [T, N], examples of each class
+            used = np.arange(examples)[:, None] < np.take_along_axis(own[:, None], order, 2)
+            ids, quarters, order = ids[used], quarters[used], order[used]
+        ids, quarters, order = (part.reshape(count, -1) for part in (ids, quarters, order))
+
+        if self.images.augment:
+            return self._crops(classes, ids, crops), order
+        pixels = classes.pixels[ids]
         if self.images.rotations:
-            quarters = np.take_along_axis(turned[:, None], order, 2)
             for quarter in (1, 2, 3):
                 pixels[quarters == quarter] = np.rot90(pixels[quarters == quarter], quarter, axes=(1, 2))
         return pixels, order
+
+    def _crops(self, classes, ids, words):
+        """The crops of the images ids [T, n], at random where there are words for them."""
+        pixels, aspects, size = classes.pixels[ids.ravel()], classes.aspects[ids.ravel()], self.images.size
+        if words.size:
+            crops = augment.random_crops(pixels, aspects, words.reshape(len(pixels), augment.WORDS), size)
+        else:
+            crops = augment.centre_crops(pixels, aspects, size)
+        return crops.reshape(*ids.shape, *crops.shape[1:])
 
 
 def tasks_from_arrays(
@@ -233,6 +299,20 @@ def _words(seed: int, split: str, first: int, count: int, per_task: int) -> np.n
     blocks = -(-per_task // 4)  # Philox makes four words a counter
     stream = np.random.Philox(key=[seed, SPLITS.index(split)], counter=int(first) * blocks)
     return stream.random_raw(count * blocks * 4).reshape(count, -1)[:, :per_task]
+
+
+def _query_counts(words: np.ndarray, total: int) -> np.ndarray:
+    """Each class's number of queries, [T, N] of sum `total`: shares of Dir(2, ..., 2), and random words [T, 2 N].
+
+    A share is Gamma(2) distributed over the sum of all, and Gamma(2) is the sum of two exponentials. The shares of
+    `total` are rounded down, and those with the largest remainders get one more.
+    """
+    uniform = ((words >> np.uint64(11)) + np.uint64(1)) * 2.0**-53  # (0, 1]
+    gamma = -np.log(uniform).reshape(len(words), -1, 2).sum(2)
+    exact = total * gamma / gamma.sum(1, keepdims=True)
+    counts = np.floor(exact).astype(int)
+    place = (counts - exact).argsort(1, kind="stable").argsort(1)  # 0: the largest remainder
+    return counts + (place < total - counts.sum(1, keepdims=True))
 
 
 def _without_replacement(words: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -38,6 +38,8 @@ class Protocol(NamedTuple):
     tasks: int = 600  # the paper's
     task_seed: int = 0
     query_norm: str = "batch"  # with what a query image is normalised: see MAML.evaluate
+    updates: int = -1  # inner steps; -1: TEST_UPDATES, or as many as in training where those are more
+    query_shares: str = "balanced"  # how the queries are shared among the classes: see ImageTasks
 
     def name(self, recipe: Recipe) -> str:
         """The name of a test's files: the original's, with suffixes for what that leaves out, if not at its default.
@@ -56,7 +58,7 @@ class Protocol(NamedTuple):
             if recipe.data_path:  # runs on two folders of images have one name, and may share a --results_dir
                 name += f"_trained{_folder_suffix(recipe.data_path, letters)}"
         suffixes = {"query": "query", "tasks": "tasks", "task_seed": "evalseed", "query_norm": "querynorm"}
-        for field, suffix in suffixes.items():
+        for field, suffix in (suffixes | {"updates": "updates", "query_shares": "queryshares"}).items():
             if getattr(self, field) != self._field_defaults[field]:
                 name += f"_{suffix}{getattr(self, field)}"
         return name
@@ -120,7 +122,7 @@ def test(
     its training; the protocol; the run's folder; the folder of the results; the processes that do it: the chief alone
     prints and writes.
     """
-    updates = max(recipe.inner_steps, TEST_UPDATES)
+    updates = max(recipe.inner_steps, TEST_UPDATES) if protocol.updates == -1 else protocol.updates
     curve = evaluate(
         maml,
         data,
@@ -142,7 +144,8 @@ def test(
 
     best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
     is_best = iteration == best.best
-    paper = () if protocol.other_data_set not in (None, recipe.data_set) else dataset.paper_updates.get(recipe.way, ())
+    paper = () if protocol.other_data_set not in (None, recipe.data_set) else recipe.paper_updates
+    paper = tuple(update for update in paper if update <= updates)
     entry = {
         "run": run.folder.name,
         "data_set": protocol.other_data_set or recipe.data_set,
@@ -168,6 +171,18 @@ def test(
     }
     if protocol.query_norm != "batch":
         entry["query_normalised_with"] = protocol.query_norm
+    if protocol.query_shares != "balanced":
+        entry["query_shares"] = protocol.query_shares
+    if protocol.updates != -1:
+        entry["updates_at_test"] = protocol.updates
+    if recipe.adapt != "all":
+        entry["adapted"] = recipe.adapt
+    if recipe.learn_inner_lr != "none":
+        entry["step_sizes_learned"] = recipe.learn_inner_lr
+    if recipe.network != "paper":
+        entry["network"] = recipe.network
+    if recipe.loss != "sum_over_shot":
+        entry["loss"] = recipe.loss
     known = {
         "best_on_validation": is_best,
         "validation_accuracy": best.accuracy if is_best else None,
@@ -179,7 +194,8 @@ def test(
     name = protocol.name(recipe)
     write_results(results, name, values, entry, known, paper)
     means, _, ci95 = statistics(values)
-    usual = protocol.split == "test" and protocol.shot == recipe.shot and protocol.query_norm == "batch"
+    usual = protocol.split == "test" and protocol.shot == recipe.shot
+    usual &= (protocol.query_norm, protocol.updates, protocol.query_shares) == ("batch", -1, "balanced")
     logged = any(run.folder.glob("events.out.tfevents.*"))  # else it was trained without TensorBoard's events
     if results == run.folder and logged and usual and not protocol.other_data_set:
         column = paper[-1] if paper else recipe.inner_steps

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import augment
 from utils import InputError, read_regular, remove_leftovers, say, write_whole
 
 ROOT = Path(__file__).resolve().parent
@@ -46,6 +47,13 @@ class Images(NamedTuple):
     any_size: bool = False  # images of another size are resized, else refused
     split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, of a folder without those folders
     skip_broken: bool = False  # images that cannot be read are left out, else refused
+    augment: bool = False  # tasks are made of crops: see augment.py
+    kept: int = 128  # height and width in pixels of the square that a whole image is kept in for that
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Height and width in pixels that images are kept in."""
+        return (max(self.kept, *self.size),) * 2 if self.augment else self.size
 
 
 class Classes(NamedTuple):
@@ -55,6 +63,7 @@ class Classes(NamedTuple):
     starts: np.ndarray  # [classes]
     counts: np.ndarray  # [classes]
     pixels: np.ndarray  # uint8 [images, height, width, channels], shared by the splits of one folder
+    aspects: np.ndarray | None = None  # [images], width / height before they were resized; None: not augmented
 
     def check(self, split: str, folder: Path, way: int, examples: int) -> None:
         """Raises InputError where an N-way task of K + Q = `examples` images a class cannot be drawn."""
@@ -75,7 +84,8 @@ class Classes(NamedTuple):
         """These classes alone, in order of their names."""
         chosen = set(names)
         index = [i for i, name in enumerate(self.names) if name in chosen]
-        return Classes([self.names[i] for i in index], self.starts[index], self.counts[index], self.pixels)
+        names = [self.names[i] for i in index]
+        return self._replace(names=names, starts=self.starts[index], counts=self.counts[index])
 
 
 def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[str, Classes]:
@@ -148,13 +158,13 @@ def _load_classes(images: Images, folder: Path, split: str) -> Classes:
         )
     names = sorted(files)  # Differs: the original takes the disk's order, and its split and tasks with it
     paths = [f"{name}/{file}" for name in names for file in files[name]]
-    pixels, broken = _cached(images, folder, root, paths, "all" if split == "." else split)
+    pixels, broken, aspects = _cached(images, folder, root, paths, "all" if split == "." else split)
     if broken:
         shown = ", ".join(broken[:10]) + (f" and {len(broken) - 10:,} more" if len(broken) > 10 else "")
         say(f"Left out of {root}, {len(broken):,} of {len(paths):,} images, which cannot be read: {shown}")
     left_out = Counter(path.rpartition("/")[0] for path in broken)
     counts = np.array([len(files[name]) - left_out[name] for name in names])
-    return Classes(names, np.cumsum(counts) - counts, counts, pixels)
+    return Classes(names, np.cumsum(counts) - counts, counts, pixels, np.array(aspects) if images.augment else None)
 
 
 def class_folders(root: str) -> dict[str, list[str]]:
@@ -211,48 +221,60 @@ def _endings() -> frozenset[str]:
     return frozenset(ending for ending, format in Image.registered_extensions().items() if format in formats)
 
 
-def _cached(images: Images, folder: Path, root: str, paths: list[str], name: str) -> tuple[np.ndarray, list[str]]:
+def _cached(
+    images: Images, folder: Path, root: str, paths: list[str], name: str
+) -> tuple[np.ndarray, list[str], list[float]]:
     """Pixels of root/path for all paths, from folder/.cache where they are still true, else decoded.
 
-    Returns uint8 [paths, height, width, channels], mapped from the disk where it can be written, and the paths that
-    cannot be read. Their rows are missing; the rest has moved up, and the last rows mean nothing.
+    Returns uint8 [paths, height, width, channels], mapped from the disk where it can be written; the paths that cannot
+    be read; and the aspects of the others, where images are augmented. The rows of the former are missing; the rest has
+    moved up, and the last rows mean nothing.
     """
     cache = folder / ".cache"
     if images.any_size:
-        name += "_{}x{}x{}".format(*images.size, images.channels)
+        name += "_{}x{}x{}".format(*images.stored, images.channels) + "_whole" * images.augment
     array_file, index_file = cache / f"{name}.npy", cache / f"{name}.json"
-    shape = (len(paths), *images.size, images.channels)
+    shape = (len(paths), *images.stored, images.channels)
     index = {"format": CACHE_FORMAT, "shape": list(shape), "files": _digest(root, paths)}
 
     for kept in ("*.npy", "*.json"):
         remove_leftovers(cache, kept)
     try:
         kept = json.loads(read_regular(index_file, MOST_INDEX))
-        broken, checksum = kept.pop("broken"), kept.pop("checksum")
-        if kept == index and set(broken) <= set(paths) and (images.skip_broken or not broken):
+        broken, checksum, aspects = kept.pop("broken"), kept.pop("checksum"), kept.pop("aspects", [])
+        whole = len(aspects) == (len(paths) - len(broken)) * images.augment
+        if kept == index and whole and set(broken) <= set(paths) and (images.skip_broken or not broken):
             pixels = _mapped(array_file, shape)
             if zlib.crc32(pixels[: len(paths) - len(broken)]) == checksum:  # 0.24 s a GB on one core
-                return pixels, broken
+                return pixels, broken, _as_aspects(aspects)
     except Exception:  # no cache yet, or a damaged one, which raises nearly every kind there is: it is made anew
         pass
 
     try:
         cache.mkdir(exist_ok=True)
-        broken = []
+        broken, aspects = [], []
 
         def decode(file):
-            index["checksum"] = _write_array(file, images, root, paths, shape, broken)
+            index["checksum"] = _write_array(file, images, root, paths, shape, broken, aspects)
             index_file.unlink(missing_ok=True)  # never an index beside an array that it does not describe
 
         write_whole(array_file, decode)
-        record = json.dumps(index | {"broken": broken})
+        record = json.dumps(index | {"broken": broken} | ({"aspects": aspects} if images.augment else {}))
         write_whole(index_file, lambda file: file.write(record.encode()))
-        return _mapped(array_file, shape), broken
+        return _mapped(array_file, shape), broken, aspects
     except OSError as error:
         _tell_once(f"The image cache {cache} cannot be written ({error.strerror or error})")
     pixels = np.zeros(shape, np.uint8)
-    row = iter(pixels)
-    return pixels, _decode(images, root, paths, lambda image: np.copyto(next(row), image))
+    row, aspects = iter(pixels), []
+    broken = _decode(images, root, paths, lambda image: np.copyto(next(row), image), aspects)
+    return pixels, broken, aspects
+
+
+def _as_aspects(found):
+    """Those of an index, which anybody may have written."""
+    if not all(isinstance(one, float | int) and 1 / MOST_SIDE <= one <= MOST_SIDE for one in found):
+        raise ValueError("an aspect is none")
+    return found
 
 
 def _digest(root, paths):
@@ -287,7 +309,7 @@ def _tell_once(reason):
     say(f"{reason}: the images are decoded anew at every start.")
 
 
-def _write_array(file, images, root, paths, shape, broken):
+def _write_array(file, images, root, paths, shape, broken, aspects):
     """An .npy file, an image at a time: a data set may be larger than the memory. Returns the images' checksum."""
     checksum = 0
 
@@ -298,7 +320,7 @@ def _write_array(file, images, root, paths, shape, broken):
 
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     end = file.tell() + math.prod(shape)
-    broken += _decode(images, root, paths, put)
+    broken += _decode(images, root, paths, put, aspects)
     file.truncate(end)
     return checksum
 
@@ -307,20 +329,25 @@ class _Unreadable(InputError):
     """An image that --skip_broken leaves out."""
 
 
-def _decode(images: Images, root: str, paths: list[str], put: Callable[[np.ndarray], object]) -> list[str]:
-    """Puts all images in order. Returns the paths of those that cannot be read, if --skip_broken, else raises."""
+def _decode(
+    images: Images, root: str, paths: list[str], put: Callable[[np.ndarray], object], aspects: list[float]
+) -> list[str]:
+    """Puts all images in order, and their aspects, if they are augmented, in the list `aspects`.
+
+    Returns the paths of those that cannot be read, if --skip_broken, else raises.
+    """
 
     def decode(path):
         at.path = path
         try:
-            return read_image(f"{root}/{path}", images)
+            return read_whole(f"{root}/{path}", images)
         except _Unreadable:
             if images.skip_broken:
                 return None
             raise
 
     broken, at = [], threading.local()
-    ahead = max(1, min(DECODED_AT_ONCE, BYTES_AT_ONCE // (math.prod(images.size) * images.channels)))
+    ahead = max(1, min(DECODED_AT_ONCE, BYTES_AT_ONCE // (math.prod(images.stored) * images.channels)))
     with (
         _warnings_in_a_line(root, at),
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -333,7 +360,9 @@ def _decode(images: Images, root: str, paths: list[str], put: Callable[[np.ndarr
                 if image is None:
                     broken.append(path)
                 else:
-                    put(image)
+                    put(image[0])
+                    if images.augment:
+                        aspects.append(image[1])
     return broken
 
 
@@ -374,8 +403,19 @@ ROOM = _Room(MOST_PIXELS)  # so that many large images at once are no more than 
 
 
 def read_image(path: str | Path, images: Images) -> np.ndarray:
-    """uint8 [height, width, channels]: upright, grey or RGB, and white where it is transparent."""
-    height, width = images.size
+    """uint8 [height, width, channels]: upright, grey or RGB, and white where it is transparent.
+
+    Where tasks are augmented it is the centre crop, as of a test.
+    """
+    image, aspect = read_whole(path, images)
+    if not images.augment:
+        return image
+    return augment.centre_crops(image[None], np.array([aspect]), images.size)[0]
+
+
+def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
+    """The same, whole, as it is stored; and its width / height on the disk."""
+    height, width = images.stored
     try:
         with Image.open(path, formats=_formats()) as image:
             pixels = math.prod(image.size)
@@ -386,6 +426,7 @@ def read_image(path: str | Path, images: Images) -> np.ndarray:
                     image.draft(None, (4 * width, 4 * height))
                 ImageOps.exif_transpose(image, in_place=True)
                 image = _in_colours(image, images.channels)
+                aspect = image.width / image.height
                 if images.any_size and image.size != (width, height):
                     image = image.resize((width, height), Image.LANCZOS)
     except Exception as error:  # on damaged files the decoders raise nearly every kind there is
@@ -399,7 +440,7 @@ def read_image(path: str | Path, images: Images) -> np.ndarray:
             f"image {path} is {image.height}x{image.width} pixels, not {height}x{width}: prepare the folder as "
             f"{images.prepare} says, or have all images resized with --image_size"
         )
-    return np.asarray(image).reshape(*images.size, images.channels)
+    return np.asarray(image).reshape(*images.stored, images.channels), aspect
 
 
 def _in_colours(image, channels):

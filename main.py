@@ -39,7 +39,7 @@ import recipe as recipes
 import runs
 import train
 from cluster import Cluster
-from data_generator import DATASETS, Dataset, ImageTasks, SinusoidTasks
+from data_generator import DATASETS, QUERY_SHARES, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
 from maml import MAML
 from recipe import Range, Recipe
@@ -109,6 +109,35 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_bool("max_pool", False, "Halve by 2x2 max-pooling rather than by stride 2. Paper: MiniImagenet.")
 flags.DEFINE_bool("stop_grad", False, "First-order MAML: no second derivatives (paper section 5.2).")
+flags.DEFINE_enum(
+    "adapt",
+    "all",
+    recipes.CHOICES["adapt"],
+    "What the inner loop changes. all: every layer (MAML). head: the last layer alone (ANIL). body: all but the last "
+    "layer (BOIL).",
+)
+flags.DEFINE_enum(
+    "learn_update_lr",
+    "none",
+    recipes.CHOICES["learn_update_lr"],
+    "Meta-learn the sizes of the inner steps too; they begin as update_lr. weight: one for each element of each "
+    "weight (Meta-SGD). step: one for each array of weights and update (as MAML++); at test, updates beyond "
+    "num_updates go on with the last one's.",
+)
+flags.DEFINE_enum(
+    "loss",
+    "sum_over_shot",
+    recipes.CHOICES["loss"],
+    "Cross-entropy of classes: summed over the examples and divided by K (sum_over_shot, the original's), or their "
+    "mean. On a support set the first is num_classes times the second, and so is the step of the same update_lr.",
+)
+flags.DEFINE_enum(
+    "network",
+    "paper",
+    recipes.CHOICES["network"],
+    "The paper's network of the data set, or one of mmfewshot's, whose batch norm has a gamma and a beta that the "
+    "inner loop changes too: conv4_affine (with num_filters) or resnet12. Their meta-gradient is not clipped.",
+)
 flags.DEFINE_bool("log", True, "Write TensorBoard events.")
 flags.DEFINE_string("logdir", "/tmp/data", "Folder in which the run has its own folder, named by its flags.")
 flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint, exactly as if never stopped.")
@@ -175,6 +204,12 @@ flags.DEFINE_integer(
     "Default: the data set's own, 84 for folder.",
 )
 flags.DEFINE_integer("image_channels", None, "1 grey, 3 colour. Default: the data set's own, 3 for folder.")
+flags.DEFINE_bool(
+    "augment",
+    False,
+    "Train as mmfewshot on random crops of whole photographs, half of them flipped, with other brightness, contrast "
+    "and saturation; test on the middle. Colours are less ImageNet's mean, divided by its deviation. docs/data.md.",
+)
 flags.DEFINE_bool("skip_broken", False, "Leave out images that cannot be read, and name them, rather than refuse.")
 flags.DEFINE_enum(
     "test_datasource",
@@ -195,6 +230,18 @@ flags.DEFINE_enum(
     "At test, under batch norm: a query image is normalised together with its task's other query images (batch, the "
     "paper's transductive way), or by itself together with the support set (support).",
 )
+flags.DEFINE_integer(
+    "test_updates",
+    -1,
+    "Updates at test. -1, as the original: 10, or num_updates where that is more.",
+)
+flags.DEFINE_enum(
+    "query_shares",
+    "balanced",
+    QUERY_SHARES,
+    "At test: num_query queries of each class (balanced), or as many in all, of which each class has a random share, "
+    "by a Dirichlet distribution of concentration 2 (dirichlet). num_query is then 15 unless it is given.",
+)
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
 
@@ -207,6 +254,7 @@ RANGES = recipes.RANGES | {
     "op_threads": Range(1, MOST_THREADS),
     "tasks_at_once": Range(0, recipes.RANGES["meta_batch_size"].most),
     "eval_seed": recipes.SEED,
+    "test_updates": recipes.RANGES["num_updates"]._replace(also=(-1,)),
     "train_update_batch_size": recipes.EXAMPLES._replace(also=(-1,)),
     "train_update_lr": recipes.RATE._replace(also=(-1,)),
 }
@@ -229,11 +277,13 @@ GROUPS = {
     "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once tensor_float_32 "
     "deterministic",
     "The method": "meta_batch_size meta_lr update_batch_size update_lr num_updates metatrain_iterations "
-    "pretrain_iterations baseline stop_grad norm num_filters conv max_pool",
-    "The data": "num_classes num_query data_path split image_size image_channels skip_broken val_tasks",
+    "pretrain_iterations baseline stop_grad adapt learn_update_lr loss network norm num_filters conv max_pool",
+    "The data": "num_classes num_query data_path split image_size image_channels augment skip_broken val_tasks",
     "The test": "test_set test_iter train_update_batch_size train_update_lr test_tasks eval_seed test_datasource "
-    "test_data_path query_norm results_dir",
+    "test_data_path query_norm test_updates query_shares results_dir",
 }
+
+UNEVEN_QUERY = 15  # queries a class, on average, under --query_shares: 75 of 5 classes (Veilleux et al., NeurIPS 2021)
 
 # What the system may refuse and the user can mend. Any other OSError is a fault of this program, and has its traceback.
 MENDABLE = {
@@ -277,6 +327,13 @@ def recipe_of(values: flags.FlagValues) -> Recipe:
         for field, own in (("image_size", row.images.size[0]), ("image_channels", row.images.channels)):
             if fields[field] == own:
                 fields[field] = None  # given or not, it is the data set's own
+    for flag in ("loss", "network"):
+        if not row.images and fields[flag] != recipes.DEFAULTS[flag]:
+            raise InputError(f"--{flag}={fields[flag]} is for images, not for --datasource={name}: leave it out")
+    if fields["augment"] and not (row.images and (fields["image_channels"] or row.images.channels) == 3):
+        raise InputError(f"--augment is for photographs in colour, not for --datasource={name}: leave it out")
+    if fields["network"] != "paper" and not fields["conv"]:
+        raise InputError(f"--network={fields['network']} has convolutions: leave --conv=False out")
     if fields["baseline"] == "oracle":
         if row.images:
             raise InputError(f"--baseline=oracle is the sinusoid's, not for --datasource={name}: leave it out")
@@ -359,17 +416,20 @@ def tested_data_set(recipe: Recipe) -> Dataset:
     other = data_set(FLAGS.test_datasource, "test_datasource", FLAGS["test_data_path"])
     any_size = other.images.any_size or other.images.size != own.size
     images = other.images._replace(size=own.size, channels=own.channels, invert=own.invert, any_size=any_size)
+    images = images._replace(augment=own.augment, any_size=any_size or own.augment)
     return other._replace(images=images._replace(split_sizes=own.split_sizes))
 
 
-def open_data(dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool) -> SinusoidTasks | ImageTasks:
+def open_data(
+    dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool, query_shares: str = "balanced"
+) -> SinusoidTasks | ImageTasks:
     """Opens the source of tasks of a recipe, its folder checked, and prints what is there."""
     query = recipe.query_examples(training)
     if dataset.images is None:
         return SinusoidTasks(recipe.shot, query, oracle=recipe.baseline == "oracle")
     images = dataset.images._replace(skip_broken=FLAGS.skip_broken)
     folder = ROOT / images.folder
-    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query)
+    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query, query_shares)
     found = "; ".join(
         f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
         for split, classes in data.classes.items()
@@ -511,6 +571,14 @@ def test_run(recipe: Recipe, workers: Cluster) -> None:
             f"--query_norm={FLAGS.query_norm} is for batch norm, and with --norm={recipe.norm} it changes nothing: "
             "leave it out"
         )
+    if recipe.learn_inner_lr != "none" and FLAGS.train_update_lr != -1:
+        raise InputError(
+            f"--train_update_lr is for a test with another alpha, and with --learn_update_lr={recipe.learn_inner_lr} "
+            "the learned step sizes are taken: leave it out, and give the --update_lr of the training"
+        )
+    uneven = FLAGS.query_shares != "balanced"
+    if uneven and not recipe.dataset.images:
+        raise InputError(f"--query_shares={FLAGS.query_shares} is for classes, which the {recipe.data_set} has not")
     prefix = run.checkpoint(FLAGS.test_iter)
     expected = recipes.to_flags(trained)
     del expected["num_query"]  # at test it is the test's own, and so is --split where other data are tested
@@ -532,10 +600,13 @@ def test_run(recipe: Recipe, workers: Cluster) -> None:
         tasks=FLAGS.test_tasks,
         task_seed=FLAGS.eval_seed,
         query_norm=FLAGS.query_norm,
+        updates=FLAGS.test_updates,
+        query_shares=FLAGS.query_shares,
     )
-    asked = dataclasses.replace(recipe, query=FLAGS.num_query)
+    asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query)
     recipes.check_test(asked, min(side_by_side(workers), FLAGS.test_tasks))
-    data, maml = open_data(dataset, (protocol.split,), recipe, training=False), recipes.build(recipe, *layout(workers))
+    data = open_data(dataset, (protocol.split,), asked, training=False, query_shares=FLAGS.query_shares)
+    maml = recipes.build(recipe, *layout(workers))
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
     else:

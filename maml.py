@@ -21,6 +21,7 @@ class MAML(tf.Module):
         inner_steps: int,
         meta_lr: float = 0.001,
         first_order: bool = False,
+        learn_inner_lr: str = "none",
         clip: float | None = None,
         seed: int = 0,
         parallel_tasks: int = 1,
@@ -33,6 +34,10 @@ class MAML(tf.Module):
         loss, accuracy: of one task's (outputs [n, O], labels [n, O]), scalars; no accuracy in regression.
         inner_lr: alpha, size of an inner step. inner_steps: J. meta_lr: beta, Adam's rate.
         first_order: the inner gradients are constants to the outer one (paper section 5.2).
+        learn_inner_lr: "none"; or the step sizes are meta-learned too, and begin as alpha. "weight": one for each
+            element of each adapted weight, the same in all updates (Meta-SGD, Li, Zhou, Chen, Li 2017). "step": one for
+            each adapted weight and update (MAML++, Antoniou, Edwards, Storkey, ICLR 2019); after J updates the last
+            goes on. They stand among the weights, as step_size_<name>.
         clip: bound on the absolute value of each element of the meta-gradient, or None.
         parallel_tasks: groups of tasks computed side by side; on a CPU one a core is fastest.
         tasks_at_once: G, the size of a group, whose tasks an operation computes together; 0: all tasks of a meta-batch.
@@ -48,9 +53,13 @@ class MAML(tf.Module):
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.clip, self.parallel_tasks = clip, parallel_tasks
         self.tasks_at_once, self.all_sum = tasks_at_once, all_sum
-        self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
+        self.learn_inner_lr = learn_inner_lr
+        values = network.init(seed)
         if network.adapted is None:
-            self.network = network._replace(adapted=tuple(self.weights))
+            self.network = network = network._replace(adapted=tuple(values))
+        self.body_stays = network.body is not None and set(network.adapted) <= set(network.head)
+        values |= self._initial_step_sizes(values)
+        self.weights = {name: tf.Variable(value, name=name) for name, value in values.items()}
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
         self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
@@ -83,17 +92,49 @@ class MAML(tf.Module):
         its own weights alone, so the gradient of the sum of the losses [G] holds each task's own gradient.
         Returns 1 + steps dicts; the first is `weights` itself. Differentiable to `weights`.
         """
-        path, apply = [weights], self.network.inner_apply or self.network.apply
+        path, (apply, support_x) = [weights], self._adapting_part(weights, task.support_x)
+        if not self.body_stays:
+            apply = self.network.inner_apply or apply
         for _ in range(steps):
             adapted = {name: path[-1][name] for name in self.network.adapted}
             with tf.GradientTape() as tape:
                 tape.watch(adapted)
-                loss = self.loss(apply(path[-1] | adapted, task.support_x), task.support_y)
+                loss = self.loss(apply(path[-1] | adapted, support_x), task.support_y)
             gradient = tape.gradient(loss, adapted, unconnected_gradients="zero")
             if self.first_order:
                 gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
-            path.append(path[-1] | {name: adapted[name] - self.inner_lr * gradient[name] for name in adapted})
+            sizes, later = self._step_sizes(path[-1])
+            path.append(path[-1] | later | {name: adapted[name] - sizes[name] * gradient[name] for name in adapted})
         return path
+
+    def _adapting_part(self, weights, x):
+        """The function that the updates change, and its inputs. A body that they leave alone is computed here, once."""
+        if not self.body_stays:
+            return self.network.apply, x
+        return self.network.last_layer, self.network.body(weights, x)
+
+    def _initial_step_sizes(self, weights):
+        """Those that are learned, each alpha: of the shape of the weight, or [J]."""
+        if self.learn_inner_lr == "none":
+            return {}
+        adapted = {name: weights[name] for name in self.network.adapted}
+        shapes = {n: w.shape if self.learn_inner_lr == "weight" else [self.inner_steps] for n, w in adapted.items()}
+        return {_size_of(n): tf.fill(shapes[n], tf.cast(self.inner_lr, w.dtype)) for n, w in adapted.items()}
+
+    def _step_sizes(self, weights):
+        """The size of the next update for each adapted weight, and what the step sizes are after it."""
+        names = self.network.adapted
+        if self.learn_inner_lr == "none":
+            return dict.fromkeys(names, self.inner_lr), {}
+        learned = {name: weights[_size_of(name)] for name in names}
+        if self.learn_inner_lr == "weight":
+            return learned, {}
+        # [J], or [G, J] of a group. The first is the next one's, and the last stays when no other is left.
+        sizes = {
+            name: tf.reshape(each[..., 0], [*each.shape[:-1], *[1] * self.weights[name].shape.rank])
+            for name, each in learned.items()
+        }
+        return sizes, {_size_of(name): tf.concat([each[..., 1:], each[..., -1:]], -1) for name, each in learned.items()}
 
     def scores(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
         """What the network answers to query inputs, each normalised by itself together with the support set.
@@ -187,11 +228,12 @@ class MAML(tf.Module):
         def curve(weights, task):
             before, *after = self.adapt(weights, task, steps)
             scored = [(self.network.apply(before, task.support_x), task.support_y)]
+            apply, query_x = self._adapting_part(weights, task.query_x)
             for adapted in after:
                 if query_norm == "support":
                     outputs = self.scores(adapted, task.support_x, task.query_x)
                 else:
-                    outputs = self.network.apply(adapted, task.query_x)
+                    outputs = apply(adapted, query_x)
                 scored.append((outputs, task.query_y))
             losses = tf.stack([self.loss(*pair) for pair in scored], -1)
             if not self.accuracy:
@@ -331,6 +373,11 @@ def _as_one_vector(function, tensors):
     vector = function(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0))
     parts = tf.split(vector, [shape.num_elements() for shape in shapes])
     return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _size_of(name):
+    """What the learned step sizes of a weight are called."""
+    return f"step_size_{name}"
 
 
 class Adam(tf.Module):

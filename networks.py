@@ -1,4 +1,4 @@
-"""The paper's networks: initial weights and forward functions, as pure functions over a dict of weights.
+"""The paper's networks and two of mmfewshot's: initial weights and forward functions, over a dict of weights.
 
 A forward function computes one task, or a group of G tasks, each with weights of its own: every array of weights then
 has a leading axis G, and so have inputs and outputs. In between, the tasks of a group lie side by side in the channels,
@@ -20,6 +20,7 @@ import special_grads
 from utils import InputError, Network, Weights
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
+TORCH_EPSILON = 1e-5  # of PyTorch's batch norm
 STEPS_A_CALL = 100  # of a network so small that starting an operation costs more than the operation
 
 
@@ -32,11 +33,17 @@ class Weight(NamedTuple):
     adapted: bool = True  # the inner loop changes it; else only the outer loop does
 
 
-def network(weights: dict[str, Weight], apply: Callable[[Weights, tf.Tensor], tf.Tensor], **more: object) -> Network:
-    """Makes the Network of declared weights and a forward function.
+def network(
+    weights: dict[str, Weight],
+    body: Callable[[Weights, tf.Tensor], tf.Tensor],
+    last_layer: Callable[[Weights, tf.Tensor], tf.Tensor],
+    head: tuple[str, ...],
+    **more: object,
+) -> Network:
+    """Makes the Network of declared weights and its two parts.
 
-    Args: weights by name, in the order that numbers their seeds; apply(weights, inputs) -> outputs; more fields of
-    Network.
+    Args: weights by name, in the order that numbers their seeds; body(weights, inputs) -> features;
+    last_layer(weights, features) -> outputs; names of the last layer's weights; more fields of Network.
     """
 
     def init(seed: int) -> Weights:
@@ -46,11 +53,26 @@ def network(weights: dict[str, Weight], apply: Callable[[Weights, tf.Tensor], tf
 
     return Network(
         init=init,
-        apply=apply,
+        apply=lambda weights, x: last_layer(weights, body(weights, x)),
         adapted=tuple(name for name, weight in weights.items() if weight.adapted),
         tf1_names={name: weight.tf1_name for name, weight in weights.items()},
+        head=head,
+        body=body,
+        last_layer=last_layer,
         **more,
     )
+
+
+def adapting(network: Network, what: str) -> Network:
+    """The network, of whose adapted weights the inner loop changes only a part.
+
+    what: 'all', as MAML; 'head', the last layer alone, as ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020); 'body', all
+    but the last layer, as BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
+    """
+    if what == "all":
+        return network
+    in_head = what == "head"
+    return network._replace(adapted=tuple(name for name in network.adapted if (name in network.head) == in_head))
 
 
 def conv4(
@@ -100,7 +122,7 @@ def conv4(
     for layer in layers:
         weights |= _norm_weights(norm, layer, filters, tf1_scope=layer - 1)
 
-    def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+    def body(weights: Weights, x: tf.Tensor) -> tf.Tensor:
         group = group_size(weights["b5"])
         x = side_by_side(x, group)
         for layer in layers:
@@ -110,10 +132,68 @@ def conv4(
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
         x = tf.reduce_mean(x, [1, 2]) if mean_head else x
-        x = tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
-        return _plus(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
+        return tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
 
-    return network(weights, apply, batch_statistics=norm == "batch_norm", takes_groups=True)
+    more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
+    return network(weights, body, _linear, ("w5", "b5"), **more)
+
+
+def conv4_affine(size: tuple[int, int], channels: int, way: int, filters: int) -> Network:
+    """Builds mmfewshot's Conv4: four times [3x3 convolution, batch norm, ReLU, 2x2 max-pooling], and a linear layer.
+
+    Batch norm has gamma and beta, and the inner loop changes all weights. The last layer takes all height * width *
+    filters numbers. Args as of conv4; mmfewshot has 64 filters. Raises InputError for images below 16 pixels.
+    Source: open-mmlab/mmfewshot, backbones/conv4.py and heads/linear_head.py.
+    """
+    features = math.prod(_pooled(size, "conv4_affine")) * filters
+    weights = {}
+    for layer in range(1, 5):
+        inputs = channels if layer == 1 else filters
+        weights[f"b{layer}"] = Weight((filters,), functools.partial(torch_uniform, fan_in=9 * inputs), f"b{layer}")
+        weights |= _affine_layer(f"{layer}", (3, 3, inputs, filters))
+    weights |= _torch_linear(features, way)
+
+    def body(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        group = group_size(weights["b5"])
+        x = side_by_side(x, group)
+        for layer in range(1, 5):  # the bias cancels in batch norm, so it is not added
+            x = tf.nn.max_pool2d(_affine(x, weights, f"{layer}"), ksize=2, strides=2, padding="VALID")
+            x = tf.nn.relu(x)
+        return tf.reshape(apart(x, group), [*([group] if group else []), -1, features])
+
+    return network(weights, body, _linear, ("w5", "b5"), batch_statistics=True, takes_groups=True)
+
+
+def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[int] = (64, 160, 320, 640)) -> Network:
+    """Builds mmfewshot's ResNet12: four residual blocks, the mean over height and width, and a linear layer.
+
+    A block is three times [3x3 convolution, batch norm], with a leaky ReLU (0.1) after the first two; the block's input
+    by a 1x1 convolution and a batch norm (layer 0) is added, and a leaky ReLU and 2x2 max-pooling follow. Batch norm
+    has gamma and beta, the inner loop changes all weights, and there is no dropout.
+    Args as of conv4; the filters of each block. Raises InputError for images below 16 pixels.
+    Source: open-mmlab/mmfewshot, backbones/resnet12.py, which it has of MetaOptNet.
+    """
+    _pooled(size, "resnet12")
+    weights = {}
+    for block, (inputs, width) in enumerate(zip((channels, *widths), widths, strict=False), start=1):
+        weights |= _affine_layer(f"{block}_0", (1, 1, inputs, width))
+        for layer in (1, 2, 3):
+            weights |= _affine_layer(f"{block}_{layer}", (3, 3, inputs if layer == 1 else width, width))
+    weights |= _torch_linear(widths[-1], way)
+
+    def body(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        group = group_size(weights["b5"])
+        x = side_by_side(x, group)
+        for block in range(1, len(widths) + 1):
+            shortcut = _affine(x, weights, f"{block}_0")
+            for layer in (1, 2):
+                x = tf.nn.leaky_relu(_affine(x, weights, f"{block}_{layer}"), 0.1)
+            x = shortcut + _affine(x, weights, f"{block}_3")
+            x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
+            x = tf.nn.leaky_relu(x, 0.1)  # after the pooling: the two commute, and it is left a quarter of the work
+        return apart(tf.reduce_mean(x, [1, 2]), group)
+
+    return network(weights, body, _linear, ("w5", "b5"), batch_statistics=True, takes_groups=True)
 
 
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
@@ -144,19 +224,24 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
         # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
         weights |= _norm_weights(norm, layer, widths[layer], tf1_scope=0 if layer == 1 else layer)
 
-    def apply(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
+    def body(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         group = group_size(weights[f"b{last}"])
         x = tf.reshape(x, [*([group] if group else []), -1, widths[0]])
         for layer in range(1, last):
             x = side_by_side(product(x, weights[f"w{layer}"]), group)
             x = apart(tf.nn.relu(_normalized(x, weights, layer, norm)), group)
+        return x
+
+    def last_layer(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         return _plus(product(x, weights[f"w{last}"]), weights[f"b{last}"])
+
+    def inner_apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        return last_layer(weights, body(weights, x, special_grads.matmul), special_grads.matmul)
 
     more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
     if tiny:
-        more["inner_apply"] = functools.partial(apply, product=special_grads.matmul)
-        more["steps_a_call"] = STEPS_A_CALL
-    return network(weights, apply, **more)
+        more |= {"inner_apply": inner_apply, "steps_a_call": STEPS_A_CALL}
+    return network(weights, body, last_layer, (f"w{last}", f"b{last}"), **more)
 
 
 def from_keras(model: "tf.keras.Model", **more: object) -> Network:
@@ -228,12 +313,27 @@ def _fc_row(hidden: tuple[int, ...], tiny: bool = False) -> Callable[..., Networ
     return build
 
 
-# name -> function of (shape of one input, outputs, norm, filters, max_pool). The paper's, sections 5.1 and 5.2.
+def _mmfewshot_row(network: str) -> Callable[..., Network]:
+    def build(shape, outputs, norm, filters, max_pool):  # it is pooled always
+        if norm != "batch_norm":
+            raise InputError(f"--network={network} has batch norm: leave --norm={norm} out")
+        *size, channels = shape
+        if network == "resnet12":
+            return resnet12(tuple(size), channels, outputs)
+        return conv4_affine(tuple(size), channels, outputs, filters)
+
+    return build
+
+
+# name -> function of (shape of one input, outputs, norm, filters, max_pool). The paper's, sections 5.1 and 5.2, and
+# those of --network.
 NETWORKS = {
     "sinusoid": _fc_row((40, 40), tiny=True),
     "omniglot": _conv_row(mean_head=True),
     "miniimagenet": _conv_row(mean_head=False),
     "no_conv": _fc_row((256, 128, 64, 64)),
+    "conv4_affine": _mmfewshot_row("conv4_affine"),
+    "resnet12": _mmfewshot_row("resnet12"),
 }
 
 
@@ -259,11 +359,33 @@ def xavier_uniform(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
     return tf.random.stateless_uniform(shape, seed, -limit, limit, alg="philox")
 
 
+def kaiming_fan_out(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
+    """Normal with the variance 2 / fan out, where a filter's fan counts its pixels too."""
+    stddev = (2.0 / (math.prod(shape[:-2]) * shape[-1])) ** 0.5
+    return tf.random.stateless_normal(shape, seed, 0.0, stddev, alg="philox")
+
+
+def torch_uniform(shape: tuple[int, ...], seed: tuple[int, int], fan_in: int) -> tf.Tensor:
+    """Uniform within 1 / sqrt(fan in), as PyTorch begins linear layers and biases."""
+    return tf.random.stateless_uniform(shape, seed, -(fan_in**-0.5), fan_in**-0.5, alg="philox")
+
+
 def _halved(pixels: int, max_pool: bool) -> int:
     """Height or width after four halvings: pooling rounds down, strided SAME convolutions round up."""
     for _ in range(4):
         pixels = pixels // 2 if max_pool else -(-pixels // 2)
     return pixels
+
+
+def _pooled(size, network):
+    """Height and width after four poolings. Raises InputError where nothing is left."""
+    pooled = tuple(_halved(pixels, max_pool=True) for pixels in size)
+    if not all(pooled):
+        raise InputError(
+            f"images of {size[0]}x{size[1]} pixels are too small for --network={network}, which halves them four "
+            "times: give --image_size=16 or more"
+        )
+    return pooled
 
 
 def _unnamed(number: int) -> str:
@@ -278,6 +400,30 @@ def _norm_weights(norm: str | None, layer: int, width: int, tf1_scope: int) -> d
         f"{name}{layer}": Weight((width,), initial, f"model/{tf1_scope}/{name}", adapted=False)
         for name, initial in begin.items()
     }
+
+
+def _affine_layer(layer: str, shape: tuple[int, int, int, int]) -> dict[str, Weight]:
+    """The weights of a convolution and its batch norm, which the original does not have: their names are its own."""
+    each = {"conv": (shape, kaiming_fan_out), "gamma": (shape[-1:], ones), "beta": (shape[-1:], zeros)}
+    return {f"{name}{layer}": Weight(*one, f"{name}{layer}") for name, one in each.items()}
+
+
+def _affine(x: tf.Tensor, weights: Weights, layer: str) -> tf.Tensor:
+    """A convolution and its batch norm, of one task or of a group side by side."""
+    x = special_grads.conv(x, weights[f"conv{layer}"], stride=1)
+    beta, gamma = (tf.reshape(weights[f"{name}{layer}"], [-1]) for name in ("beta", "gamma"))
+    return special_grads.batch_norm(x, beta, gamma, TORCH_EPSILON)
+
+
+def _torch_linear(inputs: int, way: int) -> dict[str, Weight]:
+    """The weights of the last layer, as PyTorch begins them."""
+    initial = functools.partial(torch_uniform, fan_in=inputs)
+    return {"w5": Weight((inputs, way), initial, "w5"), "b5": Weight((way,), initial, "b5")}
+
+
+def _linear(weights: Weights, x: tf.Tensor) -> tf.Tensor:
+    """The last layer of the convolutional networks."""
+    return _plus(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
 
 
 def group_size(bias: tf.Tensor) -> int | None:

@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -367,6 +368,7 @@ def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) 
     task = Tasks(*(part[0] for part in data.draw(0, "test", number, 1)))
     weights = model.maml.adapt(model.maml.weights, task, model.updates)[-1]
     probabilities = tf.nn.softmax(model.maml.network.apply(weights, task.query_x)).numpy()
+    task = data.colours(task)
     if images.invert:
         task = task._replace(support_x=1 - task.support_x, query_x=1 - task.query_x)
     return data.names(0, "test", number), task, probabilities
@@ -512,14 +514,19 @@ def _tests(path, update_lr):
 
 
 def _papers(path):
-    """K -> the paper's accuracy and the half width of its interval, in percent, for the row of results/<row>.json."""
+    """K -> the paper's accuracy and the half width of its interval, in percent, for the row of results/<row>.json.
+
+    Only for MAML itself: the records of other methods have longer names.
+    """
     published = runs.read_json(ROOT / "results" / "published.json", list, "take the project's")
     return {
         entry["support_examples_a_class_K"]: (entry["results"][-1]["mean"], entry["results"][-1]["ci95"])
         for entry in published
         if entry["reported_by"] == "paper"
         and entry["metric"] == "accuracy in %"
-        and entry["row"] == path.name.split(".")[0]  # of any seed
+        and entry["row"] == re.sub(r"(\.seed\d+)?\.json$", "", path.name)
+        and not entry.get("flags")
+        and "ci95" in entry["results"][-1]
     }
 
 

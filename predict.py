@@ -34,6 +34,7 @@ from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 from tqdm import tqdm
 
+import augment
 import recipe as recipes
 import runs
 from data_generator import DATASETS
@@ -114,10 +115,10 @@ class Model:
         """Takes what load makes."""
         self.recipe, self.maml, self.checkpoint, self.normalise_with = recipe, maml, checkpoint, normalise_with
         if updates is None:
-            updates = recipe.dataset.paper_updates.get(recipe.way, (recipe.inner_steps,))[-1]
+            updates = (recipe.paper_updates or (recipe.inner_steps,))[-1]
         self.updates = updates
         self.images = recipe.dataset.images._replace(any_size=True)
-        maml.loss = functools.partial(xent, shot=None)  # with as many labelled images of a class as there are
+        maml.loss = self._loss
         self._images_spec = tf.TensorSpec([None, *self.images.size, self.images.channels])
         self._weights_spec = {name: tf.TensorSpec(weight.shape) for name, weight in maml.weights.items()}
 
@@ -150,10 +151,16 @@ class Model:
             path.append(self._one_update(path[-1], support_x, support_y))
         return Adapted(self, classes, support_x, path)
 
+    def _loss(self, logits, labels):
+        """The recipe's, with as many labelled images of a class as there are."""
+        loss = xent(logits, labels, shot=None)
+        return loss / self.recipe.way if self.recipe.loss == "mean" else loss
+
     def inputs(self, pixels: np.ndarray | tf.Tensor) -> tf.Tensor:
-        """Makes of pixels, uint8 or floats of 0 to 1, what the network takes: float32, inverted if training's were."""
+        """Makes of pixels, uint8 or floats of 0 to 1, what the network takes: float32, as training's were made."""
         x = tf.cast(pixels, tf.float32) / 255 if pixels.dtype == np.uint8 else tf.cast(pixels, tf.float32)
-        return 1 - x if self.images.invert else x
+        x = 1 - x if self.images.invert else x
+        return augment.normalised(x) if self.images.augment else x
 
     def probabilities(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
         """Computes the probability of each class, [n, N], with the weights after the updates."""

@@ -13,8 +13,8 @@ import devices
 from data_generator import DATASETS, Dataset
 from images import Images
 from maml import MAML
-from networks import NETWORKS
-from utils import InputError, accuracy, mse, printable, xent
+from networks import NETWORKS, adapting
+from utils import InputError, accuracy, mean_xent, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
 # The original's folder names, without our suffixes: a folder that has one of those has a flags.json too.
@@ -71,11 +71,15 @@ class Recipe:
     shot: int = _flag("update_batch_size", 5, EXAMPLES)  # K, support examples a class
     inner_lr: float = _flag("update_lr", 0.001, RATE)  # alpha, the size of an inner step
     inner_steps: int = _flag("num_updates", 1, Range(1, 200))  # J, inner steps in training; 200 compile for minutes
+    loss: str = _flag("loss", "sum_over_shot")  # cross-entropy, "sum_over_shot" (xent) or "mean"
+    network: str = _flag("network", "paper")  # or one of NETWORKS that another code has: "conv4_affine", "resnet12"
     norm: str | None = _flag("norm", "batch_norm")  # a key of NORMS
     filters: int = _flag("num_filters", 64, Range(1, 10**4))  # of each convolution
     conv: bool = _flag("conv", True)  # else image data has a fully connected network
     max_pool: bool = _flag("max_pool", False)  # else convolutions of stride 2
     first_order: bool = _flag("stop_grad", False)  # no second derivatives
+    adapt: str = _flag("adapt", "all")  # what the inner loop changes: "all", "head" (ANIL) or "body" (BOIL)
+    learn_inner_lr: str = _flag("learn_update_lr", "none")  # "weight" or "step": step sizes are learned, see MAML
     query: int = _flag(
         "num_query", -1, EXAMPLES._replace(also=(-1,))
     )  # Q, query examples a class; -1: see query_examples
@@ -84,6 +88,7 @@ class Recipe:
     split: str | None = _flag("split", None)  # "64,16,20": classes in train, val and test, where no folders say it
     image_size: int | None = _flag("image_size", None, Range(1, 10**4))  # pixels; None: the data set's own
     image_channels: int | None = _flag("image_channels", None)  # 1 or 3; None: the data set's own
+    augment: bool = _flag("augment", False)  # crops of whole photographs, and ImageNet's mean and std: augment.py
 
     @property
     def dataset(self) -> Dataset:
@@ -97,6 +102,8 @@ class Recipe:
                 folder=self.data_path or own.folder,
                 size=(self.image_size,) * 2 if self.image_size else own.size,
                 channels=self.image_channels or own.channels,
+                augment=self.augment,
+                any_size=own.any_size or self.augment,
                 split_sizes=sizes_of_split(self.split),
             )
         )
@@ -112,6 +119,25 @@ class Recipe:
             return self.query
         images: Images | None = DATASETS[self.data_set].images
         return (training and images and images.train_query) or self.shot
+
+    @property
+    def variant(self) -> str:
+        """The part of names that says which member of MAML's family it is; empty for MAML."""
+        adapt = f".adapt{self.adapt}" if self.adapt != "all" else ""
+        return adapt + (f".learnlr{self.learn_inner_lr}" if self.learn_inner_lr != "none" else "")
+
+    @property
+    def paper_updates(self) -> tuple[int, ...]:
+        """Updates at test behind published numbers; empty where there are none.
+
+        BOIL and learned step sizes are published with as many as in training (Oh et al. 2021, Li et al. 2017, Antoniou
+        et al. 2019), MAML and ANIL with those of the data set, and mmfewshot's networks with 5.
+        """
+        if self.network != "paper":
+            return (5,)
+        published = self.dataset.paper_updates.get(self.way, ())
+        as_trained = self.adapt == "body" or self.learn_inner_lr != "none"
+        return (self.inner_steps,) if published and as_trained else published
 
     @property
     def run_name(self) -> str:
@@ -132,12 +158,19 @@ class Recipe:
             name += ".fc"
         if self.pretrain_steps and not self.baseline:
             name += f".pretrain{self.pretrain_steps}" if self.metatrain_steps else ".pretrain"
+        name += self.variant
+        if self.network != "paper":
+            name += f".{self.network}"
+        if self.loss != "sum_over_shot":
+            name += f".loss{self.loss}"
         if self.meta_lr != 0.001:
             name += f".metalr{self.meta_lr}"
         if self.image_size:
             name += f".size{self.image_size}"
         if self.image_channels:
             name += f".channels{self.image_channels}"
+        if self.augment:
+            name += ".augment"
         if self.seed:
             name += f".seed{self.seed}"
         return name
@@ -147,7 +180,16 @@ FIELDS = {field.metadata["flag"]: field for field in dataclasses.fields(Recipe)}
 FLAGS = {field.name: flag for flag, field in FIELDS.items()}  # name of a field -> its flag
 SPLIT = "[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}"
 RANGES = {flag: field.metadata["range"] for flag, field in FIELDS.items() if field.metadata["range"]}
-CHOICES = {"datasource": DATASETS, "norm": NORMS, "baseline": (None, "oracle"), "image_channels": (None, 1, 3)}
+CHOICES = {
+    "datasource": DATASETS,
+    "norm": NORMS,
+    "baseline": (None, "oracle"),
+    "image_channels": (None, 1, 3),
+    "adapt": ("all", "head", "body"),
+    "learn_update_lr": ("none", "weight", "step"),
+    "loss": ("sum_over_shot", "mean"),
+    "network": ("paper", "conv4_affine", "resnet12"),
+}
 
 
 def from_flags(flags: Mapping[str, Any]) -> Recipe:
@@ -229,16 +271,16 @@ def build(
     """
     row, network = recipe.dataset, _network(recipe)
     _check_memory(recipe, {"weights": 5 * _size(_weights(network))})
-    loss, score = (mse, None) if row.images is None else (functools.partial(xent, shot=recipe.shot), accuracy)
     return MAML(
         network,
-        loss,
-        score,
+        _loss(recipe),
+        accuracy if row.images else None,
         inner_lr=recipe.inner_lr,
         inner_steps=recipe.inner_steps,
         meta_lr=recipe.meta_lr,
         first_order=recipe.first_order,
-        clip=row.clip,
+        learn_inner_lr=recipe.learn_inner_lr,
+        clip=row.clip if recipe.network == "paper" else None,
         seed=recipe.seed,
         parallel_tasks=parallel_tasks,
         tasks_at_once=tasks_at_once,
@@ -254,11 +296,19 @@ def _input_and_outputs(recipe):
     return (*images.size, images.channels), recipe.way
 
 
+def _loss(recipe):
+    if recipe.dataset.images is None:
+        return mse
+    return mean_xent if recipe.loss == "mean" else functools.partial(xent, shot=recipe.shot)
+
+
 def _network(recipe):
     shape, outputs = _input_and_outputs(recipe)
     row = recipe.dataset
     network = row.network if recipe.conv or row.images is None else "no_conv"
-    return NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool)
+    if recipe.network != "paper":
+        network = recipe.network
+    return adapting(NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool), recipe.adapt)
 
 
 # -- what would fill the memory ----------------------------------------------------------------------------------------
@@ -274,7 +324,7 @@ def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) 
     network = _network(recipe)
     together = network.steps_a_call > 1 or tasks_at_once == 0
     at_once = recipe.meta_batch if together else min(recipe.meta_batch, parallel_tasks * tasks_at_once)
-    held = 1 if recipe.first_order else recipe.inner_steps
+    held = 1 if recipe.first_order or recipe.adapt == "head" else recipe.inner_steps
     _check_tasks(
         recipe,
         drawn=2 * network.steps_a_call * recipe.meta_batch,

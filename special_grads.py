@@ -33,23 +33,25 @@ import tensorflow as tf
 EPSILON = 0.001  # tf.contrib.layers.batch_norm's default, which the original uses
 
 
-def batch_norm(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
-    """Normalises by the batch's own mean and variance and adds beta; exact to second order.
+def batch_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor | None = None, epsilon: float = EPSILON) -> tf.Tensor:
+    """Normalises by the batch's own mean and variance, multiplies by gamma and adds beta; exact to second order.
 
-    Args: x [n, width] or [n, height, width, channels]; beta [channels], one a channel; float32, or float64 for checks.
+    Args: x [n, width] or [n, height, width, channels]; beta and gamma [channels], one a channel, gamma None: 1;
+        float32, or float64 for checks; epsilon is added to the variance.
     Returns: the shape of x. Every channel is normalised over all other axes.
     Source: the original's utils.py (normalize): centre only, epsilon 0.001, moving averages never used.
     """
     # Differs: exact to second order, where the original's formula stops a gradient, as tf.nn.moments does.
     # The kernels take images; the small fc networks gain more from XLA, which fuses the plain operations.
-    return (_normalize(x) if x.shape.rank == 4 else normalize_plain(x)) + beta
+    h = _normalize(x, epsilon) if x.shape.rank == 4 else normalize_plain(x, epsilon)
+    return (h if gamma is None else h * gamma) + beta
 
 
-def normalize_plain(x: tf.Tensor) -> tf.Tensor:
+def normalize_plain(x: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
     """h of the formulas above in plain operations, differentiated by TensorFlow: what the rest is tested against."""
     axes = list(range(x.shape.rank - 1))
     centred = x - tf.reduce_mean(x, axes)
-    return centred * tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axes) + EPSILON)
+    return centred * tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axes) + epsilon)
 
 
 class _Statistics(NamedTuple):
@@ -58,31 +60,32 @@ class _Statistics(NamedTuple):
     mean: tf.Tensor  # [channels]
     scale: tf.Tensor  # [channels]  s of the formulas
     reserves: tuple  # opaque to all but the kernel's own gradient; empty in float64, which the kernels lack
+    epsilon: float
 
 
-@tf.custom_gradient
-def _normalize(x):
+def _normalize(x, epsilon):
     """h [n, height, width, channels], with P as its gradient."""
-    if x.dtype == tf.float32:
-        channels = x.shape[-1]
-        out = tf.raw_ops.FusedBatchNormV3(
-            x=x, scale=tf.ones([channels]), offset=tf.zeros([channels]), mean=[], variance=[], epsilon=EPSILON
-        )
-        h, mean, reserves = (
-            out.y,
-            out.batch_mean,
-            (out.reserve_space_1, out.reserve_space_2, out.reserve_space_3),
-        )
-    else:
-        h, mean, reserves = normalize_plain(x), tf.reduce_mean(x, [0, 1, 2]), ()
-    # The kernel's reserved variance is inverted on a GPU, so s comes from a reduction of its own.
-    scale = tf.math.rsqrt(tf.reduce_mean(tf.square(x - mean), [0, 1, 2]) + EPSILON)
-    statistics = _Statistics(mean, scale, reserves)
 
-    def gradient(g):
-        return _project(g, x, statistics)
+    @tf.custom_gradient
+    def normalize(x):
+        if x.dtype == tf.float32:
+            channels = x.shape[-1]
+            out = tf.raw_ops.FusedBatchNormV3(
+                x=x, scale=tf.ones([channels]), offset=tf.zeros([channels]), mean=[], variance=[], epsilon=epsilon
+            )
+            h, mean, reserves = (
+                out.y,
+                out.batch_mean,
+                (out.reserve_space_1, out.reserve_space_2, out.reserve_space_3),
+            )
+        else:
+            h, mean, reserves = normalize_plain(x, epsilon), tf.reduce_mean(x, [0, 1, 2]), ()
+        # The kernel's reserved variance is inverted on a GPU, so s comes from a reduction of its own.
+        scale = tf.math.rsqrt(tf.reduce_mean(tf.square(x - mean), [0, 1, 2]) + epsilon)
+        statistics = _Statistics(mean, scale, reserves, epsilon)
+        return h, lambda g: _project(g, x, statistics)
 
-    return h, gradient
+    return normalize(x)
 
 
 def _project(g, x, statistics):
@@ -94,7 +97,7 @@ def _project(g, x, statistics):
 
         def gradient(u):
             p_u, mean_u, mean_uh = _project_once(u, x, statistics)
-            mean, s, _ = statistics
+            mean, s = statistics.mean, statistics.scale
             c = tf.reduce_mean(u * g, [0, 1, 2]) - mean_u * mean_g - mean_uh * mean_gh
             return p_u, -(c * s * s * s * (x - mean) + s * mean_gh * p_u + s * mean_uh * p_g)
 
@@ -105,7 +108,7 @@ def _project(g, x, statistics):
 
 def _project_once(g, x, statistics):
     """P(g), mean(g) and mean(g h), without gradients of their own."""
-    mean, s, reserves = statistics
+    mean, s, reserves, epsilon = statistics
     if reserves:
         out = tf.raw_ops.FusedBatchNormGradV3(
             y_backprop=g,
@@ -114,7 +117,7 @@ def _project_once(g, x, statistics):
             reserve_space_1=reserves[0],
             reserve_space_2=reserves[1],
             reserve_space_3=reserves[2],
-            epsilon=EPSILON,
+            epsilon=epsilon,
         )
         n = tf.cast(tf.size(x[..., 0]), x.dtype)
         return out.x_backprop, out.offset_backprop / n, out.scale_backprop / n

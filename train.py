@@ -355,7 +355,7 @@ class Report:
     def _mean_losses(self, curve):
         """Losses per example, before any update and after J."""
         before, after = (float(np.mean(curve.losses[:, j])) for j in (0, self.recipe.inner_steps))
-        if self.images:  # xent is a sum over N * K support or N * Q query examples, divided by K
+        if self.images and self.recipe.loss == "sum_over_shot":  # it is a sum divided by K
             before /= self.data.way
             after *= self.data.shot / (self.data.way * self.data.query)
         return before, after
@@ -383,4 +383,4 @@ def _task_picture(maml, data, settings, updates):
     drawn = settings.eval_seed, settings.val_split, 0
     task = Tasks(*(part[0] for part in data.draw(*drawn, 1)))
     adapted = maml.adapt(maml.weights, task, updates)[-1]
-    return task_picture(task, data.names(*drawn), maml.network.apply(adapted, task.query_x).numpy())
+    return task_picture(data.colours(task), data.names(*drawn), maml.network.apply(adapted, task.query_x).numpy())

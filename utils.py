@@ -73,7 +73,8 @@ Weights = dict[str, tf.Tensor]
 class Network(NamedTuple):
     """One model: how its weights begin, what it computes, and which of them the inner loop changes.
 
-    Two functions are enough. The last three fields say how it is computed fast, and change results by rounding alone.
+    Two functions are enough. What follows batch_statistics says how it is computed fast, and changes results by
+    rounding alone.
     """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
@@ -84,6 +85,9 @@ class Network(NamedTuple):
     inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
     takes_groups: bool = False  # apply computes a group of G tasks too: weights, inputs, outputs with a leading axis G
     steps_a_call: int = 1  # outer steps in one compiled program, all tasks in one operation; above 1 for tiny networks
+    head: tuple[str, ...] = ()  # names of the last layer's weights; the others are the body's
+    body: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, inputs -> what the last layer takes
+    last_layer: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, that -> outputs. apply is both
 
 
 class Curve(NamedTuple):
@@ -115,6 +119,14 @@ def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int | None) -> tf.Tensor:
     if shot is None:
         return tf.reduce_sum(losses / tf.linalg.matvec(labels, tf.reduce_sum(labels, -2)), -1)
     return tf.reduce_sum(losses, -1) / shot
+
+
+def mean_xent(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Softmax cross-entropy in nats, the mean over the examples of a task: xent's / N where K is of that set.
+
+    Shapes as in xent. Source: mmfewshot, whose step of 0.01 on it is one of 0.01 / N on xent.
+    """
+    return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(labels, logits), -1)
 
 
 def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:

@@ -105,9 +105,15 @@ def random_images(recipe, count: int = 100, per_class: int = 40):
     from images import Classes
 
     images = recipe.dataset.images
-    pixels = np.random.default_rng(0).integers(0, 256, (count * per_class, *images.size, images.channels), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (count * per_class, *images.stored, images.channels), np.uint8)
     starts = np.arange(0, count * per_class, per_class)
-    classes = Classes([f"class{i}" for i in range(count)], starts, np.full(count, per_class), pixels)
+    classes = Classes(
+        [f"class{i}" for i in range(count)],
+        starts,
+        np.full(count, per_class),
+        pixels,
+        np.full(count * per_class, 4 / 3),
+    )
     return ImageTasks(images, {"train": classes}, recipe.way, recipe.shot, recipe.query_examples(True))
 
 

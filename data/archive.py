@@ -100,6 +100,7 @@ class TarMember(NamedTuple):
 File = Path | ZipMember | TarMember  # each prints as a path that a reader can follow
 Pixels = np.ndarray  # uint8 [height, width, 3], of an image that was never a file
 Images = dict[str, File | Pixels]  # an image's name -> where to read it
+Size = tuple[int, int] | int  # of a written image: width and height, or its short side, where it keeps its shape
 
 
 class Class(NamedTuple):
@@ -146,10 +147,14 @@ OUT_HELP = (
     "where to write (default: script's folder). Of the class folders there, finished images stay. Replaced is only "
     "what this script made, or a copy, bit for bit, of what it is given; anything else in its way is an error"
 )
+SHORT_SIDE_HELP = "keep the shape of each photograph, its short side of so many pixels, for main.py --augment"
 
 
-def arguments(doc: str, out: Path, published: Published | None = None) -> argparse.Namespace:
-    """The command line of a script that makes a data set; with --download, `archive` is what was fetched."""
+def arguments(doc: str, out: Path, published: Published | None = None, photographs: bool = False) -> argparse.Namespace:
+    """The command line of a script that makes a data set; with --download, `archive` is what was fetched.
+
+    photographs: they have shapes of their own, which --short_side keeps.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--archive", nargs="+", type=Path, help="archives, or folders of what was in them")
@@ -157,10 +162,19 @@ def arguments(doc: str, out: Path, published: Published | None = None) -> argpar
         source.add_argument("--download", action="store_true", help=f"fetch {published.url} into --out")
     parser.add_argument("--out", type=Path, default=out, help=OUT_HELP)
     parser.add_argument("--allow_missing", action="store_true", help="go on without what is missing")
+    if photographs:
+        parser.add_argument("--short_side", type=short_side, help=SHORT_SIDE_HELP)
     args = parser.parse_args()
     if published and args.download:
         args.archive = [download(published, args.out)]
     return args
+
+
+def short_side(text: str) -> int:
+    """A number of pixels of the command line."""
+    if not 1 <= int(text) <= 10**4:
+        raise ValueError
+    return int(text)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -418,9 +432,17 @@ def _read(file: File | Pixels) -> bytes | Pixels:
 _large = threading.Lock()
 
 
-def _resized(file: File | Pixels, read: bytes | Pixels, size: tuple[int, int], mode: str | None) -> Image.Image:
+def _target(size: Size, found: tuple[int, int]) -> tuple[int, int]:
+    """The (width, height) that an image of the (width, height) `found` becomes."""
+    if isinstance(size, tuple):
+        return size
+    return tuple(size if side == min(found) else round(size * side / min(found)) for side in found)
+
+
+def _resized(file: File | Pixels, read: bytes | Pixels, size: Size, mode: str | None) -> Image.Image:
     if isinstance(read, Pixels):
-        return Image.fromarray(read).convert(mode).resize(size, Image.LANCZOS)
+        image = Image.fromarray(read).convert(mode)
+        return image.resize(_target(size, image.size), Image.LANCZOS)
     with _readable(file):
         image = Image.open(io.BytesIO(read), formats=FORMATS)
         width, height = image.size
@@ -428,11 +450,11 @@ def _resized(file: File | Pixels, read: bytes | Pixels, size: tuple[int, int], m
             raise ValueError(f"{width:,} x {height:,} pixels")
         with _large if width * height > LARGE else contextlib.nullcontext():
             image.load()
-            return (image.convert(mode) if mode else image).resize(size, Image.LANCZOS)
+            return (image.convert(mode) if mode else image).resize(_target(size, image.size), Image.LANCZOS)
 
 
-def read_image(file: File | Pixels, size: tuple[int, int], mode: str | None = None) -> Image.Image:
-    """The PNG or JPEG image at this (width, height), in this mode or its own; fails, naming it, if it is damaged."""
+def read_image(file: File | Pixels, size: Size, mode: str | None = None) -> Image.Image:
+    """The PNG or JPEG image at this Size, in this mode or its own; fails, naming it, if it is damaged."""
     return _resized(file, _read(file), size, mode)
 
 
@@ -451,10 +473,10 @@ def header(path: Path) -> Header | None:
         return None
 
 
-def has_size(path: Path, size: tuple[int, int]) -> bool:
-    """Whether this is an image of this (width, height); only its header is read."""
+def has_size(path: Path, size: Size) -> bool:
+    """Whether this is an image of this Size; only its header is read."""
     found = header(path)
-    return found is not None and found.size == size
+    return found is not None and (found.size == size if isinstance(size, tuple) else min(found.size) == size)
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -481,10 +503,8 @@ def refuse_missing(classes: Iterable[Class], allow: bool) -> list[Class]:
     return [one for one in classes if one.images]
 
 
-def write_classes(
-    classes: Iterable[Class], out: Path, size: tuple[int, int], suffix: str, expected: dict[str, int]
-) -> None:
-    """Makes <out>/<class folder>/<name><suffix>, RGB, of this (width, height), and prints the counts.
+def write_classes(classes: Iterable[Class], out: Path, size: Size, suffix: str, expected: dict[str, int]) -> None:
+    """Makes <out>/<class folder>/<name><suffix>, RGB, of this Size, and prints the counts.
 
     Images finished before stay; a folder with anything that is not to be replaced is an error, before any work.
     suffix: ".png", or ".jpg" at Pillow's default quality. expected: the published numbers of "train classes",
@@ -525,10 +545,10 @@ def write_classes(
         print_counts(found, expected)
 
 
-def replaceable(images: Images, size: tuple[int, int]) -> Callable[[str, Path], bool]:
+def replaceable(images: Images, size: Size) -> Callable[[str, Path], bool]:
     """Whether a file, by its name and path, may be replaced where these images are to be written.
 
-    It may if it is a finished image by one of their names, that is, of this (width, height); if it is bit for bit
+    It may if it is a finished image by one of their names, that is, of this Size; if it is bit for bit
     what one of them is made of; and if it is what one of them was made into, in another format.
     """
     sources = {_stem(name): file for name, file in images.items()}
@@ -557,10 +577,10 @@ def _is_copy(path: Path, source: File | Pixels) -> bool:
     return path.stat().st_size <= PHOTOGRAPHS.file and read_bytes(path) == _read(source)
 
 
-def _is_made_of(path: Path, source: File | Pixels, size: tuple[int, int]) -> bool:
-    """Whether the image is what the source becomes, RGB, of this (width, height), in the image's own format."""
+def _is_made_of(path: Path, source: File | Pixels, size: Size) -> bool:
+    """Whether the image is what the source becomes, RGB, of this Size, in the image's own format."""
     found = header(path)
-    if found is None or found.size != size:
+    if not has_size(path, size):
         return False
     made = io.BytesIO()
     read_image(source, size, "RGB").save(made, found.format)
@@ -569,7 +589,7 @@ def _is_made_of(path: Path, source: File | Pixels, size: tuple[int, int]) -> boo
     return False  # its header is all that can be read
 
 
-def _write_class(images: Images, place: Path, size: tuple[int, int]) -> None:
+def _write_class(images: Images, place: Path, size: Size) -> None:
     """Writes one class's images, RGB, resized, into the folder `place`, all at once; finished ones stay."""
 
     def write(name: str, file: File | Pixels, read: bytes | Pixels) -> None:
@@ -590,8 +610,8 @@ def _write_class(images: Images, place: Path, size: tuple[int, int]) -> None:
             one.result()
 
 
-def finished(folder: Path, names: Iterable[str], size: tuple[int, int]) -> bool:
-    """Whether `folder` has every one of the named images at this (width, height)."""
+def finished(folder: Path, names: Iterable[str], size: Size) -> bool:
+    """Whether `folder` has every one of the named images at this Size."""
     return all(has_size(folder / name, size) for name in names)
 
 

@@ -7,7 +7,8 @@ training. A run that was stopped goes on; a finished one is tested again. The pr
 path that a flag gives begins there.
 
 Writes results/<script>.json: the run's flags, iterations, hours, machine, versions and commit, and its tests as they
-stand in the run's results.json. Another seed than 0 has .seed<n> in the name. With --results_dir it is written there.
+stand in the run's results.json. Another seed than 0 has .seed<n> in the name, and another method than MAML
+(--adapt, --learn_update_lr) its part of the run folder's name. With --results_dir it is written there.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import tensorflow as tf
 import devices
 import events
 import main
+import recipe
 from utils import write_whole
 
 
@@ -55,7 +57,8 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
         "tests": entries,
     }
     seed = f".seed{flags['seed']}" if flags["seed"] else ""
-    path = Path(results_dir or ROOT / "results") / f"{script.stem}{seed}.json"
+    variant = recipe.from_flags(flags).variant
+    path = Path(results_dir or ROOT / "results") / f"{script.stem}{variant}{seed}.json"
     text = json.dumps(row, indent=1) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
     return path

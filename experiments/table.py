@@ -2,8 +2,9 @@
 
     python experiments/table.py
 
-Our numbers come from results/<script>.json and, for other seeds, <script>.seed<n>.json, which row.py writes. What
-others report comes from published.json, and the times of a step from speed.json. Both say who measured what, and how.
+Our numbers come from results/<script>.json and, for other methods and seeds, <script>.<...>.json, which row.py writes.
+What others report comes from published.json, and the times of a step from speed.json. Both say who measured what, and
+how.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,11 @@ class Row(NamedTuple):
     script: str
     shot: int  # K at test
     alpha: float  # at test
+    flags: Mapping[str, str] = MappingProxyType({})  # that the script is given
+
+    @property
+    def command(self) -> str:
+        return " ".join([f"{self.script}.sh", *(f"--{flag}={value}" for flag, value in self.flags.items())])
 
 
 SINUSOID = [
@@ -47,12 +54,48 @@ IMAGES = [
     Row("Omniglot 5-way 5-shot", "no convolutions", "omniglot_5way_1shot_fc", 5, 0.4),
     Row("Omniglot 5-way 5-shot", "first order", "omniglot_5way_1shot_first_order", 5, 0.4),
     Row("Omniglot 20-way 1-shot", "MAML", "omniglot_20way_1shot", 1, 0.1),
+    Row("Omniglot 20-way 1-shot", "first order", "omniglot_20way_1shot_first_order", 1, 0.1),
     Row("Omniglot 20-way 5-shot", "MAML", "omniglot_20way_1shot", 5, 0.1),
+    Row("Omniglot 20-way 5-shot", "first order", "omniglot_20way_1shot_first_order", 5, 0.1),
     Row("MiniImagenet 5-way 1-shot", "MAML", "miniimagenet_1shot", 1, 0.01),
     Row("MiniImagenet 5-way 1-shot", "first order", "miniimagenet_1shot_first_order", 1, 0.01),
     Row("MiniImagenet 5-way 5-shot", "MAML", "miniimagenet_5shot", 5, 0.01),
     Row("MiniImagenet 5-way 5-shot", "first order", "miniimagenet_5shot_first_order", 5, 0.01),
     Row("CIFAR-FS 5-way 1-shot", "MAML", "cifarfs_1shot", 1, 0.01),
+]
+METHOD = {"adapt": "all", "learn_update_lr": "none"}  # the flags that make another method of MAML, as MAML has them
+ANIL, SIZES, META_SGD = {"adapt": "head"}, {"learn_update_lr": "step"}, {"learn_update_lr": "weight"}
+BOIL = {"adapt": "body"}
+# As Oh et al. 2021: a step of 0.5 on the mean loss is 0.1 on ours, which is 5 times the mean in a 5-way task.
+BOIL_PUBLISHED = BOIL | {"num_updates": "1", "update_lr": "0.1", "num_filters": "64", "metatrain_iterations": "30000"}
+META_SGD_PUBLISHED = META_SGD | {"num_updates": "1"}  # Li et al. 2017
+FAMILY = [
+    Row("Omniglot 5-way 1-shot", "ANIL", "omniglot_5way_1shot", 1, 0.4, ANIL),
+    Row("Omniglot 5-way 1-shot", "BOIL", "omniglot_5way_1shot", 1, 0.4, BOIL),
+    Row("Omniglot 5-way 1-shot", "Meta-SGD", "omniglot_5way_1shot", 1, 0.4, META_SGD),
+    Row("Omniglot 5-way 1-shot", "step sizes", "omniglot_5way_1shot", 1, 0.4, SIZES),
+    Row("Omniglot 5-way 5-shot", "Meta-SGD", "omniglot_5way_1shot", 5, 0.4, META_SGD),
+    Row("Omniglot 20-way 1-shot", "ANIL", "omniglot_20way_1shot", 1, 0.1, ANIL),
+    Row("Omniglot 20-way 1-shot", "BOIL", "omniglot_20way_1shot", 1, 0.1, BOIL),
+    Row("Omniglot 20-way 1-shot", "Meta-SGD", "omniglot_20way_1shot", 1, 0.1, META_SGD),
+    Row("Omniglot 20-way 1-shot", "step sizes", "omniglot_20way_1shot", 1, 0.1, SIZES),
+    Row("Omniglot 20-way 5-shot", "ANIL", "omniglot_20way_1shot", 5, 0.1, ANIL),
+    Row("MiniImagenet 5-way 1-shot", "ANIL", "miniimagenet_1shot", 1, 0.01, ANIL),
+    Row("MiniImagenet 5-way 1-shot", "BOIL", "miniimagenet_1shot", 1, 0.1, BOIL_PUBLISHED),
+    Row("MiniImagenet 5-way 1-shot", "Meta-SGD", "miniimagenet_1shot", 1, 0.01, META_SGD_PUBLISHED),
+    Row("MiniImagenet 5-way 5-shot", "ANIL", "miniimagenet_5shot", 5, 0.01, ANIL),
+    Row("MiniImagenet 5-way 5-shot", "BOIL", "miniimagenet_5shot", 5, 0.1, BOIL_PUBLISHED),
+    Row("MiniImagenet 5-way 5-shot", "Meta-SGD", "miniimagenet_5shot", 5, 0.01, META_SGD_PUBLISHED),
+    Row("CIFAR-FS 5-way 1-shot", "ANIL", "cifarfs_1shot", 1, 0.01, ANIL),
+    Row("CIFAR-FS 5-way 1-shot", "BOIL", "cifarfs_1shot", 1, 0.01, BOIL),
+    Row("CIFAR-FS 5-way 1-shot", "Meta-SGD", "cifarfs_1shot", 1, 0.01, META_SGD),
+    Row("CIFAR-FS 5-way 1-shot", "step sizes", "cifarfs_1shot", 1, 0.01, SIZES),
+]
+MMFEWSHOT = [
+    Row(f"{title} 5-way {shot}-shot", network, f"mmfewshot_{data}_{network}", shot, 0.01)
+    for data, title in (("cub", "CUB"), ("miniimagenet", "MiniImagenet"))
+    for shot in (1, 5)
+    for network in ("conv4", "resnet12")
 ]
 SUMMARY = [Row("Sinusoid 10-shot, error after 1 / 5 / 10 updates", "MAML", "sinusoid_maml", 10, 0.001), *IMAGES]
 RETURNS = {"point": "2D navigation", "cheetah_direction": "Half-cheetah, direction"}  # rl/; by updates 0 to 3
@@ -76,8 +119,11 @@ def ours(row: Row, results: Path) -> dict[str, list[tuple[Json, Json]]]:
       protocol -> (record, test) of each seed. The protocol is the queries a class, and what else is not the original's.
     """
     found = []
-    for path in sorted([*results.glob(f"{row.script}.json"), *results.glob(f"{row.script}.seed*.json")]):
+    for path in sorted([*results.glob(f"{row.script}.json"), *results.glob(f"{row.script}.*.json")]):
         record = json.loads(path.read_text())
+        flags = METHOD | record.get("flags", {})
+        if any(str(flags.get(flag)) != value for flag, value in {**METHOD, **row.flags}.items()):
+            continue
         for test in record["tests"]:
             if (test["support_examples_a_class_K"], test["inner_step_size_alpha"]) == (row.shot, row.alpha):
                 found.append((record, test))
@@ -96,6 +142,10 @@ def _protocol(test):
     parts = [str(test["query_examples_a_class_Q"])]
     if (test["tasks"], test["task_seed"]) != (TASKS, TASK_SEED):
         parts.append(f"{test['tasks']:,} tasks of seed {test['task_seed']}")
+    if test.get("updates_at_test"):
+        parts.append(f"{test['updates_at_test']} updates at most")
+    if test.get("query_shares"):
+        parts.append(f"on average, shares {test['query_shares']}")
     if test["best_on_validation"]:
         parts.append("best on validation")
     return ", ".join(parts)
@@ -111,13 +161,18 @@ def published(row: Row, reported_by: str, results: Path, protocol: str = "") -> 
         query = entry["query_examples_a_class_Q"]
         if of_row != (row.script, row.shot, row.alpha) or entry["reported_by"] != reported_by:
             continue
+        if METHOD | entry.get("flags", {}) != {flag: row.flags.get(flag, usual) for flag, usual in METHOD.items()}:
+            continue
         if protocol and query and query != int(protocol.split(",")[0]):
             continue
         columns = entry["results"]
         if _is_error(entry):
             return " / ".join(column["mean"] for column in columns if column["updates"] in TABLE_UPDATES)
         who = f" ({entry['shown_as']})" if "shown_as" in entry else ""
-        return ", ".join(f"{column['mean']} +- {column['ci95']}" for column in columns) + who
+        return (
+            ", ".join(" +- ".join(str(column[key]) for key in ("mean", "ci95") if key in column) for column in columns)
+            + who
+        )
     return ""
 
 
@@ -159,7 +214,7 @@ def table(rows: list[Row], queries: str, results: Path) -> str:
         for protocol, tests in (ours(row, results) or {"": []}).items():
             others = [published(row, reported_by, results, protocol) for reported_by in ("paper", "original code")]
             mine = "<br>".join(_seed(record, test) for record, test in tests) or "not run yet"
-            cells = ["" if row.test == above else row.test, row.model, *others, protocol, mine, f"`{row.script}.sh`"]
+            cells = ["" if row.test == above else row.test, row.model, *others, protocol, mine, f"`{row.command}`"]
             lines.append(f"| {' | '.join(cells)} |")
             above = row.test
     return "\n".join(lines)
@@ -253,6 +308,8 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/results.md": {
         "sinusoid": partial(table, SINUSOID, "query points"),
         "images": partial(table, IMAGES, "queries a class"),
+        "family": partial(table, FAMILY, "queries a class"),
+        "mmfewshot": partial(table, MMFEWSHOT, "queries a class"),
     },
     "docs/design.md": {"speed": speed},
 }

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 BATCH_NORM_EPSILON = 0.001
 LAYER_NORM_EPSILON = 1e-12
+TORCH_EPSILON = 1e-5
 
 
 def normalise(x, axes, epsilon):
@@ -45,28 +46,72 @@ def fc(weights, x, *, norm):
     return x @ weights[f"w{last}"] + weights[f"b{last}"]
 
 
-def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order):
+def affine(x, weights, layer):
+    """Convolution with its bias, if it has one, and batch norm with gamma and beta."""
+    x = tf.nn.conv2d(x, weights[f"conv{layer}"], strides=1, padding="SAME") + weights.get(f"b{layer}", 0)
+    return weights[f"gamma{layer}"] * normalise(x, [0, 1, 2], TORCH_EPSILON) + weights[f"beta{layer}"]
+
+
+def conv4_affine(weights, x):
+    for layer in range(1, 5):
+        x = tf.nn.max_pool2d(tf.nn.relu(affine(x, weights, layer)), 2, 2, "VALID")
+    return tf.reshape(x, [x.shape[0], -1]) @ weights["w5"] + weights["b5"]
+
+
+def resnet12(weights, x):
+    for block in range(1, 5):
+        inputs = x
+        for layer in (1, 2, 3):
+            x = affine(x, weights, f"{block}_{layer}")
+            x = tf.nn.leaky_relu(x, 0.1) if layer < 3 else x
+        x = tf.nn.leaky_relu(x + affine(inputs, weights, f"{block}_0"), 0.1)
+        x = tf.nn.max_pool2d(x, 2, 2, "VALID")
+    return tf.reduce_mean(x, [1, 2]) @ weights["w5"] + weights["b5"]
+
+
+def step_size(weights, name, update, learned, inner_lr):
+    """Of an adapted weight at an update: alpha, one for each of its elements (Meta-SGD), or one a update (MAML++)."""
+    if learned == "none":
+        return inner_lr
+    sizes = weights[f"step_size_{name}"]
+    return sizes if learned == "weight" else sizes[min(update, len(sizes) - 1)]
+
+
+def part(weights, what, norms):
+    """The names that the inner loop changes: the last layer's (ANIL), the others (BOIL) or all.
+
+    norms: those of the norms are among them.
+    """
+    left_out = ("step_size",) if norms else ("beta", "gamma", "step_size")
+    names = [name for name in weights if not name.startswith(left_out)]
+    if what == "all":
+        return names
+    last = max(int(name[-1]) for name in names)
+    return [name for name in names if (int(name[-1]) == last) == (what == "head")]
+
+
+def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, adapt="all", learned="none", norms=False):
     """Query loss of one task after the inner loop (paper, Algorithm 2, lines 5 to 7 and the sum of line 10)."""
     weights = dict(weights)
-    for _ in range(inner_steps):
-        adapted = [name for name in weights if not name.startswith(("beta", "gamma"))]
+    for update in range(inner_steps):
+        adapted = part(weights, adapt, norms)
         with tf.GradientTape() as tape:
             tape.watch([weights[name] for name in adapted])
             support_loss = loss(apply(weights, task.support_x), task.support_y)
         gradients = tape.gradient(support_loss, [weights[name] for name in adapted])
         for name, gradient in zip(adapted, gradients, strict=True):
             gradient = tf.stop_gradient(gradient) if first_order else gradient
-            weights[name] = weights[name] - inner_lr * gradient
+            weights[name] = weights[name] - step_size(weights, name, update, learned, inner_lr) * gradient
     return loss(apply(weights, task.query_x), task.query_y)
 
 
-def meta_gradient(apply, loss, weights, tasks, inner_lr, inner_steps, first_order=False):
+def meta_gradient(apply, loss, weights, tasks, inner_lr, inner_steps, first_order=False, **variant):
     """The mean over tasks of the query loss, and its gradient to the meta-learned weights."""
     with tf.GradientTape() as tape:
         tape.watch(weights)
         losses = [
-            task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order)
+            task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, **variant)
             for task in (type(tasks)(*(part[i] for part in tasks)) for i in range(tasks.support_x.shape[0]))
         ]
         mean = tf.add_n(losses) / len(losses)
-    return mean, tape.gradient(mean, weights)
+    return mean, tape.gradient(mean, weights, unconnected_gradients="zero")

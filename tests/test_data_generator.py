@@ -163,6 +163,39 @@ def test_every_seed_split_and_number_has_a_task_of_its_own(source):
     assert len(seen) == 4 * 3 * 25
 
 
+def dirichlet_tasks(counts, way, shot, query, images=OMNIGLOT) -> ImageTasks:
+    source = numbered_tasks(counts, way, shot, query, images=images)
+    return ImageTasks(images, source.classes, way, shot, query, "dirichlet")
+
+
+@given(image_tasks(), seeds, splits, firsts)
+@settings(deadline=None)
+def test_uneven_queries_are_as_many_in_all(made_of, seed, split, first):
+    """The support set has K of each class; the queries are N * Q, none twice and of the task's own classes."""
+    counts, way, shot, query = made_of
+    counts = [count + (way - 1) * query for count in counts]
+    tasks = dirichlet_tasks(counts, way, shot, query).draw(seed, split, first, 3)
+    assert tasks.support_y.shape == (3, way * shot, way) and tasks.query_y.shape == (3, way * query, way)
+    assert (tasks.support_y.sum(1) == shot).all()
+    rows = drawn(tasks, counts, 1)
+    for classes, examples, quarters, labels in zip(*(part[..., 0] for part in rows), strict=True):
+        assert len(set(zip(classes, examples, strict=True))) == way * (shot + query)
+        assert len(set(zip(labels, classes, quarters, strict=True))) == way  # a label is a class in one rotation
+    assert_drawn_in_batches(dirichlet_tasks(counts, way, shot, query), seed, split, first, [2, 1])
+
+
+def test_shares_of_the_queries_are_dirichlet():
+    """Each share is Beta(2, 2 (N - 1)), two are as correlated as they should be, and rounding moves less than one."""
+    words = data_generator._words(0, "test", 0, 4000, per_task=10)
+    shares = data_generator._query_counts(words, 10**9) / 10**9
+    for share in shares.T:
+        assert stats.kstest(share, stats.beta(2, 8).cdf).pvalue > 1e-4
+    np.testing.assert_allclose(np.corrcoef(shares.T)[np.triu_indices(5, 1)], -0.25, atol=0.06)
+    few = data_generator._query_counts(words, 75)
+    assert (few.sum(1) == 75).all() and (few >= 0).all() and (few == 0).any()
+    assert np.abs(few - 75 * shares).max() < 1
+
+
 def test_draws_of_images_are_uniform():
     counts = [5] * 7
     source = numbered_tasks(counts, 3, 1, 1)

@@ -28,6 +28,7 @@ ROOT = Path(main.__file__).parent
 SCRIPTS = sorted(
     {*(ROOT / "experiments").glob("*.sh")} - {*(ROOT / "experiments").glob("rl_*.sh")}
 )  # those: test_rl.py
+TABLES = table.SINUSOID + table.IMAGES + table.FAMILY + table.MMFEWSHOT
 PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))
 
 
@@ -94,8 +95,18 @@ def test_tables_have_every_test_of_every_script(tmp_path):
         for flags in tests:
             recipe = main.recipe_of(main.parsed([*training, *flags]))
             tested.add((script.stem, recipe.shot, recipe.inner_lr))
-    rows = [(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES]
+    rows = [(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES + table.MMFEWSHOT]
     assert sorted(rows) == sorted(tested)
+
+
+@pytest.mark.parametrize("one", table.FAMILY, ids=lambda row: f"{row.command} {row.shot}")
+def test_a_method_is_a_row_of_its_script_with_flags(one, tmp_path):
+    """The flags are taken, and one of the script's tests is the row's."""
+    flags = [f"--{flag}={value}" for flag, value in one.flags.items()]
+    training, tests = called(ROOT / "experiments" / f"{one.script}.sh", tmp_path, *flags)
+    recipes = [main.recipe_of(main.parsed([*training, *more])) for more in tests]
+    assert (one.shot, one.alpha) in [(recipe.shot, recipe.inner_lr) for recipe in recipes]
+    assert all(recipe.variant for recipe in recipes)
 
 
 @pytest.mark.parametrize("page", table.PAGES)
@@ -104,14 +115,14 @@ def test_pages_are_in_step_with_results(page):
     assert text == table.written(page, text, ROOT / "results"), "python experiments/table.py writes it anew"
 
 
-def write_record(folder: Path, name: str, seed: int, *tests: dict) -> None:
+def write_record(folder: Path, name: str, seed: int, *tests: dict, **flags: str) -> None:
     """results/<name>.json. A test has the keys of its protocol, and columns (updates, mean, median, the paper's)."""
     usual = {"query_examples_a_class_Q": 5, "tasks": 600, "task_seed": 0, "best_on_validation": False}
     usual |= {"metric": "accuracy (share of query examples, 0 to 1)", "training_seed": seed}
     keys = ("updates", "mean", "median", "the_papers_number")
     for test in tests:
         test["results"] = [dict(zip(keys, column, strict=True)) | {"ci95": 0.0123} for column in test["results"]]
-    record = {"iterations": 60000, "hours": 1.26, "tests": [usual | test for test in tests]}
+    record = {"flags": flags, "iterations": 60000, "hours": 1.26, "tests": [usual | test for test in tests]}
     path = folder / (f"{name}.seed{seed}.json" if seed else f"{name}.json")
     path.write_text(json.dumps(record))
 
@@ -202,6 +213,25 @@ def test_a_line_for_each_protocol(tmp_path):
     ]
 
 
+def test_a_method_has_its_own_numbers(tmp_path):
+    """Ours by the flags of the record, others' by those of the entry; a seed of another method is not MAML's."""
+    test = {"support_examples_a_class_K": 5, "inner_step_size_alpha": 0.1}
+    write_record(tmp_path, "row", 0, test | {"results": [(5, 0.9, 0.9, True)]})
+    write_record(tmp_path, "row.adapthead", 1, test | {"results": [(5, 0.8, 0.8, True)]}, adapt="head")
+    entry = {"row": "row", "support_examples_a_class_K": 5, "inner_step_size_alpha": 0.1, "metric": "accuracy in %"}
+    entry |= {"query_examples_a_class_Q": None, "reported_by": "paper", "results": [{"updates": 5, "mean": 70}]}
+    other = entry | {"flags": {"adapt": "head"}, "shown_as": "X", "results": [{"updates": 5, "mean": 60, "ci95": 1}]}
+    (tmp_path / "published.json").write_text(json.dumps([entry, other]))
+    methods = {"MAML": {}, "ANIL": {"adapt": "head"}, "BOIL": {"adapt": "body", "num_updates": "1"}}
+    rows = [table.Row("test", name, "row", 5, 0.1, flags) for name, flags in methods.items()]
+    cost = " (60,000 iterations, 1.3 hours)"
+    assert table.table(rows, "queries", tmp_path).splitlines()[2:] == [
+        f"| test | MAML | 70 |  | 5 | seed 0: 90.0 +- 1.2{cost} | `row.sh` |",
+        f"|  | ANIL | 60 +- 1 (X) |  | 5 | seed 1: 80.0 +- 1.2{cost} | `row.sh --adapt=head` |",
+        "|  | BOIL |  |  |  | not run yet | `row.sh --adapt=body --num_updates=1` |",
+    ]
+
+
 def test_summary_names_what_is_not_run(tmp_path):
     (tmp_path / "published.json").write_bytes((ROOT / "results" / "published.json").read_bytes())
     test = {"support_examples_a_class_K": 1, "inner_step_size_alpha": 0.4, "query_examples_a_class_Q": 1}
@@ -209,7 +239,8 @@ def test_summary_names_what_is_not_run(tmp_path):
         write_record(tmp_path, "omniglot_5way_1shot", seed, test | {"results": [(3, 0.98, 1, True)]})
     *lines, _, missing = table.summary(tmp_path).splitlines()
     assert lines[2:] == ["| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2 | 1 |"]
-    assert "Omniglot 5-way 5-shot; Omniglot 5-way 5-shot, no convolutions; Omniglot 20-way" in missing
+    five_shot = "Omniglot 5-way 5-shot"
+    assert f"{five_shot}; {five_shot}, no convolutions; {five_shot}, first order; Omniglot 20-way" in missing
     assert "Omniglot 5-way 1-shot;" not in missing
 
 
@@ -232,10 +263,11 @@ def test_times_of_a_step_as_the_benchmarks_write_them(tmp_path):
 
 
 def test_every_number_of_others_has_its_place_and_source():
-    rows = {(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES}
+    rows = [(one.script, one.shot, one.alpha, dict(one.flags)) for one in TABLES]
     for entry in json.loads((ROOT / "results" / "published.json").read_text()):
-        place = entry["row"], entry["support_examples_a_class_K"], entry["inner_step_size_alpha"]
-        assert place in rows, "no table shows it"
+        place = (entry["row"], entry["support_examples_a_class_K"], entry["inner_step_size_alpha"])
+        flags = [flags for *row, flags in rows if tuple(row) == place]
+        assert any(entry.get("flags", {}).items() <= one.items() for one in flags), "no table shows it"
         assert entry["source"]
 
 
@@ -298,13 +330,14 @@ def test_record_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(row.subprocess, "Popen", InThisProcess)
     monkeypatch.setattr(row, "commit", lambda: "abc")
     training = f"--datasource=sinusoid --metatrain_iterations=3 --seed=4 --logdir={tmp_path}/logs/ --norm=None".split()
+    training += ["--learn_update_lr=step"]
     with flagsaver.flagsaver():
         path = row.record(
             Path("experiments/some row.sh"),
             [*training, f"--results_dir={tmp_path}/results"],
             [[], ["--update_batch_size=2", "--train_update_batch_size=5"]],
         )
-    assert path == tmp_path / "results" / "some row.seed4.json"
+    assert path == tmp_path / "results" / "some row.learnlrstep.seed4.json"
     record = json.loads(path.read_text())
     assert (record["row"], record["iterations"], record["flags"]["seed"]) == ("some row", 3, 4)
     assert 0 < record["hours"] < 0.1

@@ -523,6 +523,44 @@ def test_another_shot_and_step_size_at_test(omniglot_run, few_test_tasks, tmp_pa
     assert entry["inner_step_size_alpha"] == 0.1
 
 
+def test_another_number_of_updates_at_test(omniglot_run, few_test_tasks, tmp_path):
+    flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
+    run(*flags)
+    for updates in (2, 12):
+        run(*flags, f"--test_updates={updates}")
+    usual, few, many = (
+        read_pickle(tmp_path / f"test_ubs1_stepsize0.4{name}.pkl") for name in ("", "_updates2", "_updates12")
+    )
+    assert (usual.shape[1], few.shape[1], many.shape[1]) == (11, 3, 13)
+    np.testing.assert_allclose(few, usual[:, :3], atol=1e-6)
+    np.testing.assert_allclose(many[:, :11], usual, atol=1e-6)
+    entries = json.loads((tmp_path / "results.json").read_text())
+    assert [entry.get("updates_at_test") for entry in entries] == [None, 2, 12]
+    marked = [[column["updates"] for column in entry["results"] if column["the_papers_number"]] for entry in entries]
+    assert marked == [[3], [], [3]]
+    assert "--test_updates=0: must be 1 or more, and at most 200, or -1" in refusal(*flags, "--test_updates=0")
+
+
+def test_queries_in_shares(omniglot_run, sinusoid_run, few_test_tasks, tmp_path):
+    """75 queries of five classes unless --num_query is given, for which a class of 20 drawings is too small."""
+    flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
+    flags += ("--query_shares=dirichlet",)
+    assert "has 20 images, but a task takes 76 of each class" in refusal(*flags)
+    run(*flags, "--num_query=3")
+    values = read_pickle(tmp_path / "test_ubs1_stepsize0.4_query3_querysharesdirichlet.pkl")
+    data = Path(omniglot_run.flags[2].removeprefix("--data_path="))
+    images = DATASETS["omniglot"].images
+    tasks = ImageTasks.from_folder(images, data, ("test",), 5, 1, 3, "dirichlet").draw(0, "test", 0, 4)
+    assert {tuple(sorted(counts)) for counts in tasks.query_y.sum(1)} != {(3, 3, 3, 3, 3)}
+    curve = evaluated_on(tasks, omniglot_run, "model509", shot=1, inner_lr=0.4, steps=10)
+    np.testing.assert_allclose(values, curve.accuracies, atol=1e-6)
+    (entry,) = json.loads((tmp_path / "results.json").read_text())
+    assert (entry["query_shares"], entry["query_examples_a_class_Q"]) == ("dirichlet", 3)
+    assert "--query_shares=dirichlet is for classes, which the sinusoid has not" in refusal(
+        *sinusoid_run.flags, "--train=False", "--query_shares=dirichlet"
+    )
+
+
 def test_two_models_in_one_results_dir(sinusoid_run, uninterrupted, few_test_tasks, tmp_path):
     """Each has its entry, also where all of the protocol is the same."""
     for one in (sinusoid_run, uninterrupted, sinusoid_run):

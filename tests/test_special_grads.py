@@ -48,6 +48,24 @@ def test_batch_norm_equals_autodiff_of_the_plain_formula(shape, dtype, tolerance
         assert float(tf.norm(value - expected)) / scale < tolerance
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 5e-5)])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES[:2])
+def test_gamma_and_another_epsilon(shape, dtype, tolerance):
+    """Gamma is made of beta here, so that what is asked of beta is asked of both."""
+    x, g, u = batch(shape, dtype), batch(shape, dtype, 1.0, 0.3, 1), batch(shape, dtype, 1.0, 0.0, 2)
+    beta = batch(shape[-1:], dtype, 0.5, 0.0, 3)
+
+    def ours(x, beta):
+        return special_grads.batch_norm(x, beta, 1.5 + beta**2, 1e-5)
+
+    def plain(x, beta):
+        return special_grads.normalize_plain(x, 1e-5) * (1.5 + beta**2) + beta
+
+    for value, expected in zip(*(derivatives(norm, x, beta, g, u) for norm in (ours, plain)), strict=True):
+        assert float(tf.norm(value - expected)) / max(1.0, float(tf.norm(expected))) < tolerance
+    assert not np.allclose(ours(x, beta), special_grads.batch_norm(x, beta, 1.5 + beta**2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_batch_norm_against_finite_differences_to_second_order(shape):
     x, g, u = batch(shape, "float64"), batch(shape, "float64", 1.0, 0.3, 1), batch(shape, "float64", 1.0, 0.0, 2)

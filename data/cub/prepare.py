@@ -43,14 +43,14 @@ def find(sources: Iterable[Path]) -> dict[str, archive.Images]:
 
 
 def main() -> None:
-    args = archive.arguments(__doc__, HERE, PUBLISHED)
+    args = archive.arguments(__doc__, HERE, PUBLISHED, photographs=True)
     images = find(args.archive)
     classes = archive.by_lists(images, CLASS_LISTS, class_size=1)
     classes = archive.refuse_missing(classes, args.allow_missing)
     # In the archive's order, since the packed file is read forwards.
     order = {label: i for i, label in enumerate(images)}
     classes.sort(key=lambda one: order[one.folder.rpartition("/")[2]])
-    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED)
+    archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED)
 
 
 if __name__ == "__main__":

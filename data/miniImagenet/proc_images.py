@@ -148,13 +148,15 @@ def classes_of_pickles(folder: Path) -> list[archive.Class]:
     return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
 
 
-def prepare(classes: list[archive.Class], out: Path, suffix: str, allow_missing: bool) -> None:
-    """Makes <out>/{train,val,test}/<label>/<name><suffix>, 84x84 RGB, of the classes' images.
+def prepare(
+    classes: list[archive.Class], out: Path, suffix: str, allow_missing: bool, size: archive.Size = SIZE
+) -> None:
+    """Makes <out>/{train,val,test}/<label>/<name><suffix>, 84x84 RGB unless `size` is given, of the classes' images.
 
     suffix: ".jpg" at Pillow's default quality, as the data of the published numbers, or ".png", lossless.
     """
     # Differs: the original resizes the photographs in images/ and moves them; here they stay as they are.
-    archive.write_classes(archive.refuse_missing(classes, allow_missing), out, SIZE, suffix, EXPECTED)
+    archive.write_classes(archive.refuse_missing(classes, allow_missing), out, size, suffix, EXPECTED)
 
 
 def main() -> None:
@@ -175,13 +177,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help=archive.OUT_HELP)
     parser.add_argument("--lossless", action="store_true", help="save PNG; the published numbers are on JPEG")
     parser.add_argument("--allow_missing", action="store_true", help="go on without what is missing")
+    parser.add_argument("--short_side", type=archive.short_side, help=archive.SHORT_SIDE_HELP)
     args = parser.parse_args()
+    if args.pickles and args.short_side:
+        parser.error(
+            "the pickles have images of 84x84 pixels, of which --short_side makes no photographs: leave it out"
+        )
     if args.pickles:
         classes = classes_of_pickles(args.pickles)
     else:
         photographs = find_imagenet(args.imagenet) if args.imagenet else find(args.images)
         classes = find_classes(photographs, args.csv)
-    prepare(classes, args.out, ".png" if args.lossless or args.pickles else ".jpg", args.allow_missing)
+    suffix = ".png" if args.lossless or args.pickles else ".jpg"
+    prepare(classes, args.out, suffix, args.allow_missing, args.short_side or SIZE)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def photographs(source: archive.File) -> archive.Images:
 
 
 def main() -> None:
-    args = archive.arguments(__doc__, HERE)
+    args = archive.arguments(__doc__, HERE, photographs=True)
     places: dict[str, archive.File] = {}
     for source in args.archive:
         places |= archive.imagenet(source)
@@ -50,7 +50,7 @@ def main() -> None:
         for folder, wnid in listed.items()
         if wnid in places
     ]
-    archive.write_classes(classes, args.out, SIZE, ".png", EXPECTED)
+    archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,249 @@
+"""MAML's family: ANIL, BOIL, Meta-SGD and MAML++'s step sizes, each against the reference and against differences."""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import networks
+import predict
+import publish
+import recipe
+from data_generator import ImageTasks, SinusoidTasks
+from maml import MAML
+from recipe import Recipe
+from tests import reference
+from tests.test_main import assert_same_ending, read_pickle, refusal, run
+from tests.test_maml import in_float64, random_tasks
+from utils import Tasks, accuracy, mse, xent
+
+LOSS = functools.partial(xent, shot=2)
+TASKS = random_tasks(2, 6, 9, (9, 8, 2), 3)
+CONV = {"max_pool": False, "mean_head": True, "norm": "batch_norm"}
+
+
+@pytest.fixture
+def eagerly():
+    """To trace these small models would take longer than to compute them."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def variant(kind: str, adapt: str, learned: str, steps: int, **options) -> MAML:
+    """A model in float64, whose learned step sizes are no longer all alike."""
+    build = {
+        "conv": functools.partial(networks.conv4, (9, 8), 2, 3, 4, **CONV),
+        "fc": functools.partial(networks.fc, 9 * 8 * 2, (8, 7), 3, norm="layer_norm"),
+        "tiny": functools.partial(networks.fc, 9 * 8 * 2, (8, 7), 3, norm=None, tiny=True),
+    }[kind]
+    settings = {"inner_lr": 0.05, "inner_steps": steps, "learn_inner_lr": learned} | options
+    maml = MAML(networks.adapting(in_float64(build()), adapt), LOSS, accuracy, **settings)
+    random = np.random.default_rng(3)
+    for name, weight in maml.weights.items():
+        if name.startswith("step_size"):
+            weight.assign(random.uniform(0.02, 0.08, weight.shape))
+    return maml
+
+
+VARIANTS = [
+    *[("conv", "head", "none", False), ("conv", "body", "none", False), ("conv", "all", "weight", False)],
+    *[("conv", "all", "step", False), ("conv", "head", "step", True), ("fc", "body", "weight", True)],
+    *[("tiny", "head", "none", False), ("tiny", "head", "weight", False), ("tiny", "all", "step", True)],
+]
+
+
+@pytest.mark.parametrize("kind, adapt, learned, first_order", VARIANTS)
+def test_fast_equals_slow(kind, adapt, learned, first_order, eagerly):
+    """The meta-gradient, to the step sizes too, and the losses up to an update more than in training."""
+    maml = variant(kind, adapt, learned, 2, first_order=first_order)
+    slow = functools.partial(reference.conv4, **CONV) if kind == "conv" else reference.fc
+    if kind != "conv":
+        slow = functools.partial(slow, norm={"fc": "layer_norm", "tiny": None}[kind])
+    tasks = Tasks(*map(tf.constant, TASKS))
+
+    def expected(steps):
+        return reference.meta_gradient(
+            slow, LOSS, maml.values(), tasks, 0.05, steps, first_order, adapt=adapt, learned=learned
+        )
+
+    losses = maml.evaluate(tasks, 3).losses
+    for steps in (1, 2, 3):
+        np.testing.assert_allclose(np.mean(losses[:, steps]), expected(steps)[0], rtol=1e-9)
+    found, gradient = maml.mean_gradient(maml.query_loss, tasks)[0], expected(2)[1]
+    assert found.keys() == gradient.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value, gradient[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "adapt, learned", [("head", "none"), ("body", "none"), ("all", "weight"), ("all", "step"), ("head", "step")]
+)
+def test_meta_gradient_against_differences(adapt, learned, eagerly):
+    maml, random = variant("conv", adapt, learned, 2), np.random.default_rng(5)
+    tasks = Tasks(*map(tf.constant, TASKS))
+    gradient, _ = maml.mean_gradient(maml.query_loss, tasks)
+    direction = {name: random.normal(size=w.shape) for name, w in maml.weights.items()}
+
+    def loss_at(distance):
+        for name, weight in maml.weights.items():
+            weight.assign_add(distance * direction[name])
+        loss = np.mean(maml.evaluate(tasks, 2).losses[:, 2])
+        for name, weight in maml.weights.items():
+            weight.assign_sub(distance * direction[name])
+        return loss
+
+    slope = (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6
+    np.testing.assert_allclose(slope, sum(np.sum(gradient[name] * direction[name]) for name in gradient), rtol=1e-5)
+
+
+def test_a_body_that_stays_is_computed_once(eagerly):
+    """For the support set and for the query set, whatever the number of updates. Else nothing asks the body alone."""
+    seen = []
+
+    def counted(body, weights, x):
+        seen.append(x.shape)
+        return body(weights, x)
+
+    for adapt, sizes in (("head", [6, 9]), ("body", []), ("all", [])):
+        maml = variant("conv", adapt, "none", 3)
+        maml.network = maml.network._replace(body=functools.partial(counted, maml.network.body))
+        seen.clear()
+        maml.evaluate(Tasks(*(part[:1] for part in TASKS)), 5)
+        assert [shape[0] for shape in seen] == sizes
+
+
+@pytest.mark.parametrize(
+    "kind, adapt, learned", [("conv", "head", "step"), ("fc", "all", "weight"), ("fc", "all", "step")]
+)
+def test_groups_equal_one_task_at_a_time(kind, adapt, learned, eagerly):
+    tasks, found = Tasks(*(tf.constant(np.concatenate([part, part[::-1]])) for part in TASKS)), []
+    for at_once in (1, 2, 0):
+        maml = variant(kind, adapt, learned, 2, tasks_at_once=at_once)
+        found.append((maml.mean_gradient(maml.query_loss, tasks)[0], maml.evaluate(tasks, 3, "support").losses))
+    for gradient, losses in found[1:]:
+        np.testing.assert_allclose(losses, found[0][1], rtol=1e-10)
+        for name, value in found[0][0].items():
+            np.testing.assert_allclose(gradient[name], value, atol=1e-12, rtol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("adapt, learned", [("head", "weight"), ("body", "step")])
+def test_compiled_steps_are_the_same(adapt, learned):
+    """Three steps of the sinusoid in one program, and one by one; the step sizes are learned."""
+    one = Recipe(norm=None, adapt=adapt, learn_inner_lr=learned, inner_steps=2, inner_lr=0.01, meta_batch=4)
+    compiled, single = recipe.build(one), recipe.build(one)
+    drawn = SinusoidTasks(5, 5).draw(0, "train", 0, 12)
+    stack = Tasks(*(part.reshape(3, 4, *part.shape[1:]) for part in drawn))
+    compiled.many_steps(stack, tf.constant(0), tf.constant(3), False)
+    for i in range(3):
+        single.train_step(Tasks(*(part[i] for part in stack)))
+    for name, weight in single.weights.items():
+        np.testing.assert_allclose(compiled.weights[name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
+    sizes = [weight for name, weight in single.weights.items() if name.startswith("step_size")]
+    assert len(sizes) == len(single.network.adapted)
+    assert all(np.any(size != np.float32(0.01)) for size in sizes)
+
+
+def test_a_network_without_parts_learns_step_sizes():
+    """Of a user's own: two functions."""
+    network = networks.fc(1, (5,), 1, norm=None)._replace(adapted=None, head=(), body=None, last_layer=None)
+    maml = MAML(network, mse, inner_lr=0.05, inner_steps=1, learn_inner_lr="step")
+    maml.train_step(SinusoidTasks(5, 5).draw(0, "train", 0, 4))
+    assert all(maml.weights[f"step_size_{name}"].shape == [1] for name in network.init(0))
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+class Trained(NamedTuple):
+    flags: list[str]
+    folder: Path
+
+
+def flags_of(folder: Path, logdir: Path, adapt: str, learned: str) -> list[str]:
+    return [
+        *("--datasource=folder", f"--data_path={folder}", "--image_size=16", "--num_filters=4", "--num_updates=2"),
+        *("--meta_batch_size=2", "--update_batch_size=1", "--meta_lr=0.01", f"--adapt={adapt}", f"--logdir={logdir}"),
+        *(f"--learn_update_lr={learned}", "--num_query=1"),
+    ]
+
+
+@pytest.fixture(scope="module", params=[("head", "step"), ("all", "weight")], ids="-".join)
+def trained(request, miniimagenet_like, tmp_path_factory) -> Trained:
+    """Four steps."""
+    logdir = tmp_path_factory.mktemp("family")
+    flags = flags_of(miniimagenet_like, logdir, *request.param)
+    run(*flags, "--metatrain_iterations=4")
+    (folder,) = logdir.iterdir()
+    return Trained(flags, folder)
+
+
+def learned_and_beginning(trained: Trained) -> tuple[MAML, MAML]:
+    """The trained model, and one with its weights and the step sizes that training began with."""
+    one, maml, _ = predict.trained(trained.folder)
+    beginning = recipe.build(one)
+    for name, weight in maml.weights.items():
+        if not name.startswith("step_size"):
+            beginning.weights[name].assign(weight)
+    return maml, beginning
+
+
+def test_a_run_goes_on_with_its_step_sizes(trained, miniimagenet_like, tmp_path):
+    """Stopped after two steps and continued, it ends as the other does; the folder's name says what it is."""
+    adapt, learned = (flag.partition("=")[2] for flag in trained.flags if flag.startswith(("--adapt", "--learn")))
+    flags = flags_of(miniimagenet_like, tmp_path, adapt, learned)
+    run(*flags, "--metatrain_iterations=2")
+    run(*flags, "--metatrain_iterations=4")
+    (folder,) = tmp_path.iterdir()
+    assert_same_ending(folder, trained.folder)
+    parts = f"{'.adapthead' if adapt == 'head' else ''}.learnlr{learned}"
+    assert folder.name == f"cls_5.mbs_2.ubs_1.numstep2.updatelr0.01hidden4maxpoolbatchnorm{parts}.metalr0.01.size16"
+
+
+def test_a_test_takes_the_learned_step_sizes(trained, tmp_path):
+    flags = *trained.flags, "--metatrain_iterations=4", "--train=False", f"--results_dir={tmp_path}", "--test_tasks=3"
+    run(*flags, "--test_updates=3")
+    values = read_pickle(tmp_path / "val_ubs1_stepsize0.01_query1_tasks3_updates3.pkl")
+    maml, beginning = learned_and_beginning(trained)
+    one = recipe.from_flags(json.loads((trained.folder / "flags.json").read_text()))
+    (folder,) = (flag.partition("=")[2] for flag in trained.flags if flag.startswith("--data_path"))
+    images = one.dataset.images._replace(folder=folder, any_size=True)
+    tasks = ImageTasks.from_folder(images, Path(folder), ("val",), 5, 1, 1).draw(0, "val", 0, 3)
+    np.testing.assert_allclose(values, maml.evaluate(tasks, 3).accuracies, atol=1e-6)
+    assert not np.allclose(maml.evaluate(tasks, 3).losses[:, 1:], beginning.evaluate(tasks, 3).losses[:, 1:], rtol=1e-4)
+    (entry,) = json.loads((tmp_path / "results.json").read_text())
+    assert entry["step_sizes_learned"] == one.learn_inner_lr
+    assert entry.get("adapted") == ("head" if one.adapt == "head" else None)
+    assert "the learned step sizes are taken: leave it out" in refusal(*flags, "--train_update_lr=0.02")
+
+
+def test_an_answer_takes_the_learned_step_sizes(trained, tmp_path):
+    """From the run folder, what publish.py makes of it, and an export; after an update more than in training."""
+    random = np.random.default_rng(0)
+    labelled, asked = (random.random((n, 16, 16, 3), np.float32) for n in (10, 7))
+    labels = np.arange(10) % 5
+    model = predict.load(trained.folder, updates=3)
+    adapted = model.adapt(labelled, labels)
+    maml, beginning = learned_and_beginning(trained)
+    task = Tasks(tf.constant(labelled), tf.one_hot(labels, 5), None, None)
+    for one in (maml, beginning):
+        one.loss = functools.partial(xent, shot=2)
+    expected, other = (one.adapt(one.values(), task, 3) for one in (maml, beginning))
+    for found, path in zip(adapted.path, expected, strict=True):
+        for name, value in path.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not np.allclose(adapted.path[-1]["w5"], other[-1]["w5"], atol=1e-5)
+
+    answers = adapted.predict(asked)
+    predict.export(model, tmp_path / "exported")
+    exported = tf.saved_model.load(str(tmp_path / "exported"))
+    found = exported.adapt_and_predict(labelled, labels, asked)["probabilities"]
+    np.testing.assert_allclose(found, answers, atol=1e-6)
+    if not (trained.folder / "results.json").exists():
+        run(*trained.flags, "--metatrain_iterations=4", "--train=False", "--test_tasks=3")
+    copy = publish.publish(trained.folder, tmp_path / "published")
+    np.testing.assert_allclose(predict.load(copy, updates=3).adapt(labelled, labels).predict(asked), answers, atol=1e-6)

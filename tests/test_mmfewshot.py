@@ -1,0 +1,189 @@
+"""mmfewshot's networks and loss: against the reference, against PyTorch where it is installed, and as whole runs."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+
+import networks
+import predict
+import recipe
+from maml import MAML
+from recipe import Recipe
+from tests import reference
+from tests.test_main import refusal, run
+from tests.test_maml import in_float64, random_tasks
+from utils import InputError, Tasks, accuracy, mean_xent, xent
+
+TASKS = Tasks(*map(tf.constant, random_tasks(2, 6, 9, (17, 16, 2), 3)))
+WIDTHS = (3, 4, 5, 6)
+NETWORKS = {
+    "conv4_affine": functools.partial(networks.conv4_affine, (17, 16), 2, 3, 4),
+    "resnet12": functools.partial(networks.resnet12, (17, 16), 2, 3, WIDTHS),
+}
+
+
+@pytest.fixture(autouse=True)
+def eagerly(request):
+    """To trace these small models would take longer than to compute them."""
+    tf.config.run_functions_eagerly("whole" not in request.node.name)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def model(name: str, **options) -> MAML:
+    settings = {"inner_lr": 0.1, "inner_steps": 2} | options
+    return MAML(in_float64(NETWORKS[name]()), mean_xent, accuracy, **settings)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fast_equals_slow(name):
+    """Every weight adapts, gamma and beta too."""
+    maml = model(name)
+    found, loss = maml.mean_gradient(maml.query_loss, TASKS)
+    slow = getattr(reference, name)
+    expected_loss, expected = reference.meta_gradient(slow, mean_xent, maml.values(), TASKS, 0.1, 2, norms=True)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-10)
+    for weight, value in found.items():
+        np.testing.assert_allclose(value, expected[weight], rtol=1e-7, atol=1e-10, err_msg=weight)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_groups_equal_one_task_at_a_time(name):
+    found = []
+    for at_once in (1, 0):
+        maml = model(name, tasks_at_once=at_once, inner_steps=1)
+        found.append((maml.mean_gradient(maml.query_loss, TASKS)[0], maml.evaluate(TASKS, 1, "support").losses))
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-10)
+    for name, value in found[0][0].items():
+        np.testing.assert_allclose(found[1][0][name], value, rtol=1e-8, atol=1e-11, err_msg=name)
+
+
+def test_numbers_of_weights():
+    """mmfewshot's, 5-way at 84x84: counted in its own networks."""
+    for network, count in (
+        (networks.resnet12((84, 84), 3, 5), 12_427_525),
+        (networks.conv4_affine((84, 84), 3, 5, 64), 121_093),
+    ):
+        weights = network.init(0)
+        assert sum(int(np.prod(weight.shape)) for weight in weights.values()) == count
+        assert set(network.adapted) == set(weights)
+
+
+def test_initial_weights_are_distributed_as_mmfewshots():
+    for network, conv, width in (
+        (networks.conv4_affine((84, 84), 3, 5, 64), "conv2", 64),
+        (networks.resnet12((84, 84), 3, 5), "conv1_2", 64),
+    ):
+        weights = network.init(0)
+        normal = stats.norm(0, np.sqrt(2 / (9 * width)))
+        assert stats.kstest(weights[conv].numpy().ravel(), normal.cdf).pvalue > 1e-3
+        limit = weights["w5"].shape[0] ** -0.5
+        uniform = stats.uniform(-limit, 2 * limit)
+        assert stats.kstest(np.r_[weights["w5"].numpy().ravel(), weights["b5"]], uniform.cdf).pvalue > 1e-3
+        for name, value in weights.items():
+            if name.startswith(("gamma", "beta")):
+                assert np.all(value.numpy() == name.startswith("gamma")), name
+
+
+def test_the_mean_loss_is_the_sum_over_the_shot_divided_by_the_classes():
+    logits, labels = TASKS.support_x[0, :, 0, :3, 0], TASKS.support_y[0]
+    np.testing.assert_allclose(mean_xent(logits, labels), xent(logits, labels, shot=2) / 3, rtol=1e-12)
+
+
+def test_networks_refuse_what_they_cannot_be():
+    for name in NETWORKS:
+        with pytest.raises(InputError, match=rf"--network={name} has batch norm: leave --norm=layer_norm out"):
+            recipe.build(Recipe(data_set="cub", network=name, norm="layer_norm"))
+        with pytest.raises(InputError, match=rf"too small for --network={name}.* --image_size=16"):
+            recipe.build(Recipe(data_set="cub", network=name, image_size=15))
+        assert recipe.build(Recipe(data_set="cub", network=name, image_size=16)).clip is None  # MiniImagenet's is 10
+    assert "--loss=mean is for images, not for --datasource=sinusoid" in refusal("--loss=mean")
+    assert "--network=resnet12 has convolutions: leave --conv=False out" in refusal(
+        "--datasource=cub", "--network=resnet12", "--noconv"
+    )
+
+
+def test_a_whole_run_and_its_answers(miniimagenet_like, tmp_path):
+    """By the mean loss: trained and tested; predict.py adapts by the mean of the classes' means."""
+    flags = "--datasource=folder", f"--data_path={miniimagenet_like}", "--image_size=16", "--num_filters=4"
+    flags += "--network=conv4_affine", "--loss=mean", "--update_batch_size=2", "--num_updates=1", "--num_query=2"
+    flags += "--meta_batch_size=2", f"--logdir={tmp_path}"
+    run(*flags, "--metatrain_iterations=1")
+    run(*flags, "--metatrain_iterations=1", "--train=False", "--test_tasks=2")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("batchnorm.conv4_affine.lossmean.size16")
+    (entry,) = json.loads((Path(folder) / "results.json").read_text())
+    assert (entry["loss"], entry["network"]) == ("mean", "conv4_affine")
+    images, labels = np.random.default_rng(0).random((10, 16, 16, 3), np.float32), np.arange(10) % 5
+    _, maml, _ = predict.trained(folder)
+    task = Tasks(tf.constant(images), tf.one_hot(labels, 5), None, None)
+    adapted = predict.load(folder, updates=1).adapt(images, labels)
+    for name, value in maml.adapt(maml.values(), task, 1)[1].items():
+        np.testing.assert_allclose(adapted.path[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+# -- PyTorch -----------------------------------------------------------------------------------------------------------
+
+
+def torch_apply(torch, name: str, weights: dict, x):
+    """The same networks in PyTorch, images [n, channels, height, width]."""
+    functional = torch.nn.functional
+    leaky = functools.partial(functional.leaky_relu, negative_slope=float(np.float32(0.1)))  # TensorFlow's is a float32
+
+    def layer(x, number):
+        conv, gamma, beta = (weights[f"{part}{number}"] for part in ("conv", "gamma", "beta"))
+        x = functional.conv2d(x, conv, weights.get(f"b{number}"), padding=conv.shape[-1] // 2)
+        return functional.batch_norm(x, None, None, gamma, beta, training=True)
+
+    for block in range(1, 5):
+        if name == "conv4_affine":
+            x = functional.relu(layer(x, block))
+        else:
+            out = layer(leaky(layer(leaky(layer(x, f"{block}_1")), f"{block}_2")), f"{block}_3")
+            x = leaky(out + layer(x, f"{block}_0"))
+        x = functional.max_pool2d(x, 2)
+    if name == "resnet12":
+        x = x.mean((2, 3))
+    return functional.linear(x.permute(0, 2, 3, 1).flatten(1) if x.ndim == 4 else x, weights["w5"], weights["b5"])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_pytorch_computes_the_same(name):
+    """Outputs, the meta-gradient of one task after two updates, to first and to second order, within 1e-10."""
+    torch = pytest.importorskip("torch")
+
+    def theirs(array):
+        array = torch.tensor(np.asarray(array))
+        return array.permute(3, 2, 0, 1) if array.ndim == 4 else array.T.contiguous() if array.ndim == 2 else array
+
+    def ours(tensor):
+        array = tensor.numpy()
+        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T if array.ndim == 2 else array
+
+    for first_order in (False, True):
+        maml = model(name, first_order=first_order)
+        task = Tasks(*(part[0] for part in TASKS))
+        weights = {key: theirs(value).requires_grad_() for key, value in maml.values().items()}
+        images = [torch.tensor(part.numpy()).permute(0, 3, 1, 2) for part in (task.support_x, task.query_x)]
+        labels = [torch.tensor(part.numpy().argmax(-1)) for part in (task.support_y, task.query_y)]
+        loss, fast = torch.nn.functional.cross_entropy, weights
+        np.testing.assert_allclose(
+            torch_apply(torch, name, weights, images[0]).detach(),
+            maml.network.apply(maml.values(), task.support_x),
+            atol=1e-10,
+        )
+        for _ in range(2):
+            support = loss(torch_apply(torch, name, fast, images[0]), labels[0])
+            gradient = torch.autograd.grad(support, list(fast.values()), create_graph=not first_order)
+            fast = {key: value - 0.1 * g for (key, value), g in zip(fast.items(), gradient, strict=True)}
+        query = loss(torch_apply(torch, name, fast, images[1]), labels[1])
+        expected = torch.autograd.grad(query, list(weights.values()))
+        found, found_loss = maml.mean_gradient(maml.query_loss, Tasks(*(part[None] for part in task)))
+        np.testing.assert_allclose(found_loss, query.item(), atol=1e-10)
+        for (key, value), g in zip(found.items(), expected, strict=True):
+            np.testing.assert_allclose(value, ours(g), atol=1e-10, err_msg=key)
