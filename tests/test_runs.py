@@ -39,12 +39,17 @@ FLAGS = {
     "conv": True,
     "max_pool": False,
     "stop_grad": False,
+    "adapt": "all",
+    "learn_update_lr": "none",
+    "loss": "sum_over_shot",
+    "network": "paper",
     "num_query": -1,
     "seed": 0,
     "data_path": None,
     "split": None,
     "image_size": None,
     "image_channels": None,
+    "augment": False,
 }
 OMNIGLOT = FLAGS | {"datasource": "omniglot", "meta_batch_size": 32, "update_batch_size": 1, "update_lr": 0.4}
 OMNIGLOT |= {"norm": "batch_norm"}
