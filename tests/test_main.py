@@ -1094,7 +1094,8 @@ def test_threads_reach_tensorflow(tmp_path):
 
 def test_threads_change_no_number(small, monkeypatch, tmp_path):
     """Tasks side by side are computed as one after the other. (--op_threads does change numbers, and says so.)"""
-    monkeypatch.setattr(devices, "start", lambda *threads: None)  # TensorFlow has started, and takes no other number
+    # TensorFlow has started, and takes no other number.
+    monkeypatch.setattr(devices, "start", lambda *threads, **settings: None)
     folders = [finished(tmp_path / n, *small, "--metatrain_iterations=3", f"--threads={n}").folder for n in "14"]
     assert_same_ending(*folders)
 
@@ -1432,7 +1433,7 @@ def test_a_system_without_file_locks(tmp_path):
 def test_only_what_the_user_can_mend_is_one_line(monkeypatch, error, one_line):
     """A fault of the program itself has its traceback, also where it is an OSError."""
 
-    def main_(argv):
+    def main_(*arguments):
         raise OSError(error, os.strerror(error), "somewhere")
 
     monkeypatch.setattr(main, "main", main_)
