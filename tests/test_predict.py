@@ -278,9 +278,11 @@ def test_grey_images_for_a_model_of_colours(characters, tmp_path):
 
 
 def test_a_run_without_a_checkpoint(characters, capsys, tmp_path):
-    shutil.copy(PUBLISHED / "flags.json", tmp_path)
-    line = refusal(capsys, tmp_path, characters / "labelled", characters / "unlabelled")
-    assert f"no checkpoint (model<iteration>.index) in {tmp_path}: train first" in line
+    run = tmp_path / "runs" / "mine"  # runs beside it would be named
+    run.mkdir(parents=True)
+    shutil.copy(PUBLISHED / "flags.json", run)
+    line = refusal(capsys, run, characters / "labelled", characters / "unlabelled")
+    assert f"no checkpoint (model<iteration>.index) in {run}: train first" in line
 
 
 def test_a_file_name_that_is_no_text(characters, capsys, tmp_path):
