@@ -259,7 +259,7 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
             colour = "white" if shares[true, guess] > 0.5 else "black"
             panel.text(guess, true, f"{counts[true, guess]:,}", ha="center", va="center", color=colour)
         letters = _letters(names)
-        ends = [name if len(name) <= 30 else f"…{name[-29:]}" for name in map(printable, names)]
+        ends = [name if len(name) <= 26 else f"…{name[-25:]}" for name in map(printable, names)]
         panel.set_xticks(range(len(names)), letters)
         panel.set_yticks(range(len(names)), [f"{end}  {letter}" for end, letter in zip(ends, letters, strict=True)])
         panel.tick_params(length=0)
