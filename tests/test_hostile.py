@@ -246,7 +246,8 @@ def test_what_pillow_warns_of_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(images.ImageOps, "exif_transpose", warn)
     pixels(folder)
     printed = capsys.readouterr()
-    assert printed.out == f"Pillow warns of a/0.bmp and 3 others in {folder}: Truncated File Read\n"
+    line = rf"Pillow warns of [a-z]/\d\.bmp and 3 others in {re.escape(str(folder))}: Truncated File Read\n"
+    assert re.fullmatch(line, printed.out)  # whichever thread was the first
     assert printed.err == ""
 
 
