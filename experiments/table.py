@@ -254,6 +254,11 @@ def returns(results: Path) -> list[str]:
         theirs = json.loads((results / "rl_authors.json").read_text())[environment]["maml"]
         mine = [
             _returned(*zip(*((one["mean"], one["ci95"]) for one in record["results"]), strict=True))
+            + (
+                ""
+                if record["flags"]["iterations"] == 100
+                else f" (stopped after {record['flags']['iterations']} of 100)"
+            )
             for record in records
         ]
         name = f"{title}, return after 0 / 1 / 2 / 3 updates"
