@@ -252,18 +252,16 @@ def returns(results: Path) -> list[str]:
         if not records:
             continue
         theirs = json.loads((results / "rl_authors.json").read_text())[environment]["maml"]
-        mine = [
-            _returned(*zip(*((one["mean"], one["ci95"]) for one in record["results"]), strict=True))
-            + (
-                ""
-                if record["flags"]["iterations"] == 100
-                else f" (stopped after {record['flags']['iterations']} of 100)"
-            )
-            for record in records
-        ]
+        mine = [_returned_by(record) for record in records]
         name = f"{title}, return after 0 / 1 / 2 / 3 updates"
         lines.append(f"| {name} | {_returned(theirs['mean'], theirs['ci95'])} | {'<br>'.join(mine)} | |")
     return lines
+
+
+def _returned_by(record):
+    done = record["flags"]["iterations"]
+    returned = _returned(*zip(*((one["mean"], one["ci95"]) for one in record["results"]), strict=True))
+    return returned if done == 100 else f"{returned} (stopped after {done} of 100)"
 
 
 def _returned(means, halves):
