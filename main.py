@@ -355,7 +355,7 @@ def trained_recipe(recipe: Recipe, values: flags.FlagValues) -> Recipe:
 
 def defaults_taken(values: flags.FlagValues) -> list[str]:
     """Lists the flags, as --name=value, that have the data set's value since they are not given."""
-    named = {recipes.FLAGS[field]: value for field, value in DATASETS[values["datasource"].value].defaults.items()}
+    named = {recipes.FLAG_OF[field]: value for field, value in DATASETS[values["datasource"].value].defaults.items()}
     return [f"--{flag}={value}" for flag, value in named.items() if values[flag].using_default_value]
 
 

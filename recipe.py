@@ -177,7 +177,7 @@ class Recipe:
 
 
 FIELDS = {field.metadata["flag"]: field for field in dataclasses.fields(Recipe)}  # by the flag's name
-FLAGS = {field.name: flag for flag, field in FIELDS.items()}  # name of a field -> its flag
+FLAG_OF = {field.name: flag for flag, field in FIELDS.items()}  # name of a field -> its flag
 SPLIT = "[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}"
 RANGES = {flag: field.metadata["range"] for flag, field in FIELDS.items() if field.metadata["range"]}
 CHOICES = {

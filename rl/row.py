@@ -31,8 +31,9 @@ from utils import write_whole
 def record(script: Path, arguments: list[str]) -> Path:
     """Does all of the above; returns the path of what it wrote. Ends where rl/main.py fails or is stopped."""
     main.FLAGS(["rl/main.py", *arguments])
-    run = main.run_folder(main.run_identity())
-    if main.FLAGS.baseline != "random":
+    identity = main.run_identity()
+    run = main.run_folder(identity)
+    if identity["baseline"] != "random":
         _main_program(arguments)
     _main_program([*arguments, "--train=False"])
     record = {
@@ -44,7 +45,7 @@ def record(script: Path, arguments: list[str]) -> Path:
         "commit": row.commit(),
         "date": datetime.date.today().isoformat(),
     }
-    seed = f".seed{main.FLAGS.seed}" if main.FLAGS.seed else ""
+    seed = f".seed{identity['seed']}" if identity["seed"] else ""
     path = ROOT / "results" / f"{script.stem}{seed}.json"
     write_whole(path, lambda file: file.write((json.dumps(record) + "\n").encode()))
     return path
