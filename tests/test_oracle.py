@@ -231,7 +231,7 @@ def test_outer_steps(record):  # the last test of a record, because it moves the
             np.testing.assert_allclose(loss, arrays["total_losses2"][record.flags["num_updates"] - 1], rtol=1e-4)
             gradient = [record.recorded("meta_gradient", name) for name in record.compared]
             expected = np.sqrt(sum(np.sum(np.square(value)) for value in gradient))
-            np.testing.assert_allclose(norm, expected, rtol=10 * of_gradient)
+            np.testing.assert_allclose(norm, expected, rtol=min(10 * of_gradient, 3e-2))
     for name in record.compared:
         before, after = record.recorded("weights", name), record.recorded("after", name)
         assert relative(maml.weights[name].numpy() - before, after - before) < tolerance, name
