@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Omniglot 5-way 1-shot, first order (not in the paper), and the same model tested 5-shot.
+# Omniglot 5-way 1-shot, first order (not in the paper),
+# and the same model tested 5-shot, with 5 queries a class and with 1.
 exec "${PYTHON:-python}" "$(dirname "$0")/row.py" "$0" \
     --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 \
     --num_updates=1 --logdir=logs/omniglot5way/ --stop_grad=True "$@" \
     -- \
-    -- --update_batch_size=5 --train_update_batch_size=1
+    -- --update_batch_size=5 --train_update_batch_size=1 \
+    -- --update_batch_size=5 --train_update_batch_size=1 --num_query=1

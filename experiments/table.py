@@ -52,6 +52,7 @@ IMAGES = [
     Row("Omniglot 5-way 1-shot", "first order", "omniglot_5way_1shot_first_order", 1, 0.4),
     Row("Omniglot 5-way 5-shot", "MAML", "omniglot_5way_1shot", 5, 0.4),
     Row("Omniglot 5-way 5-shot", "no convolutions", "omniglot_5way_1shot_fc", 5, 0.4),
+    Row("Omniglot 5-way 5-shot", "no convolutions, trained 5-shot", "omniglot_5way_5shot_fc", 5, 0.4),
     Row("Omniglot 5-way 5-shot", "first order", "omniglot_5way_1shot_first_order", 5, 0.4),
     Row("Omniglot 20-way 1-shot", "MAML", "omniglot_20way_1shot", 1, 0.1),
     Row("Omniglot 20-way 1-shot", "first order", "omniglot_20way_1shot_first_order", 1, 0.1),
