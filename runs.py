@@ -147,9 +147,10 @@ class Run:
         """
         path = self.folder / "computed.json"
         try:
-            earlier = [one for one in read_json(path, list, "delete it") if one.get("from_iteration") in range(start)]
+            recorded = read_json(path, list, "delete it")
         except FileNotFoundError:
-            earlier = []
+            recorded = []
+        earlier = [one for one in recorded if one.get("from_iteration") in range(start)]
         before = {key: value for key, value in earlier[-1].items() if key != "from_iteration"} if earlier else computed
         differing = [key for key in {**before, **computed} if before.get(key) != computed.get(key)]
         if differing:
@@ -159,8 +160,9 @@ class Run:
                 "the weights will differ, by roundings, from those of one run.",
                 sys.stderr,
             )
-        if differing or not earlier:
-            text = json.dumps([*earlier, {"from_iteration": start, **computed}], indent=1)
+        kept = [*earlier, {"from_iteration": start, **computed}] if differing or not earlier else earlier
+        if kept != recorded:  # it may tell of later iterations too, which are computed anew now
+            text = json.dumps(kept, indent=1)
             with writing(self.folder):
                 write_whole(path, lambda file: file.write(text.encode()))
 

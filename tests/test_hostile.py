@@ -553,6 +553,18 @@ def test_a_run_that_is_older_than_the_record_goes_on(run, capsys):
     assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 500, "op_threads": 1}]
 
 
+def test_iterations_that_are_computed_anew_are_recorded_anew(run, capsys):
+    """Another machine began at 500, and was killed before it saved anything."""
+    here, there = {"op_threads": 1}, {"op_threads": 2}
+    run.record_computed(0, here)
+    run.record_computed(500, there)
+    assert "op_threads 1 there, 2 here" in capsys.readouterr().err
+    run.record_computed(500, here)
+    run.record_computed(1000, here)
+    assert capsys.readouterr().err == ""
+    assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 0, **here}]
+
+
 @pytest.mark.parametrize("content", ["[7]", "{}", '[{"from_iteration": "x"}]', '[{"from_iteration": [1]}]', "[{}]"])
 def test_a_strangers_record_of_how_it_was_computed(run, content):
     (run.folder / "computed.json").write_text(content)
