@@ -58,10 +58,14 @@ def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
 
 def hand_on(pipe: BinaryIO, number: int, to: BinaryIO) -> None:
     """Writes each line of a pipe with the process's number before it."""
-    for line in pipe:
-        with WRITING:
-            to.write(b"[%d] %s" % (number, line if line.endswith(b"\n") else line + b"\n"))
-            to.flush()
+    try:
+        for line in pipe:
+            with WRITING:
+                to.write(b"[%d] %s" % (number, line if line.endswith(b"\n") else line + b"\n"))
+                to.flush()
+    except BrokenPipeError:  # the reader of what is printed, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # else what is left is written once more at the end
+        pipe.close()  # the process is told so too, where it would wait for ever to be read
 
 
 def say(line: str) -> None:
@@ -126,9 +130,9 @@ def main() -> int:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags, the same for all processes")
     args = parser.parse_args()
     names = gpus()
-    processes = args.processes if args.processes is not None else len(names)
-    if not processes:
+    if args.processes is None and not names:
         parser.exit(1, "launch.py: no GPU is found here: say how many processes with --processes=N\n")
+    processes = len(names) if args.processes is None else args.processes
     if processes < 1 or args.restarts < 0:
         parser.exit(1, "launch.py: --processes must be 1 or more, and --restarts 0 or more\n")
     if names and processes > len(names):

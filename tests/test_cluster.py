@@ -412,6 +412,10 @@ def test_launch_needs_a_number_without_a_gpu(tmp_path):
         1,
         "launch.py: no GPU is found here: say how many processes with --processes=N\n",
     )
+    refused = (1, "launch.py: --processes must be 1 or more, and --restarts 0 or more\n")
+    for wrong in ("--processes=0", "--restarts=-1"):
+        ended = launch(tmp_path, "", wrong, CUDA_VISIBLE_DEVICES="0")
+        assert (ended.code, ended.err) == refused
     ended = launch(tmp_path, "", "--processes=2", CUDA_VISIBLE_DEVICES="0")
     assert (ended.code, ended.err) == (
         1,
@@ -456,6 +460,18 @@ def test_launch_starts_again(tmp_path):
         "launch.py: process 1 was ended by SIGKILL, and the others end",
     ]
     assert launch(tmp_path, program, "--processes=2", "--restarts=1").code == 0
+
+
+def test_launch_does_not_wait_where_nobody_reads(tmp_path):
+    """Behind `launch.py ... | head`: more than a pipe holds."""
+
+    def stop_reading(launcher):
+        assert launcher.stdout.readline() == "[0] 0\n"
+        launcher.stdout.close()
+
+    ended = launch(tmp_path, "for i in range(9**5): print(i, flush=True)", "--processes=1", meanwhile=stop_reading)
+    assert ended.code == 1
+    assert [line for line in ended.err.splitlines() if not line.startswith("[0] ")] == []
 
 
 def test_launch_does_not_repeat_what_is_refused(tmp_path):
