@@ -66,7 +66,7 @@ def trained(folder: Path | str, checkpoint: int | str = -1) -> tuple[Recipe, MAM
     run = runs.Run(folder)
     if not folder.is_dir():
         raise InputError(f"no run folder {folder}: train a model first, or take one of {PUBLISHED}")
-    prefix = run.checkpoint(checkpoint)
+    prefix = run.checkpoint(checkpoint, "--checkpoint")
     try:
         flags = runs.read_json(folder / "flags.json", dict, "put a copy in its place, or take another run")
         possible = [recipes.from_flags(flags)]

@@ -249,8 +249,11 @@ class Run:
                 return self._reading(self.prefix(iteration), _validation)
         return Validation()
 
-    def checkpoint(self, iteration: int | str = -1) -> str:
-        """Prefix of model<iteration> (-1: latest; "best": on validation). Raises InputError where it is not there."""
+    def checkpoint(self, iteration: int | str = -1, flag: str = "--test_iter") -> str:
+        """Prefix of model<iteration> (-1: latest; "best": on validation).
+
+        Raises InputError, naming the flag that gave the iteration, where it is not there.
+        """
         held = self.iterations()
         if not held:
             raise InputError(f"no checkpoint (model<iteration>.index) in {self.folder}{self._siblings()}")
@@ -258,13 +261,13 @@ class Run:
             iteration = self.best().best
             if iteration == -1:
                 raise InputError(
-                    f"--test_iter=best, but {self.folder} has no validation yet (of images, on the validation classes, "
+                    f"{flag}=best, but {self.folder} has no validation yet (of images, on the validation classes, "
                     "every 500 iterations; of the sinusoid never): give an iteration, or -1 for the latest"
                 )
         if iteration not in (-1, *held):
             listed = ", ".join(map(str, held))
             raise InputError(
-                f"--test_iter={iteration}, but {self.folder} has the iterations {listed}: give one of them or -1"
+                f"{flag}={iteration}, but {self.folder} has the iterations {listed}: give one of them or -1"
             )
         return self.prefix(held[-1] if iteration == -1 else iteration)
 

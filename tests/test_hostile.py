@@ -788,6 +788,8 @@ def test_publishing_where_nothing_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"cannot write to .*file/"):
         publish.publish(SINUSOID, tmp_path / "file")
+    with pytest.raises(InputError, match=r"--iteration=3, but .* has the iterations 69999: give one of them or -1"):
+        publish.publish(SINUSOID, tmp_path / "to", iteration=3)
     monkeypatch.chdir(SINUSOID)
     assert publish.publish(Path("."), tmp_path / "to") == tmp_path / "to" / SINUSOID.name  # and not to `to` itself
 

@@ -163,7 +163,7 @@ def test_wrong_images_and_labels(model, images, labels, reason):
             (predict.PUBLISHED / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm",),
             "a run of the sinusoid",
         ),
-        ((PUBLISHED, 3), "no checkpoint|--test_iter=3, but"),
+        ((PUBLISHED, 3), "--checkpoint=3, but .* has the iterations 59999: give one of them or -1"),
     ],
 )
 def test_a_run_without_what_is_asked(arguments, reason):
