@@ -17,6 +17,7 @@ As a library:
 import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -136,7 +137,11 @@ class Model:
         Raises InputError where images or labels are not as said.
         """
         pixels, labels = self._pixels(images), list(labels)
-        classes, way = sorted(set(labels)), self.recipe.way
+        try:
+            classes, way = sorted(set(labels)), self.recipe.way
+        except TypeError:  # of a row of a one-hot array, or of a number beside a string
+            kinds = " and ".join(sorted({type(label).__name__ for label in labels}))
+            raise InputError(f"the labels are {kinds}: give numbers or strings, one for each image") from None
         if len(labels) != len(pixels):
             raise InputError(f"{len(pixels)} images, but {len(labels)} labels: give a label to each")
         if len(classes) != way:
@@ -230,7 +235,10 @@ class Adapted:
         """Computes the probabilities of images, float32 [n, N]; the columns are `classes`.
 
         Args: images as of Model.adapt, any number; after how many updates, None: all.
+        Raises InputError where images are not as said, or so many updates were not taken.
         """
+        if updates is not None and not 0 <= updates < len(self.path):
+            raise InputError(f"updates={updates}, but {len(self.path) - 1} were taken: give 0 to {len(self.path) - 1}")
         pixels, weights = self.model._pixels(images), self.path[-1 if updates is None else updates]
         size = CHUNK if self.model.normalise_with == "support" else len(pixels)
         try:
@@ -308,9 +316,10 @@ def _models_of(way, folder):
         return "give images of as many classes as it has"
     found = []
     for record in sorted({*folder.resolve().parent.glob("*/flags.json"), *PUBLISHED.glob("*/flags.json")}):
-        flags = runs.read_json(record, dict, "remove it")
-        if flags.get("num_classes") == way and flags.get("datasource") not in (None, "sinusoid"):
-            found.append(os.path.relpath(record.parent))
+        with contextlib.suppress(InputError, FileNotFoundError):  # a damaged one is not what was asked for
+            flags = runs.read_json(record, dict, "remove it")
+            if flags.get("num_classes") == way and flags.get("datasource") not in (None, "sinusoid"):
+                found.append(os.path.relpath(record.parent))
     if found:
         return f"models of {way} are {', '.join(found)}"
     return f"no model of {way} is at hand, train one with --num_classes={way}"

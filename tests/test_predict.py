@@ -128,6 +128,9 @@ def test_updates(model, characters):
     assert (len(adapted.path), len(one.path)) == (4, 2)
     np.testing.assert_allclose(adapted.predict(asked, updates=1), one.predict(asked), atol=1e-6)
     assert not np.allclose(adapted.predict(asked, updates=0), one.predict(asked), atol=0.01)
+    for wrong in (-1, 4):
+        with pytest.raises(InputError, match=f"updates={wrong}, but 3 were taken: give 0 to 3"):
+            adapted.predict(asked, wrong)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +142,8 @@ def test_updates(model, characters):
             "abcdd",
             "the labels are of 4 classes, but .* is a model of 5: no model of 4 ",
         ),
+        (np.zeros((5, 28, 28), np.uint8), np.eye(5), "the labels are ndarray: give numbers or strings, one for each"),
+        (np.zeros((5, 28, 28), np.uint8), [0, 1, 2, 3, "e"], "the labels are int and str: give numbers or strings"),
         (np.zeros((5, 84, 84, 3), np.uint8), "abcde", r"shape \[5, 84, 84, 3\], but the model takes \[n, 28, 28, 1\]"),
         (np.zeros((28, 28), np.uint8), "abcde", r"shape \[28, 28\], but the model takes \[n, 28, 28, 1\]"),
         (np.zeros((0, 28, 28, 1), np.uint8), "", r"shape \[0, 28, 28, 1\], but the model takes"),
@@ -295,9 +300,11 @@ def test_a_file_name_that_is_no_text(characters, capsys, tmp_path):
 
 
 def test_models_that_would_do(model, tmp_path):
-    """The run folders beside the model, and the published ones, that have as many classes."""
+    """The run folders beside the model, and the published ones, that have as many classes. A damaged one is none."""
     folder = tmp_path / PUBLISHED.name
     shutil.copytree(PUBLISHED, folder)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "flags.json").write_text("{")
     other = tmp_path / "cls_7"
     other.mkdir()
     flags = json.loads((PUBLISHED / "flags.json").read_text())
