@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -306,6 +308,7 @@ WORKERS = {"worker": ["a:1", "b:2"]}
             "says that this is worker 2, but its cluster has",
         ),
         ({"cluster": WORKERS, "task": {"type": "chief", "index": 0}}, "says that this is chief 0, but its cluster has"),
+        ({"cluster": WORKERS, "task": {"type": ["worker"], "index": 0}}, "says that this is ['worker'] 0, but its"),
         (
             {"cluster": {**WORKERS, "ps": ["c:3"]}, "task": {"type": "worker", "index": 0}},
             "give chief and worker alone",
@@ -323,6 +326,42 @@ def test_an_address_that_another_program_has(monkeypatch):
         workers = Cluster((f"127.0.0.1:{other.getsockname()[1]}", "127.0.0.1:1"), 0)
         with pytest.raises(InputError, match=r"process 0 cannot listen on 127\.0\.0\.1:.* is it started twice"):
             workers.join()
+
+
+def test_a_process_of_another_run_calls(monkeypatch):
+    """A larger one, at the same addresses. The chief waits for its own process all the same, and answers that."""
+    ports = free_ports(2)
+    chief = Cluster(tuple(f"127.0.0.1:{port}" for port in ports), 0, lambda: SimpleNamespace(num_replicas_in_sync=0))
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def call(rank):
+        connection = socket.create_connection(("127.0.0.1", ports[0]), timeout=5)
+        connection.sendall(b"%d" % rank)
+        return connection
+
+    def others():
+        with call(7), socket.create_server(("127.0.0.1", ports[1])):
+            time.sleep(0.1)
+            with call(1) as own:
+                return own.recv(1)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    create_server = socket.create_server
+    with ThreadPoolExecutor(1) as pool:
+        answers = []
+
+        def listen(*arguments, **options):
+            listener = create_server(*arguments, **options)
+            monkeypatch.setattr(socket, "create_server", create_server)
+            answers.append(pool.submit(others))
+            return listener
+
+        monkeypatch.setattr(socket, "create_server", listen)
+        with pytest.raises(InputError, match="2 processes see 0 GPUs"):  # it has met them
+            chief.join()
+        assert answers[0].result() == b"y"
 
 
 # -- which processes there are ----------------------------------------------------------------------------------------
