@@ -468,11 +468,11 @@ def run(argv: list[str]) -> None:
     except InputError as error:
         fail(workers.failed(error))
     except BrokenPipeError as error:  # the reader of what is printed, such as head, has enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  else what is left is written once more at the end
-        fail(
-            f"nobody reads what is printed ({error.strerror}): give the same command again, and training goes on from "
-            "the last checkpoint"
-        )
+        with open(os.devnull, "w") as sys.stdout:  # else Python writes what is left there, once more, at its end
+            fail(
+                f"nobody reads what is printed ({error.strerror}): give the same command again, and training goes on "
+                "from the last checkpoint"
+            )
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
