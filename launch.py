@@ -58,14 +58,14 @@ def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
 
 def hand_on(pipe: BinaryIO, number: int, to: BinaryIO) -> None:
     """Writes each line of a pipe with the process's number before it."""
-    try:
-        for line in pipe:
-            with WRITING:
-                to.write(b"[%d] %s" % (number, line if line.endswith(b"\n") else line + b"\n"))
-                to.flush()
-    except BrokenPipeError:  # the reader of what is printed, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # else what is left is written once more at the end
-        pipe.close()  # the process is told so too, where it would wait for ever to be read
+    with pipe:  # where it is closed early, the process is told so, and does not wait for ever to be read
+        try:
+            for line in pipe:
+                with WRITING:
+                    to.write(b"[%d] %s" % (number, line if line.endswith(b"\n") else line + b"\n"))
+                    to.flush()
+        except BrokenPipeError:  # the reader of what is printed, such as head, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # else Python writes what is left at its end
 
 
 def say(line: str) -> None:
