@@ -18,6 +18,8 @@ import pytest
 import tensorflow as tf
 
 import cluster
+import devices
+import launch as launcher
 import main
 import runs
 import train
@@ -147,8 +149,8 @@ def whole(server, flags, tmp_path_factory) -> Path:
 
 
 def train_on(server: Server, count: int, flags: list[str]) -> list[Ended]:
-    """A run in so many processes, to a good end. The chief alone prints."""
-    ended = server.start([flags] * count).end()
+    """A run in so many processes, each with another number of threads, to a good end. The chief alone prints."""
+    ended = server.start([[*flags, f"--threads={rank + 1}"] for rank in range(count)]).end()
     assert [(one.code, one.err) for one in ended] == [(0, "")] * count
     assert [bool(one.out) for one in ended] == [True] + [False] * (count - 1)
     return ended
@@ -388,6 +390,19 @@ def test_the_processes_of_slurm(monkeypatch):
     assert cluster.of_environment().size == 1
 
 
+def test_processes_of_a_host_share_its_cores_and_gpus(monkeypatch):
+    seen = []
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["GPU 0", "GPU 1"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, kind: seen.append((gpus, kind)))
+    for name in ("inter", "intra"):  # which TensorFlow takes once
+        monkeypatch.setattr(tf.config.threading, f"set_{name}_op_parallelism_threads", lambda number: None)
+    workers = Cluster(("a:1", "b:1", "b:2"), 2)
+    assert main.side_by_side(workers) == 4
+    devices.start(place=workers.place)
+    assert seen == [(["GPU 1"], "GPU")]
+
+
 # -- a GPU ------------------------------------------------------------------------------------------------------------
 
 
@@ -426,7 +441,7 @@ def launch(tmp_path: Path, program: str, *flags: str, meanwhile: Callable = lamb
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **more}
     command = [sys.executable, "launch.py", *flags, str(path), "--flag=1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     meanwhile(launcher)
     out, err = launcher.communicate(timeout=120)
     return Ended(launcher.returncode, out, err)
@@ -464,7 +479,7 @@ def test_launch_needs_a_number_without_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_launch_hands_a_stop_on(number, tmp_path):
-    """Once, to each, and waits for them."""
+    """Once, to each, and waits for them. A terminal's Ctrl-C goes to all processes of a group."""
     program = (
         "def note(number, frame):\n    print('stopped by', number, flush=True)\n    time.sleep(0.5)\n"
         "    print('saved', flush=True)\n    sys.exit(128 + number)\n"
@@ -474,12 +489,31 @@ def test_launch_hands_a_stop_on(number, tmp_path):
 
     def stop(launcher):
         assert {launcher.stdout.readline(), launcher.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
-        launcher.send_signal(number)
+        os.killpg(launcher.pid, number)
 
     ended = launch(tmp_path, program, "--processes=2", "--restarts=3", meanwhile=stop)
     assert (ended.code, ended.err) == (128 + number, "")
     expected = [f"[{rank}] {said}" for rank in (0, 1) for said in ("saved", f"stopped by {number:d}")]
     assert sorted(ended.out.splitlines()) == expected
+
+
+def test_launch_does_not_start_again_what_a_stop_ended(tmp_path):
+    """Before main.py could take the signal."""
+
+    def stop(launcher):
+        assert {launcher.stdout.readline(), launcher.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
+        launcher.send_signal(signal.SIGTERM)
+
+    program = "print('ready', flush=True)\ntime.sleep(60)"
+    ended = launch(tmp_path, program, "--processes=2", "--restarts=3", meanwhile=stop)
+    assert (ended.code, ended.err) == (128 + signal.SIGTERM, "")
+
+
+def test_launch_ends_a_process_that_does_not_end(monkeypatch, capfd):
+    monkeypatch.setattr(launcher, "GRACE", 0.2)
+    program = "import json, os, sys, time\nif 'index\": 1' in os.environ['TF_CONFIG']: sys.exit(7)\ntime.sleep(60)"
+    assert launcher.run_once([sys.executable, "-c", program], 2, [], []) == [7, -signal.SIGKILL]
+    assert capfd.readouterr().err == "launch.py: process 1 ended with code 7, and the others end\n"
 
 
 def test_launch_starts_again(tmp_path):
