@@ -83,6 +83,30 @@ def test_the_command(characters, capsys, tmp_path):
     assert np.mean(right) > 0.9
 
 
+def test_all_images_are_asked_together(characters, tmp_path):
+    """As the paper does, more of them than are read at once; and each once, however often it is named."""
+    labelled, unlabelled, table = characters / "labelled", characters / "unlabelled", tmp_path / "answers.csv"
+    asked = sorted(unlabelled.glob("*/*"))
+    assert len(asked) > predict.CHUNK
+    model = predict.load(PUBLISHED, normalise_with="batch")
+    predict.answer(model, str(labelled), [str(unlabelled), str(asked[0])], table)
+    _, *rows = csv.reader(io.StringIO(table.read_text()))
+    expected = _adapted(model, characters).predict(asked)
+    np.testing.assert_allclose(np.array([row[3:] for row in rows], float), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", recipe.CHOICES["loss"])
+def test_the_loss_is_that_of_the_training(loss):
+    """With K labelled images of each class."""
+    trained = recipe.Recipe(data_set="omniglot", shot=2, filters=2, loss=loss)
+    logits = np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)
+    labels = np.tile(np.eye(5, dtype=np.float32), (2, 1))
+    maml = recipe.build(trained)
+    expected = maml.loss(logits, labels)
+    model = predict.Model(trained, maml, "model0", 1, "support")
+    np.testing.assert_allclose(model.maml.loss(logits, labels), expected, rtol=1e-6)
+
+
 def test_an_answer_does_not_depend_on_what_else_is_asked(model, characters):
     adapted = _adapted(model, characters)
     asked = sorted((characters / "unlabelled").glob("*/*"))
