@@ -326,12 +326,14 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(writer, tmp_path):
     others = [tmp_path / name for name in (".here.tmp", ".here.1a", "here.12", ".here.12.txt", ".there.12")]
     for path in others:
         path.write_text("mine")
+    (begun := tmp_path / ".here.13").touch()  # whose process has not locked it yet
     utils.remove_leftovers(tmp_path, "here")
     assert left.read_bytes() == b"half"
     writer.kill()
     writer.wait()
     utils.remove_leftovers(tmp_path, "here")
     assert not left.exists()
+    assert begun.exists()
     assert all(path.read_text() == "mine" for path in others)
 
 
@@ -684,11 +686,11 @@ def test_a_run_folder_with_no_regular_files(tmp_path):
 # -- surroundings, and the programs beside main.py ---------------------------------------------------------------------
 
 
-def test_a_backend_of_matplotlib_that_is_not_installed(tmp_path):
-    """Jupyter has what it starts draw by its own means. TensorFlow imports matplotlib where that is installed."""
+def test_a_backend_of_matplotlib_that_is_not_installed():
+    """Jupyter has what it starts draw by its own means. Matplotlib, which TensorFlow imports, refuses some of these."""
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
-    ended = end(spawn(PROGRAM, "--metatrain_iterations=0", f"--logdir={tmp_path}", env=environment))
-    assert (ended.code, ended.err) == (0, "")
+    ended = end(spawn("-c", "import devices, os; print(os.environ.get('MPLBACKEND'))", cwd=ROOT, env=environment))
+    assert (ended.code, ended.err, ended.out) == (0, "", "None\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell that closes them")
