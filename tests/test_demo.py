@@ -114,6 +114,7 @@ DRAWING = [[[0.5, 0.5]]]
         ("/sinusoid", json.dumps({"points": []}).encode()),
         ("/sinusoid", json.dumps({"points": [[1, 2]] * 51}).encode()),
         ("/sinusoid", json.dumps({"points": [[1e30, 0]]}).encode()),
+        ("/sinusoid", json.dumps({"points": [[8, -10]]}).encode()),  # the fit diverges
     ],
 )
 def test_a_body_that_is_none_of_ours(server, path, body):
