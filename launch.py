@@ -123,6 +123,7 @@ def run_once(command: list[str], processes: int, names: list[str], stops: list[i
 
 
 def main() -> int:
+    """Starts what the command line says. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, help="how many; by default one for each GPU")
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help="start again up to K times (0)")

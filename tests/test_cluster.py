@@ -518,6 +518,7 @@ def test_launch_ends_a_process_that_does_not_end(monkeypatch, capfd):
 
 def test_launch_starts_again(tmp_path):
     """Where a process is killed the others end; all start again, so often as is said."""
+    assert launcher.GONE == GONE
     program = (
         f"os.makedirs({str(tmp_path / 'started')!r}, exist_ok=True)\n"
         f"count = len([name for name in os.listdir({str(tmp_path / 'started')!r}) if name[0] == str(rank)])\n"
