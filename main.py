@@ -170,7 +170,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "num_query",
     -1,
-    "Query examples a class. -1, as the original: K; in training and validation on photographs 15.",
+    "Q, query examples a class. -1, as the original: K; in training and validation on photographs 15.",
 )
 flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images), which choose the best.")
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")

@@ -5,6 +5,7 @@
                     events.out.tfevents...                  TensorBoard (events.py)
                     test_ubs<K>_stepsize<alpha>.csv, .pkl   the original's test results
                     results.json                            the same, named in plain words
+                    test/events.out.tfevents...             the number of a test, for TensorBoard's table of runs
                     computed.json                           on what, and how, the iterations were computed
                     .lock                                   held while a process trains
 
