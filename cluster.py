@@ -119,7 +119,9 @@ class Cluster:
                 with contextlib.suppress(OSError, ValueError):  # a stranger may call, and time may be up
                     call = stack.enter_context(listener.accept()[0])
                     call.settimeout(5)
-                    calls[int(call.recv(20))] = call
+                    rank = int(call.recv(20))
+                    if 0 < rank < self.size:  # one of an earlier, larger run may call
+                        calls[rank] = call
             absent = [rank for rank in range(1, self.size) if rank not in calls or not self._reached(rank)]
             for call in calls.values():
                 with contextlib.suppress(OSError):
@@ -351,7 +353,7 @@ def _of_tf_config(text):
     try:
         found = json.loads(text)
         jobs, task = found["cluster"], found["task"]
-        kind, index = task["type"], int(task["index"])
+        kind, index = str(task["type"]), int(task["index"])
         jobs = {job: list(addresses) for job, addresses in jobs.items() if addresses}
         ranked = [address for job in ("chief", "worker") for address in jobs.get(job, [])]
         for address in ranked:

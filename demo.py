@@ -233,17 +233,16 @@ def main() -> None:
     devices.start()
     try:
         server = serve(args.port)
+        address = f"http://127.0.0.1:{server.port}/"
+        print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
+        if not args.nobrowser:
+            webbrowser.open(address)
+        server.serve_forever()
     except InputError as error:
         print(f"demo.py: {error}", file=sys.stderr)
         sys.exit(1)
-    address = f"http://127.0.0.1:{server.port}/"
-    print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
-    if not args.nobrowser:
-        webbrowser.open(address)
-    try:
-        server.serve_forever()
     except KeyboardInterrupt:
-        server.server_close()
+        pass
 
 
 if __name__ == "__main__":

@@ -58,10 +58,14 @@ def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
 
 def hand_on(pipe: BinaryIO, number: int, to: BinaryIO) -> None:
     """Writes each line of a pipe with the process's number before it."""
-    for line in pipe:
-        with WRITING:
-            to.write(b"[%d] %s" % (number, line if line.endswith(b"\n") else line + b"\n"))
-            to.flush()
+    with pipe:  # where it is closed early, the process is told so, and does not wait for ever to be read
+        try:
+            for line in pipe:
+                with WRITING:
+                    to.write(b"[%d] %s" % (number, line if line.endswith(b"\n") else line + b"\n"))
+                    to.flush()
+        except BrokenPipeError:  # the reader of what is printed, such as head, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # else Python writes what is left at its end
 
 
 def say(line: str) -> None:
@@ -119,6 +123,7 @@ def run_once(command: list[str], processes: int, names: list[str], stops: list[i
 
 
 def main() -> int:
+    """Starts what the command line says. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, help="how many; by default one for each GPU")
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help="start again up to K times (0)")
@@ -126,9 +131,9 @@ def main() -> int:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags, the same for all processes")
     args = parser.parse_args()
     names = gpus()
-    processes = args.processes if args.processes is not None else len(names)
-    if not processes:
+    if args.processes is None and not names:
         parser.exit(1, "launch.py: no GPU is found here: say how many processes with --processes=N\n")
+    processes = len(names) if args.processes is None else args.processes
     if processes < 1 or args.restarts < 0:
         parser.exit(1, "launch.py: --processes must be 1 or more, and --restarts 0 or more\n")
     if names and processes > len(names):

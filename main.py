@@ -170,7 +170,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "num_query",
     -1,
-    "Query examples a class. -1, as the original: K; in training and validation on photographs 15.",
+    "Q, query examples a class. -1, as the original: K; in training and validation on photographs 15.",
 )
 flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images), which choose the best.")
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
@@ -467,6 +467,12 @@ def run(argv: list[str]) -> None:
         main(argv, workers)
     except InputError as error:
         fail(workers.failed(error))
+    except BrokenPipeError as error:  # the reader of what is printed, such as head, has enough
+        with open(os.devnull, "w") as sys.stdout:  # else Python writes what is left there, once more, at its end
+            fail(
+                f"nobody reads what is printed ({error.strerror}): give the same command again, and training goes on "
+                "from the last checkpoint"
+            )
     except OSError as error:
         if error.errno not in MENDABLE:
             raise

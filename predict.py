@@ -17,6 +17,7 @@ As a library:
 import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -41,7 +42,7 @@ from data_generator import DATASETS
 from images import ROOT, class_folders, image_files, read_image
 from maml import MAML
 from recipe import Recipe
-from utils import InputError, Tasks, Weights, write_whole, writing, xent
+from utils import InputError, Tasks, Weights, printable, say, write_whole, writing, xent
 
 PUBLISHED = ROOT / "logs" / "published"
 NORMALISED = {
@@ -66,7 +67,7 @@ def trained(folder: Path | str, checkpoint: int | str = -1) -> tuple[Recipe, MAM
     run = runs.Run(folder)
     if not folder.is_dir():
         raise InputError(f"no run folder {folder}: train a model first, or take one of {PUBLISHED}")
-    prefix = run.checkpoint(checkpoint)
+    prefix = run.checkpoint(checkpoint, "--checkpoint")
     try:
         flags = runs.read_json(folder / "flags.json", dict, "put a copy in its place, or take another run")
         possible = [recipes.from_flags(flags)]
@@ -136,7 +137,11 @@ class Model:
         Raises InputError where images or labels are not as said.
         """
         pixels, labels = self._pixels(images), list(labels)
-        classes, way = sorted(set(labels)), self.recipe.way
+        try:
+            classes, way = sorted(set(labels)), self.recipe.way
+        except TypeError:  # of a row of a one-hot array, or of a number beside a string
+            kinds = " and ".join(sorted({type(label).__name__ for label in labels}))
+            raise InputError(f"the labels are {kinds}: give numbers or strings, one for each image") from None
         if len(labels) != len(pixels):
             raise InputError(f"{len(pixels)} images, but {len(labels)} labels: give a label to each")
         if len(classes) != way:
@@ -230,7 +235,10 @@ class Adapted:
         """Computes the probabilities of images, float32 [n, N]; the columns are `classes`.
 
         Args: images as of Model.adapt, any number; after how many updates, None: all.
+        Raises InputError where images are not as said, or so many updates were not taken.
         """
+        if updates is not None and not 0 <= updates < len(self.path):
+            raise InputError(f"updates={updates}, but {len(self.path) - 1} were taken: give 0 to {len(self.path) - 1}")
         pixels, weights = self.model._pixels(images), self.path[-1 if updates is None else updates]
         size = CHUNK if self.model.normalise_with == "support" else len(pixels)
         try:
@@ -308,9 +316,10 @@ def _models_of(way, folder):
         return "give images of as many classes as it has"
     found = []
     for record in sorted({*folder.resolve().parent.glob("*/flags.json"), *PUBLISHED.glob("*/flags.json")}):
-        flags = runs.read_json(record, dict, "remove it")
-        if flags.get("num_classes") == way and flags.get("datasource") not in (None, "sinusoid"):
-            found.append(os.path.relpath(record.parent))
+        with contextlib.suppress(InputError, FileNotFoundError):  # a damaged one is not what was asked for
+            flags = runs.read_json(record, dict, "remove it")
+            if flags.get("num_classes") == way and flags.get("datasource") not in (None, "sinusoid"):
+                found.append(os.path.relpath(record.parent))
     if found:
         return f"models of {way} are {', '.join(found)}"
     return f"no model of {way} is at hand, train one with --num_classes={way}"
@@ -326,8 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("labelled", metavar="LABELLED", nargs="?", help="folder of class folders of images")
     parser.add_argument("unlabelled", metavar="UNLABELLED", nargs="*", help="images, or folders of images")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all probabilities there, one image a row")
-    parser.add_argument("--updates", type=int, metavar="J", help="updates on the labelled images (the paper's number)")
-    parser.add_argument("--checkpoint", default="-1", help="iteration, -1: the latest (-1), or best: on validation")
+    parser.add_argument(
+        "--updates", type=int, metavar="J", help="updates on the labelled images (as many as the paper tests with)"
+    )
+    parser.add_argument(
+        "--checkpoint", default="-1", help="an iteration; -1: the latest; best: the best on validation (-1)"
+    )
     parser.add_argument(
         *("--normalise_with", "--query_norm"),
         default="support",
@@ -349,13 +362,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if args.export:
             export(model, args.export)
-            print(f"Written: {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
+            say(f"Written: {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
             answer(model, args.labelled, args.unlabelled, args.csv)
     except BrokenPipeError:  # the reader of what is printed, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
-        print(f"predict.py: {_printable(error)}", file=sys.stderr)
+        say(f"predict.py: {error}", sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -378,7 +391,7 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
         raise InputError(f"no image of class {min(lost)} in {labelled} can be read: give it one, or remove the class")
     _warn_of_twins(shown)
     adapted = model.adapt(np.stack([image for *_, image in shown]), [label for _, label, _ in shown])
-    print(
+    say(
         f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(shown)} labelled images of "
         f"{len(adapted.classes)} classes."
     )
@@ -386,8 +399,8 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
         way = NORMALISED[model.normalise_with]
         print(f"Each image is normalised {way}: --normalise_with={model.normalise_with}.")
 
-    width = min(60, max(len("image"), *(len(_printable(path)) for path in paths)))
-    most = max(len("class"), *(len(_printable(name)) for name in adapted.classes))
+    width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
+    most = max(len("class"), *(len(printable(name)) for name in adapted.classes))
     print(f"\n{'image':{width}}  {'class':{most}}  probability  runner-up")
     rows = []
     with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= SLOW else True) as bar:
@@ -401,9 +414,9 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
                     rows.append([path, adapted.classes[best], probabilities[best], *probabilities])
                     with tqdm.external_write_mode():
                         print(
-                            f"{_printable(path):{width}}  {_printable(adapted.classes[best]):{most}}"
+                            f"{printable(path):{width}}  {printable(adapted.classes[best]):{most}}"
                             f"  {probabilities[best]:11.4f}"
-                            f"  {_printable(adapted.classes[second])} {probabilities[second]:.4f}"
+                            f"  {printable(adapted.classes[second])} {probabilities[second]:.4f}"
                         )
             bar.update(len(paths[first : first + size]))
     if not rows:
@@ -415,7 +428,7 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
         writer.writerows(rows)
         # A file's name may be no text: its bytes are written as they are.
         write_whole(table, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
-        print(f"Written: {_printable(table)}.")
+        say(f"Written: {table}.")
 
 
 def labelled_files(model: Model, folder: str) -> dict[str, str]:
@@ -424,7 +437,7 @@ def labelled_files(model: Model, folder: str) -> dict[str, str]:
         raise InputError(f"no folder {folder} of labelled images: give one with a folder of images for each class")
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
-        print(f"Not used, {loose:,} images in {folder} that lie in no class folder.", file=sys.stderr)
+        say(f"Not used, {loose:,} images in {folder} that lie in no class folder.", sys.stderr)
     if len(classes) != way:
         raise InputError(
             f"{folder} has {len(classes)} class folders{_some(sorted(classes))}, but {model.checkpoint} is a model of "
@@ -465,7 +478,7 @@ def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.n
         images = list(pool.map(read, paths))
     broken = [path for path, image in zip(paths, images, strict=True) if image is None]
     if broken:
-        print(f"Left out, {len(broken):,} images that cannot be read{_some(broken)}", file=sys.stderr)
+        say(f"Left out, {len(broken):,} images that cannot be read{_some(broken)}", sys.stderr)
     return zip(paths, labels or [None] * len(paths), images, strict=True)
 
 
@@ -475,7 +488,7 @@ def _warn_of_twins(shown):
     for path, label, image in shown:
         other, its_label = seen.setdefault(hashlib.sha256(image.tobytes()).digest(), (path, label))
         if its_label != label:
-            print(f"WARNING: {_printable(path)} and {_printable(other)} are the same image.", file=sys.stderr)
+            say(f"WARNING: {path} and {other} are the same image.", sys.stderr)
 
 
 def _iteration(text):
@@ -490,12 +503,7 @@ def _iteration(text):
 def _some(names):
     """The first ten names, behind a colon."""
     more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-    return f": {', '.join(map(_printable, names[:10]))}{more}" if names else ""
-
-
-def _printable(text: object) -> str:
-    """On one line, whatever a file is named."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+    return f": {', '.join(names[:10])}{more}" if names else ""
 
 
 if __name__ == "__main__":

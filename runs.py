@@ -5,6 +5,7 @@
                     events.out.tfevents...                  TensorBoard (events.py)
                     test_ubs<K>_stepsize<alpha>.csv, .pkl   the original's test results
                     results.json                            the same, named in plain words
+                    test/events.out.tfevents...             the number of a test, for TensorBoard's table of runs
                     computed.json                           on what, and how, the iterations were computed
                     .lock                                   held while a process trains
 
@@ -147,9 +148,10 @@ class Run:
         """
         path = self.folder / "computed.json"
         try:
-            earlier = [one for one in read_json(path, list, "delete it") if one.get("from_iteration") in range(start)]
+            recorded = read_json(path, list, "delete it")
         except FileNotFoundError:
-            earlier = []
+            recorded = []
+        earlier = [one for one in recorded if one.get("from_iteration") in range(start)]
         before = {key: value for key, value in earlier[-1].items() if key != "from_iteration"} if earlier else computed
         differing = [key for key in {**before, **computed} if before.get(key) != computed.get(key)]
         if differing:
@@ -159,8 +161,9 @@ class Run:
                 "the weights will differ, by roundings, from those of one run.",
                 sys.stderr,
             )
-        if differing or not earlier:
-            text = json.dumps([*earlier, {"from_iteration": start, **computed}], indent=1)
+        kept = [*earlier, {"from_iteration": start, **computed}] if differing or not earlier else earlier
+        if kept != recorded:  # it may tell of later iterations too, which are computed anew now
+            text = json.dumps(kept, indent=1)
             with writing(self.folder):
                 write_whole(path, lambda file: file.write(text.encode()))
 
@@ -247,8 +250,11 @@ class Run:
                 return self._reading(self.prefix(iteration), _validation)
         return Validation()
 
-    def checkpoint(self, iteration: int | str = -1) -> str:
-        """Prefix of model<iteration> (-1: latest; "best": on validation). Raises InputError where it is not there."""
+    def checkpoint(self, iteration: int | str = -1, flag: str = "--test_iter") -> str:
+        """Prefix of model<iteration> (-1: latest; "best": on validation).
+
+        Raises InputError, naming the flag that gave the iteration, where it is not there.
+        """
         held = self.iterations()
         if not held:
             raise InputError(f"no checkpoint (model<iteration>.index) in {self.folder}{self._siblings()}")
@@ -256,13 +262,13 @@ class Run:
             iteration = self.best().best
             if iteration == -1:
                 raise InputError(
-                    f"--test_iter=best, but {self.folder} has no validation yet (of images, on the validation classes, "
+                    f"{flag}=best, but {self.folder} has no validation yet (of images, on the validation classes, "
                     "every 500 iterations; of the sinusoid never): give an iteration, or -1 for the latest"
                 )
         if iteration not in (-1, *held):
             listed = ", ".join(map(str, held))
             raise InputError(
-                f"--test_iter={iteration}, but {self.folder} has the iterations {listed}: give one of them or -1"
+                f"{flag}={iteration}, but {self.folder} has the iterations {listed}: give one of them or -1"
             )
         return self.prefix(held[-1] if iteration == -1 else iteration)
 

@@ -19,7 +19,7 @@ import multiprocessing
 import platform
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,10 +259,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table there too")
     args = parser.parse_args()
     packages = ("tensorflow", "torch", "higher", "torchopt", "jax")
+    try:
+        versions = {name: version(name) for name in packages}
+    except PackageNotFoundError as error:
+        sys.exit(f"peers.py: {error.name} is not installed: pip install -r benchmarks/requirements-peers.txt")
     machine = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in packages},
+        "versions": versions,
     }
     print(machine["date"], machine["machine"], ", ".join(f"{k} {v}" for k, v in machine["versions"].items()), sep=", ")
     print(f"{'configuration':19} {'form':41} {'ms/step':>10} {'ours':>10} {'ratio':>7} {'steps':>6} {'loss':>9}")

@@ -31,7 +31,7 @@ EVENTS = "events.out.tfevents.0.published"
 def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
     """Writes the model of a run folder to a folder of the same name below `to`, and returns that."""
     run, copy = runs.Run(folder), to / Path(os.path.abspath(folder)).name
-    prefix = Path(run.checkpoint(iteration))
+    prefix = Path(run.checkpoint(iteration, "--iteration"))
     for name in ("flags.json", "results.json"):
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}: train and test the run first")

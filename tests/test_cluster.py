@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import tensorflow as tf
 
 import cluster
+import devices
+import launch as launcher
 import main
 import runs
 import train
@@ -145,8 +149,8 @@ def whole(server, flags, tmp_path_factory) -> Path:
 
 
 def train_on(server: Server, count: int, flags: list[str]) -> list[Ended]:
-    """A run in so many processes, to a good end. The chief alone prints."""
-    ended = server.start([flags] * count).end()
+    """A run in so many processes, each with another number of threads, to a good end. The chief alone prints."""
+    ended = server.start([[*flags, f"--threads={rank + 1}"] for rank in range(count)]).end()
     assert [(one.code, one.err) for one in ended] == [(0, "")] * count
     assert [bool(one.out) for one in ended] == [True] + [False] * (count - 1)
     return ended
@@ -306,6 +310,7 @@ WORKERS = {"worker": ["a:1", "b:2"]}
             "says that this is worker 2, but its cluster has",
         ),
         ({"cluster": WORKERS, "task": {"type": "chief", "index": 0}}, "says that this is chief 0, but its cluster has"),
+        ({"cluster": WORKERS, "task": {"type": ["worker"], "index": 0}}, "says that this is ['worker'] 0, but its"),
         (
             {"cluster": {**WORKERS, "ps": ["c:3"]}, "task": {"type": "worker", "index": 0}},
             "give chief and worker alone",
@@ -323,6 +328,42 @@ def test_an_address_that_another_program_has(monkeypatch):
         workers = Cluster((f"127.0.0.1:{other.getsockname()[1]}", "127.0.0.1:1"), 0)
         with pytest.raises(InputError, match=r"process 0 cannot listen on 127\.0\.0\.1:.* is it started twice"):
             workers.join()
+
+
+def test_a_process_of_another_run_calls(monkeypatch):
+    """A larger one, at the same addresses. The chief waits for its own process all the same, and answers that."""
+    ports = free_ports(2)
+    chief = Cluster(tuple(f"127.0.0.1:{port}" for port in ports), 0, lambda: SimpleNamespace(num_replicas_in_sync=0))
+
+    def leave(code):
+        raise SystemExit(code)
+
+    def call(rank):
+        connection = socket.create_connection(("127.0.0.1", ports[0]), timeout=5)
+        connection.sendall(b"%d" % rank)
+        return connection
+
+    def others():
+        with call(7), socket.create_server(("127.0.0.1", ports[1])):
+            time.sleep(0.1)
+            with call(1) as own:
+                return own.recv(1)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    create_server = socket.create_server
+    with ThreadPoolExecutor(1) as pool:
+        answers = []
+
+        def listen(*arguments, **options):
+            listener = create_server(*arguments, **options)
+            monkeypatch.setattr(socket, "create_server", create_server)
+            answers.append(pool.submit(others))
+            return listener
+
+        monkeypatch.setattr(socket, "create_server", listen)
+        with pytest.raises(InputError, match="2 processes see 0 GPUs"):  # it has met them
+            chief.join()
+        assert answers[0].result() == b"y"
 
 
 # -- which processes there are ----------------------------------------------------------------------------------------
@@ -347,6 +388,19 @@ def test_the_processes_of_slurm(monkeypatch):
         cluster.of_environment()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # one process, not several
     assert cluster.of_environment().size == 1
+
+
+def test_processes_of_a_host_share_its_cores_and_gpus(monkeypatch):
+    seen = []
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["GPU 0", "GPU 1"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, kind: seen.append((gpus, kind)))
+    for name in ("inter", "intra"):  # which TensorFlow takes once
+        monkeypatch.setattr(tf.config.threading, f"set_{name}_op_parallelism_threads", lambda number: None)
+    workers = Cluster(("a:1", "b:1", "b:2"), 2)
+    assert main.side_by_side(workers) == 4
+    devices.start(place=workers.place)
+    assert seen == [(["GPU 1"], "GPU")]
 
 
 # -- a GPU ------------------------------------------------------------------------------------------------------------
@@ -387,7 +441,7 @@ def launch(tmp_path: Path, program: str, *flags: str, meanwhile: Callable = lamb
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **more}
     command = [sys.executable, "launch.py", *flags, str(path), "--flag=1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
     meanwhile(launcher)
     out, err = launcher.communicate(timeout=120)
     return Ended(launcher.returncode, out, err)
@@ -412,6 +466,10 @@ def test_launch_needs_a_number_without_a_gpu(tmp_path):
         1,
         "launch.py: no GPU is found here: say how many processes with --processes=N\n",
     )
+    refused = (1, "launch.py: --processes must be 1 or more, and --restarts 0 or more\n")
+    for wrong in ("--processes=0", "--restarts=-1"):
+        ended = launch(tmp_path, "", wrong, CUDA_VISIBLE_DEVICES="0")
+        assert (ended.code, ended.err) == refused
     ended = launch(tmp_path, "", "--processes=2", CUDA_VISIBLE_DEVICES="0")
     assert (ended.code, ended.err) == (
         1,
@@ -421,7 +479,7 @@ def test_launch_needs_a_number_without_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_launch_hands_a_stop_on(number, tmp_path):
-    """Once, to each, and waits for them."""
+    """Once, to each, and waits for them. A terminal's Ctrl-C goes to all processes of a group."""
     program = (
         "def note(number, frame):\n    print('stopped by', number, flush=True)\n    time.sleep(0.5)\n"
         "    print('saved', flush=True)\n    sys.exit(128 + number)\n"
@@ -431,7 +489,7 @@ def test_launch_hands_a_stop_on(number, tmp_path):
 
     def stop(launcher):
         assert {launcher.stdout.readline(), launcher.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
-        launcher.send_signal(number)
+        os.killpg(launcher.pid, number)
 
     ended = launch(tmp_path, program, "--processes=2", "--restarts=3", meanwhile=stop)
     assert (ended.code, ended.err) == (128 + number, "")
@@ -439,8 +497,28 @@ def test_launch_hands_a_stop_on(number, tmp_path):
     assert sorted(ended.out.splitlines()) == expected
 
 
+def test_launch_does_not_start_again_what_a_stop_ended(tmp_path):
+    """Before main.py could take the signal."""
+
+    def stop(launcher):
+        assert {launcher.stdout.readline(), launcher.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
+        launcher.send_signal(signal.SIGTERM)
+
+    program = "print('ready', flush=True)\ntime.sleep(60)"
+    ended = launch(tmp_path, program, "--processes=2", "--restarts=3", meanwhile=stop)
+    assert (ended.code, ended.err) == (128 + signal.SIGTERM, "")
+
+
+def test_launch_ends_a_process_that_does_not_end(monkeypatch, capfd):
+    monkeypatch.setattr(launcher, "GRACE", 0.2)
+    program = "import json, os, sys, time\nif 'index\": 1' in os.environ['TF_CONFIG']: sys.exit(7)\ntime.sleep(60)"
+    assert launcher.run_once([sys.executable, "-c", program], 2, [], []) == [7, -signal.SIGKILL]
+    assert capfd.readouterr().err == "launch.py: process 1 ended with code 7, and the others end\n"
+
+
 def test_launch_starts_again(tmp_path):
     """Where a process is killed the others end; all start again, so often as is said."""
+    assert launcher.GONE == GONE
     program = (
         f"os.makedirs({str(tmp_path / 'started')!r}, exist_ok=True)\n"
         f"count = len([name for name in os.listdir({str(tmp_path / 'started')!r}) if name[0] == str(rank)])\n"
@@ -456,6 +534,18 @@ def test_launch_starts_again(tmp_path):
         "launch.py: process 1 was ended by SIGKILL, and the others end",
     ]
     assert launch(tmp_path, program, "--processes=2", "--restarts=1").code == 0
+
+
+def test_launch_does_not_wait_where_nobody_reads(tmp_path):
+    """Behind `launch.py ... | head`: more than a pipe holds."""
+
+    def stop_reading(launcher):
+        assert launcher.stdout.readline() == "[0] 0\n"
+        launcher.stdout.close()
+
+    ended = launch(tmp_path, "for i in range(9**5): print(i, flush=True)", "--processes=1", meanwhile=stop_reading)
+    assert ended.code == 1
+    assert [line for line in ended.err.splitlines() if not line.startswith("[0] ")] == []
 
 
 def test_launch_does_not_repeat_what_is_refused(tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -108,10 +109,12 @@ DRAWING = [[[0.5, 0.5]]]
         ("/characters", json.dumps({"labelled": [DRAWING] * 5, "asked": [[[float("nan"), 0.5]]]}).encode()),
         ("/characters", json.dumps({"labelled": [DRAWING] * 5, "asked": [[]]}).encode()),
         ("/characters", json.dumps({"labelled": [DRAWING] * 5, "asked": DRAWING * 6000}).encode()),
+        ("/characters", json.dumps({"labelled": [DRAWING] * 5, "asked": [DRAWING[0] * 3000] * 2}).encode()),
         ("/sinusoid", b"{}"),
         ("/sinusoid", json.dumps({"points": []}).encode()),
         ("/sinusoid", json.dumps({"points": [[1, 2]] * 51}).encode()),
         ("/sinusoid", json.dumps({"points": [[1e30, 0]]}).encode()),
+        ("/sinusoid", json.dumps({"points": [[8, -10]]}).encode()),  # the fit diverges
     ],
 )
 def test_a_body_that_is_none_of_ours(server, path, body):
@@ -139,6 +142,13 @@ def test_a_body_that_is_none_of_ours(server, path, body):
 def test_a_request_that_is_not_the_pages(server, status, method, path, headers):
     found, _ = send(server, method, path, json.dumps({"points": [[1, 2]]}) if method == "POST" else None, **headers)
     assert found == status or (status == 404 and found == 308)  # Werkzeug leads // to /
+
+
+def test_what_a_browser_is_told(server):
+    """It runs nothing but the page's own files, and shows the page in no other one."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60) as response:
+        policy = response.headers["Content-Security-Policy"].split("; ")
+    assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(policy)
 
 
 def test_a_body_of_100_megabytes(server):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from events import GAP, LETTERS, MOST_SIDE, RIGHT, WHITE, WRONG, Events, task_picture
+from events import GAP, LETTERS, MOST_SIDE, RIGHT, WHITE, WRONG, Events, read, task_picture
 from utils import Tasks
 
 
@@ -64,6 +64,7 @@ def test_a_kill_cuts_the_last_event(tmp_path, cut):
     os.truncate(path, path.stat().st_size - cut)
     write_events(tmp_path, 101, [200], value=2)
     assert read_events(tmp_path) == [(0, 1), (100, 1), (200, 2)]
+    assert not any(read(path).cut for path in tmp_path.iterdir())
 
 
 def last_record(path: Path) -> bytes:
@@ -100,6 +101,13 @@ def test_the_picture_of_a_task():
     other = task_picture(task, ["another", names[1]], scores=np.array([[1, 0], [0.7, 0.3]]))
     changed = np.argwhere((picture != other).any((1, 2)))
     assert line <= changed.min() <= changed.max() < 2 * line
+
+
+def test_the_picture_of_a_task_of_many_examples():
+    """The first five of each class, support and query."""
+    images, labels = np.zeros((14, MOST_SIDE, MOST_SIDE, 1)), np.tile(np.eye(2), (7, 1))
+    picture = task_picture(Tasks(images, labels, images, labels), ["a", "b"], scores=labels)
+    assert picture.shape[1] == 2 * 5 * (MOST_SIDE + 4) + GAP
 
 
 def test_the_first_picture_stays_where_a_validation_is_made_again(tmp_path):

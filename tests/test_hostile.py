@@ -326,12 +326,14 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(writer, tmp_path):
     others = [tmp_path / name for name in (".here.tmp", ".here.1a", "here.12", ".here.12.txt", ".there.12")]
     for path in others:
         path.write_text("mine")
+    (begun := tmp_path / ".here.13").touch()  # whose process has not locked it yet
     utils.remove_leftovers(tmp_path, "here")
     assert left.read_bytes() == b"half"
     writer.kill()
     writer.wait()
     utils.remove_leftovers(tmp_path, "here")
     assert not left.exists()
+    assert begun.exists()
     assert all(path.read_text() == "mine" for path in others)
 
 
@@ -553,6 +555,18 @@ def test_a_run_that_is_older_than_the_record_goes_on(run, capsys):
     assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 500, "op_threads": 1}]
 
 
+def test_iterations_that_are_computed_anew_are_recorded_anew(run, capsys):
+    """Another machine began at 500, and was killed before it saved anything."""
+    here, there = {"op_threads": 1}, {"op_threads": 2}
+    run.record_computed(0, here)
+    run.record_computed(500, there)
+    assert "op_threads 1 there, 2 here" in capsys.readouterr().err
+    run.record_computed(500, here)
+    run.record_computed(1000, here)
+    assert capsys.readouterr().err == ""
+    assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 0, **here}]
+
+
 @pytest.mark.parametrize("content", ["[7]", "{}", '[{"from_iteration": "x"}]', '[{"from_iteration": [1]}]', "[{}]"])
 def test_a_strangers_record_of_how_it_was_computed(run, content):
     (run.folder / "computed.json").write_text(content)
@@ -672,11 +686,11 @@ def test_a_run_folder_with_no_regular_files(tmp_path):
 # -- surroundings, and the programs beside main.py ---------------------------------------------------------------------
 
 
-def test_a_backend_of_matplotlib_that_is_not_installed(tmp_path):
-    """Jupyter has what it starts draw by its own means. TensorFlow imports matplotlib where that is installed."""
+def test_a_backend_of_matplotlib_that_is_not_installed():
+    """Jupyter has what it starts draw by its own means. Matplotlib, which TensorFlow imports, refuses some of these."""
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
-    ended = end(spawn(PROGRAM, "--metatrain_iterations=0", f"--logdir={tmp_path}", env=environment))
-    assert (ended.code, ended.err) == (0, "")
+    ended = end(spawn("-c", "import devices, os; print(os.environ.get('MPLBACKEND'))", cwd=ROOT, env=environment))
+    assert (ended.code, ended.err, ended.out) == (0, "", "None\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell that closes them")
@@ -776,6 +790,8 @@ def test_publishing_where_nothing_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"cannot write to .*file/"):
         publish.publish(SINUSOID, tmp_path / "file")
+    with pytest.raises(InputError, match=r"--iteration=3, but .* has the iterations 69999: give one of them or -1"):
+        publish.publish(SINUSOID, tmp_path / "to", iteration=3)
     monkeypatch.chdir(SINUSOID)
     assert publish.publish(Path("."), tmp_path / "to") == tmp_path / "to" / SINUSOID.name  # and not to `to` itself
 

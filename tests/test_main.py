@@ -1444,6 +1444,16 @@ def test_only_what_the_user_can_mend_is_one_line(monkeypatch, error, one_line):
             start()
 
 
+def test_a_reader_of_the_lines_who_has_enough(monkeypatch):
+    """Such as head, behind a pipe."""
+
+    def main_(*arguments):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr(main, "main", main_)
+    assert "nobody reads what is printed (Broken pipe): give the same command again" in refusal()
+
+
 def test_events_are_written_before_the_checkpoint_that_counts_on_them(monkeypatch, uncompiled, tmp_path):
     """A run that goes on from a checkpoint does not write the events before it again."""
     kept = {}

@@ -83,6 +83,30 @@ def test_the_command(characters, capsys, tmp_path):
     assert np.mean(right) > 0.9
 
 
+def test_all_images_are_asked_together(characters, tmp_path):
+    """As the paper does, more of them than are read at once; and each once, however often it is named."""
+    labelled, unlabelled, table = characters / "labelled", characters / "unlabelled", tmp_path / "answers.csv"
+    asked = sorted(unlabelled.glob("*/*"))
+    assert len(asked) > predict.CHUNK
+    model = predict.load(PUBLISHED, normalise_with="batch")
+    predict.answer(model, str(labelled), [str(unlabelled), str(asked[0])], table)
+    _, *rows = csv.reader(io.StringIO(table.read_text()))
+    expected = _adapted(model, characters).predict(asked)
+    np.testing.assert_allclose(np.array([row[3:] for row in rows], float), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", recipe.CHOICES["loss"])
+def test_the_loss_is_that_of_the_training(loss):
+    """With K labelled images of each class."""
+    trained = recipe.Recipe(data_set="omniglot", shot=2, filters=2, loss=loss)
+    logits = np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)
+    labels = np.tile(np.eye(5, dtype=np.float32), (2, 1))
+    maml = recipe.build(trained)
+    expected = maml.loss(logits, labels)
+    model = predict.Model(trained, maml, "model0", 1, "support")
+    np.testing.assert_allclose(model.maml.loss(logits, labels), expected, rtol=1e-6)
+
+
 def test_an_answer_does_not_depend_on_what_else_is_asked(model, characters):
     adapted = _adapted(model, characters)
     asked = sorted((characters / "unlabelled").glob("*/*"))
@@ -128,6 +152,9 @@ def test_updates(model, characters):
     assert (len(adapted.path), len(one.path)) == (4, 2)
     np.testing.assert_allclose(adapted.predict(asked, updates=1), one.predict(asked), atol=1e-6)
     assert not np.allclose(adapted.predict(asked, updates=0), one.predict(asked), atol=0.01)
+    for wrong in (-1, 4):
+        with pytest.raises(InputError, match=f"updates={wrong}, but 3 were taken: give 0 to 3"):
+            adapted.predict(asked, wrong)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +166,8 @@ def test_updates(model, characters):
             "abcdd",
             "the labels are of 4 classes, but .* is a model of 5: no model of 4 ",
         ),
+        (np.zeros((5, 28, 28), np.uint8), np.eye(5), "the labels are ndarray: give numbers or strings, one for each"),
+        (np.zeros((5, 28, 28), np.uint8), [0, 1, 2, 3, "e"], "the labels are int and str: give numbers or strings"),
         (np.zeros((5, 84, 84, 3), np.uint8), "abcde", r"shape \[5, 84, 84, 3\], but the model takes \[n, 28, 28, 1\]"),
         (np.zeros((28, 28), np.uint8), "abcde", r"shape \[28, 28\], but the model takes \[n, 28, 28, 1\]"),
         (np.zeros((0, 28, 28, 1), np.uint8), "", r"shape \[0, 28, 28, 1\], but the model takes"),
@@ -163,7 +192,7 @@ def test_wrong_images_and_labels(model, images, labels, reason):
             (predict.PUBLISHED / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm",),
             "a run of the sinusoid",
         ),
-        ((PUBLISHED, 3), "no checkpoint|--test_iter=3, but"),
+        ((PUBLISHED, 3), "--checkpoint=3, but .* has the iterations 59999: give one of them or -1"),
     ],
 )
 def test_a_run_without_what_is_asked(arguments, reason):
@@ -290,14 +319,16 @@ def test_a_file_name_that_is_no_text(characters, capsys, tmp_path):
     shutil.copy(next((characters / "unlabelled").glob("*/*")), tmp_path / name)
     table = tmp_path / "a.csv"
     out, _ = command(capsys, PUBLISHED, characters / "labelled", tmp_path / name, f"--csv={table}")
-    assert "??.png" in out
+    assert "\\udcff\\n.png" in out
     assert b"\xff\n.png" in table.read_bytes()
 
 
 def test_models_that_would_do(model, tmp_path):
-    """The run folders beside the model, and the published ones, that have as many classes."""
+    """The run folders beside the model, and the published ones, that have as many classes. A damaged one is none."""
     folder = tmp_path / PUBLISHED.name
     shutil.copytree(PUBLISHED, folder)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "flags.json").write_text("{")
     other = tmp_path / "cls_7"
     other.mkdir()
     flags = json.loads((PUBLISHED / "flags.json").read_text())
