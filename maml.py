@@ -58,7 +58,7 @@ class MAML(tf.Module):
         if network.adapted is None:
             self.network = network = network._replace(adapted=tuple(values))
         self.body_stays = network.body is not None and set(network.adapted) <= set(network.head)
-        values |= self._initial_step_sizes(values)
+        values = values | self._initial_step_sizes(values)  # a new dict: what init gave is the network's own
         self.weights = {name: tf.Variable(value, name=name) for name, value in values.items()}
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
