@@ -12,7 +12,7 @@ import numpy as np
 
 import augment
 from images import SPLITS, Classes, Images, load_splits
-from utils import InputError, Tasks
+from utils import InputError, Tasks, check_choice
 
 
 class Dataset(NamedTuple):
@@ -139,7 +139,11 @@ class ImageTasks:
         query: int,
         query_shares: str = "balanced",
     ):
-        """Takes the classes of every split that tasks will be drawn from."""
+        """Takes the classes of every split that tasks will be drawn from.
+
+        Raises InputError where query_shares is none of QUERY_SHARES.
+        """
+        check_choice("query_shares", query_shares, QUERY_SHARES)
         self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
         self.query_shares = query_shares
 

@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from utils import Curve, InputError, Network, Tasks, Weights
+from utils import Curve, InputError, Network, Tasks, Weights, check_choice
+
+LEARNED_STEP_SIZES = ("none", "weight", "step")
+QUERY_NORMS = ("batch", "support")
 
 
 class MAML(tf.Module):
@@ -47,8 +50,10 @@ class MAML(tf.Module):
 
         Every public step is one graph, which is traced at its first call:
         train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps, query_norm).
+        Raises InputError where learn_inner_lr is none of LEARNED_STEP_SIZES.
         """
         super().__init__(name="maml")
+        check_choice("learn_inner_lr", learn_inner_lr, LEARNED_STEP_SIZES)
         self.network, self.loss, self.accuracy = network, loss, accuracy
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.clip, self.parallel_tasks = clip, parallel_tasks
@@ -221,7 +226,9 @@ class MAML(tf.Module):
 
         query_norm: with what a query image is normalised under batch norm. "batch": its task's other query images, as
         in the paper (transductive). "support": the support set, see scores.
+        Raises InputError where query_norm is none of QUERY_NORMS.
         """
+        check_choice("query_norm", query_norm, QUERY_NORMS)
         tasks = self._checked(tasks)
         weights, dtype = self.values(), tasks.query_x.dtype
 

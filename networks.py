@@ -17,10 +17,11 @@ from typing import NamedTuple
 import tensorflow as tf
 
 import special_grads
-from utils import InputError, Network, Weights
+from utils import InputError, Network, Weights, check_choice
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
 TORCH_EPSILON = 1e-5  # of PyTorch's batch norm
+ADAPTED = ("all", "head", "body")  # what the inner loop changes: see adapting
 STEPS_A_CALL = 100  # of a network so small that starting an operation costs more than the operation
 
 
@@ -68,9 +69,13 @@ def adapting(network: Network, what: str) -> Network:
 
     what: 'all', as MAML; 'head', the last layer alone, as ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020); 'body', all
     but the last layer, as BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
+    Raises InputError where `what` is none of ADAPTED, or the network does not say which of its weights are which.
     """
+    check_choice("adapt", what, ADAPTED)
     if what == "all":
         return network
+    if network.adapted is None or not set(network.head) & set(network.adapted):
+        raise InputError(f"adapt={what!r}: this network does not name its last layer: give it `adapted` and `head`")
     in_head = what == "head"
     return network._replace(adapted=tuple(name for name in network.adapted if (name in network.head) == in_head))
 

@@ -12,8 +12,8 @@ import tensorflow as tf
 import devices
 from data_generator import DATASETS, Dataset
 from images import Images
-from maml import MAML
-from networks import NETWORKS, adapting
+from maml import LEARNED_STEP_SIZES, MAML
+from networks import ADAPTED, NETWORKS, adapting
 from utils import InputError, accuracy, mean_xent, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
@@ -185,8 +185,8 @@ CHOICES = {
     "norm": NORMS,
     "baseline": (None, "oracle"),
     "image_channels": (None, 1, 3),
-    "adapt": ("all", "head", "body"),
-    "learn_update_lr": ("none", "weight", "step"),
+    "adapt": ADAPTED,
+    "learn_update_lr": LEARNED_STEP_SIZES,
     "loss": ("sum_over_shot", "mean"),
     "network": ("paper", "conv4_affine", "resnet12"),
 }

@@ -9,7 +9,7 @@ import re
 import signal
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -38,6 +38,12 @@ def printable(value: object) -> str:
         return character.encode("unicode_escape").decode()
 
     return "".join(map(shown, str(value)))
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises InputError where a value is none of the choices that `name` has."""
+    if value not in choices:
+        raise InputError(f"{name}={value!r}: it is one of {', '.join(choices)}")
 
 
 def say(line: str, file: TextIO | None = None) -> None:
