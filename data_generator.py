@@ -262,7 +262,8 @@ def tasks_from_arrays(
 
     Args:
         support_x, query_x: [T, n, *D], numbers; n may be another for support and query.
-        support_y, query_y: targets [T, n, O], numbers; or, with `way`, class numbers [T, n] from 0 to way - 1.
+        support_y, query_y: targets [T, n, O], numbers, O the same in both; or, with `way`, class numbers [T, n] from 0
+            to way - 1.
         way: N, for classification.
     Returns Tasks, float32, with one-hot labels for classification.
     Raises InputError where a shape or a value is another.
@@ -270,9 +271,10 @@ def tasks_from_arrays(
     x, y = {}, {}
     for part, inputs, targets in (("support", support_x, support_y), ("query", query_x, query_y)):
         inputs, targets = np.asarray(inputs), np.asarray(targets)
-        if inputs.ndim < 3 or inputs.dtype.kind not in "fiub":
+        if inputs.ndim < 3 or inputs.dtype.kind not in "fiub" or not inputs.size:
             raise InputError(
-                f"{part}_x is {inputs.dtype}, of the shape {list(inputs.shape)}: give numbers [tasks, examples, ...]"
+                f"{part}_x is {inputs.dtype}, of the shape {list(inputs.shape)}: give numbers [tasks, examples, ...], "
+                "at least one of each"
             )
         if way is not None:
             wrong = targets.ndim != 2 or targets.dtype.kind not in "iu" or not targets.size
@@ -294,6 +296,11 @@ def tasks_from_arrays(
         raise InputError(
             f"support_x of {list(x['support'].shape)} and query_x of {list(x['query'].shape)} differ in the number of "
             "tasks or in the shape of an example: give both for the same tasks"
+        )
+    if y["support"].shape[2] != y["query"].shape[2]:
+        raise InputError(
+            f"support_y of {list(y['support'].shape)} and query_y of {list(y['query'].shape)} differ in the number of "
+            "targets of an example: give as many in both"
         )
     return Tasks(x["support"], y["support"], x["query"], y["query"])
 

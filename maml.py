@@ -288,9 +288,10 @@ class MAML(tf.Module):
         return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
     def _checked(self, tasks):
-        """The tasks as tensors. Raises InputError where one has another dtype or rank than the weights need.
+        """The tasks as tensors.
 
-        It runs while a graph is traced, so it costs a step nothing.
+        Raises InputError where a part has another dtype or rank than the weights need, or another number of tasks or
+        examples than the parts beside it. It runs while a graph is traced, so it costs a step nothing.
         """
         tasks = Tasks(*map(tf.convert_to_tensor, tasks))
         (dtype,) = {weight.dtype for weight in self.weights.values()}
@@ -303,6 +304,17 @@ class MAML(tf.Module):
                 raise InputError(
                     f"{name} has the shape {list(part.shape)}: tasks [T], examples [n] and at least one more axis are "
                     f"expected{', one-hot for classes' if name.endswith('y') else ''}"
+                )
+        for name, beside, axes in (
+            ("support_y", "support_x", 2),
+            ("query_x", "support_x", 1),
+            ("query_y", "query_x", 2),
+        ):
+            shape, other = getattr(tasks, name).shape, getattr(tasks, beside).shape
+            if not shape[:axes].is_compatible_with(other[:axes]):
+                raise InputError(
+                    f"{name} has the shape {list(shape)}, beside {beside} of {list(other)}: give the same tasks, and a "
+                    "label or target for each example"
                 )
         return tasks
 

@@ -236,6 +236,9 @@ def test_a_model_lives_through_an_expression():
         ("query_y", lambda y: y.argmax(-1), "query_y is int64, but the weights are float32"),
         ("support_y", lambda y: y.argmax(-1).astype(np.float32), r"support_y has the shape \[4, 3\].* one-hot"),
         ("support_x", lambda x: x[0], "query_x has the shape|support_x has the shape"),
+        ("query_x", lambda x: x[:2], r"query_x has the shape \[2, 6, 16, 16, 1\], beside support_x of \[4, 3, 16"),
+        ("query_y", lambda y: y[:, :1], r"query_y has the shape \[4, 1, 3\], beside query_x of \[4, 6, 16, 16, 1\]"),
+        ("query_y", lambda y: y[..., :1], r"outputs have the shape \[6, 3\] and the labels or targets \[6, 1\]"),
     ],
 )
 def test_tasks_of_a_wrong_kind_are_named(part, change, message):
