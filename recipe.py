@@ -19,7 +19,7 @@ from utils import InputError, accuracy, mean_xent, mse, printable, xent
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
 # The original's folder names, without our suffixes: a folder that has one of those has a flags.json too.
 RUN_NAME = re.compile(
-    r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d[\d.]*(?:e-?\d+)?)"
+    r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d+(?:\.\d+)?(?:e-?\d+)?)"
     r"(?:hidden(\d+))?(maxpool)?(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)"
 )
 
@@ -199,13 +199,7 @@ def from_flags(flags: Mapping[str, Any]) -> Recipe:
     """
     values = {field.name: flags[flag] for flag, field in FIELDS.items() if flag in flags}
     recipe = Recipe(**values)
-    for flag, field in FIELDS.items():
-        value = getattr(recipe, field.name)
-        right = _is_a(value, field.type) and value in CHOICES.get(flag, (value,))
-        if not right or (value is not None and flag in RANGES and value not in RANGES[flag]):
-            raise InputError(
-                f"flags.json has --{flag}={printable(value)[:60]}, which that flag cannot be: put a right one there"
-            )
+    _check_values(recipe, "flags.json has", "put a right one there")
     sizes_of_split(recipe.split)
     if "\0" in (recipe.data_path or ""):
         raise InputError(
@@ -218,7 +212,7 @@ def from_run_name(name: str, data_set: str) -> Recipe:
     """Makes the recipe of a run folder without flags.json, such as the original's released model, from its name.
 
     The name is the original's, and it does not say the data set. What it leaves out has its default.
-    Raises InputError where it is another name.
+    Raises InputError where it is another name, or says a value that its flag cannot have.
     """
     found = RUN_NAME.fullmatch(name)
     if not found:
@@ -227,7 +221,7 @@ def from_run_name(name: str, data_set: str) -> Recipe:
             "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm): give the folder of a run"
         )
     way, meta_batch, shot, inner_steps, inner_lr, filters, max_pool, first_order, baseline, norm = found.groups()
-    return Recipe(
+    recipe = Recipe(
         data_set=data_set,
         way=int(way),
         baseline=baseline,
@@ -240,6 +234,17 @@ def from_run_name(name: str, data_set: str) -> Recipe:
         max_pool=bool(max_pool),
         first_order=bool(first_order),
     )
+    _check_values(recipe, f"the name {name} says", "give the folder of a run")
+    return recipe
+
+
+def _check_values(recipe, source, way_out):
+    """Raises InputError where a value is of another type, or not one that its flag can have."""
+    for flag, field in FIELDS.items():
+        value = getattr(recipe, field.name)
+        right = _is_a(value, field.type) and value in CHOICES.get(flag, (value,))
+        if not right or (value is not None and flag in RANGES and value not in RANGES[flag]):
+            raise InputError(f"{source} --{flag}={printable(value)[:60]}, which that flag cannot be: {way_out}")
 
 
 def _is_a(value: object, kind: type) -> bool:
