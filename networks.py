@@ -2,7 +2,8 @@
 
 A forward function computes one task, or a group of G tasks, each with weights of its own: every array of weights then
 has a leading axis G, and so have inputs and outputs. In between, the tasks of a group lie side by side in the channels,
-[n, height, width, G * C], where norms, ReLU and pooling work as they do on one task: `side_by_side`, `apart`.
+[n, height, width, G * C], where batch norm, ReLU and pooling work as they do on one task: `side_by_side`. Layer norm,
+which normalises an example over all its channels, takes them `apart` again.
 
 Weights carry the original's names: convolutions conv1..conv4 (fully connected layers w1, w2, ...), biases b1, b2, ...,
 the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one for each hidden layer.
@@ -204,8 +205,8 @@ def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[in
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
     """Builds fully connected layers, with a norm (if any) and a ReLU after each hidden one.
 
-    Inputs are [n, ...], and are flattened to [n, inputs]. Weights begin as
-    normals of stddev 0.01 cut at two stddevs, biases at 0.
+    Inputs are [n, ...], and are flattened to [n, inputs]. Weights begin as normals of stddev 0.01 cut at two stddevs,
+    biases at 0.
 
     Args:
         inputs: numbers in one input.
@@ -280,13 +281,16 @@ def from_keras(model: "tf.keras.Model", **more: object) -> Network:
 
 
 def _leaves(model):
-    """The layers, and those of the models among them."""
+    """Yields the layers of a Keras model, and those of the models among them."""
     for layer in model.layers:
         yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
 
 
 def _refuse_layers(model):
-    """Layers with state, and two whose second derivatives are wrong, since Keras' tf.nn.moments stops a gradient."""
+    """Refuses layers with state, and two whose second derivatives are wrong: Keras' tf.nn.moments stops a gradient.
+
+    Raises InputError, which names the first of them.
+    """
     for layer in _leaves(model):
         kind = type(layer).__name__
         if kind == "BatchNormalization":
@@ -340,6 +344,10 @@ NETWORKS = {
     "conv4_affine": _mmfewshot_row("conv4_affine"),
     "resnet12": _mmfewshot_row("resnet12"),
 }
+
+
+# How weights may begin: functions of the shape of an array and its seed, float32. They name Philox, since TensorFlow's
+# default algorithm gives other numbers in a compiled program.
 
 
 def zeros(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
