@@ -108,12 +108,7 @@ def conv4(
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
     # Differs: the original assumes 5 x 5 here, whatever the image and the pooling.
-    height, width = (_halved(pixels, max_pool) for pixels in size)
-    if not (height and width):
-        raise InputError(
-            f"images of {size[0]}x{size[1]} pixels are too small for --max_pool, which halves them four times: "
-            "give --image_size=16 or more, or --max_pool=False"
-        )
+    height, width = _halved(size, max_pool, "--max_pool", ", or --max_pool=False")
     layers = range(1, 5)
     weights = {}
     for layer in layers:
@@ -138,7 +133,7 @@ def conv4(
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
         x = tf.reduce_mean(x, [1, 2]) if mean_head else x
-        return tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
+        return _flat(apart(x, group), group, weights["w5"].shape[-2])
 
     more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
     return network(weights, body, _linear, ("w5", "b5"), **more)
@@ -151,7 +146,7 @@ def conv4_affine(size: tuple[int, int], channels: int, way: int, filters: int) -
     filters numbers. Args as of conv4; mmfewshot has 64 filters. Raises InputError for images below 16 pixels.
     Source: open-mmlab/mmfewshot, backbones/conv4.py and heads/linear_head.py.
     """
-    features = math.prod(_pooled(size, "conv4_affine")) * filters
+    features = math.prod(_halved(size, True, "--network=conv4_affine")) * filters
     weights = {}
     for layer in range(1, 5):
         inputs = channels if layer == 1 else filters
@@ -165,7 +160,7 @@ def conv4_affine(size: tuple[int, int], channels: int, way: int, filters: int) -
         for layer in range(1, 5):  # the bias cancels in batch norm, so it is not added
             x = tf.nn.max_pool2d(_affine(x, weights, f"{layer}"), ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
-        return tf.reshape(apart(x, group), [*([group] if group else []), -1, features])
+        return _flat(apart(x, group), group, features)
 
     return network(weights, body, _linear, ("w5", "b5"), batch_statistics=True, takes_groups=True)
 
@@ -179,7 +174,7 @@ def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[in
     Args as of conv4; the filters of each block. Raises InputError for images below 16 pixels.
     Source: open-mmlab/mmfewshot, backbones/resnet12.py, which it has of MetaOptNet.
     """
-    _pooled(size, "resnet12")
+    _halved(size, True, "--network=resnet12")
     weights = {}
     for block, (inputs, width) in enumerate(zip((channels, *widths), widths, strict=False), start=1):
         weights |= _affine_layer(f"{block}_0", (1, 1, inputs, width))
@@ -232,7 +227,7 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
 
     def body(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         group = group_size(weights[f"b{last}"])
-        x = tf.reshape(x, [*([group] if group else []), -1, widths[0]])
+        x = _flat(x, group, widths[0])
         for layer in range(1, last):
             x = side_by_side(product(x, weights[f"w{layer}"]), group)
             x = apart(tf.nn.relu(_normalized(x, weights, layer, norm)), group)
@@ -383,22 +378,20 @@ def torch_uniform(shape: tuple[int, ...], seed: tuple[int, int], fan_in: int) ->
     return tf.random.stateless_uniform(shape, seed, -(fan_in**-0.5), fan_in**-0.5, alg="philox")
 
 
-def _halved(pixels: int, max_pool: bool) -> int:
-    """Height or width after four halvings: pooling rounds down, strided SAME convolutions round up."""
+def _halved(size: tuple[int, int], max_pool: bool, flag: str, other_way_out: str = "") -> tuple[int, int]:
+    """Halves height and width four times: pooling rounds down, strided SAME convolutions round up.
+
+    Raises InputError where nothing is left. It names the flag that asks for the pooling.
+    """
+    height, width = size
     for _ in range(4):
-        pixels = pixels // 2 if max_pool else -(-pixels // 2)
-    return pixels
-
-
-def _pooled(size, network):
-    """Height and width after four poolings. Raises InputError where nothing is left."""
-    pooled = tuple(_halved(pixels, max_pool=True) for pixels in size)
-    if not all(pooled):
+        height, width = (side // 2 if max_pool else -(-side // 2) for side in (height, width))
+    if not (height and width):
         raise InputError(
-            f"images of {size[0]}x{size[1]} pixels are too small for --network={network}, which halves them four "
-            "times: give --image_size=16 or more"
+            f"images of {size[0]}x{size[1]} pixels are too small for {flag}, which halves them four times: "
+            f"give --image_size=16 or more{other_way_out}"
         )
-    return pooled
+    return height, width
 
 
 def _unnamed(number: int) -> str:
@@ -462,8 +455,13 @@ def apart(x: tf.Tensor, group: int | None) -> tf.Tensor:
     return tf.transpose(x, [rank - 2, *range(rank - 2), rank - 1])
 
 
+def _flat(x, group, width):
+    """Makes of inputs [n, ...] vectors [n, width], or of a group's, [G, n, ...], [G, n, width]."""
+    return tf.reshape(x, [-1, width] if group is None else [group, -1, width])
+
+
 def _plus(x, bias):
-    """The last layer's scores [n, N] with their bias [N], or [G, n, N] with [G, N]."""
+    """Adds to the last layer's scores [n, N] their bias [N], or to [G, n, N] that of each task, [G, N]."""
     return x + (bias if bias.shape.rank == 1 else bias[:, None])
 
 

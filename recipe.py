@@ -43,6 +43,7 @@ class Range(NamedTuple):
 
 ITERATIONS = Range(0, 10**12)
 EXAMPLES = Range(1, 10**6)
+QUERIES = EXAMPLES._replace(also=(-1,))
 RATE = Range(1e-37, 1e37)
 SEED = Range(0, 2**63 - 1)
 
@@ -62,9 +63,7 @@ class Recipe:
     data_set: str = _flag("datasource", "sinusoid")  # of data_generator.DATASETS
     way: int = _flag("num_classes", 5, Range(2, 10**4))  # N, classes in a task
     baseline: str | None = _flag("baseline", None)  # "oracle": the sinusoid's amplitude and phase are inputs too
-    pretrain_steps: int = _flag(
-        "pretrain_iterations", 0, ITERATIONS
-    )  # outer steps on the support loss, before all others
+    pretrain_steps: int = _flag("pretrain_iterations", 0, ITERATIONS)  # outer steps on the support loss, the first ones
     metatrain_steps: int = _flag("metatrain_iterations", 15000, ITERATIONS)  # outer steps of MAML
     meta_batch: int = _flag("meta_batch_size", 25, EXAMPLES)  # T, tasks in an outer step
     meta_lr: float = _flag("meta_lr", 0.001, RATE)  # beta, the rate of Adam
@@ -80,9 +79,7 @@ class Recipe:
     first_order: bool = _flag("stop_grad", False)  # no second derivatives
     adapt: str = _flag("adapt", "all")  # what the inner loop changes: "all", "head" (ANIL) or "body" (BOIL)
     learn_inner_lr: str = _flag("learn_update_lr", "none")  # "weight" or "step": step sizes are learned, see MAML
-    query: int = _flag(
-        "num_query", -1, EXAMPLES._replace(also=(-1,))
-    )  # Q, query examples a class; -1: see query_examples
+    query: int = _flag("num_query", -1, QUERIES)  # Q, query examples a class; -1: see query_examples
     seed: int = _flag("seed", 0, SEED)  # of the initial weights and the training tasks
     data_path: str | None = _flag("data_path", None)  # folder of a user's own images; None: the data set's name says it
     split: str | None = _flag("split", None)  # "64,16,20": classes in train, val and test, where no folders say it
