@@ -91,11 +91,12 @@ class MAML(tf.Module):
         return {name: name for name in self.weights} | (self.network.tf1_names or {})
 
     def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
-        """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.
+        """Runs the inner loop: `steps` gradient steps on the task's support set.
 
         A group of tasks is adapted as one task is: weights and tasks have a leading axis G. Each task's loss depends on
         its own weights alone, so the gradient of the sum of the losses [G] holds each task's own gradient.
-        Returns 1 + steps dicts; the first is `weights` itself. Differentiable to `weights`.
+        Returns 1 + steps dicts, the weights before and after each step; the first is `weights` itself. Where step sizes
+        are learned for each update, a dict has those of the updates after it. Differentiable to `weights`.
         """
         path, (apply, support_x) = [weights], self._adapting_part(weights, task.support_x)
         if not self.body_stays:
@@ -142,10 +143,10 @@ class MAML(tf.Module):
         return sizes, {_size_of(name): tf.concat([each[..., 1:], each[..., -1:]], -1) for name, each in learned.items()}
 
     def scores(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
-        """What the network answers to query inputs, each normalised by itself together with the support set.
+        """Computes the outputs of query inputs, each normalised by itself together with the support set.
 
-        So an answer does not depend on what else is asked, as it does where all query inputs are one batch (the paper's
-        way). Only batch norm makes the two differ. Its statistics are others for every query input, so exact answers
+        So an output does not depend on what else is asked, as it does where all query inputs are one batch (the paper's
+        way). Only batch norm makes the two differ. Its statistics are others for every query input, so exact outputs
         take a batch of N * K + 1 inputs each.
         Args: weights after the updates; support_x [N * K, *D]; query_x [n, *D]; of a group, all with a leading axis G.
         Returns [n, O], or [G, n, O].
@@ -168,12 +169,12 @@ class MAML(tf.Module):
         return swapped(scores)
 
     def query_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
-        """What meta-training minimises, for one task: the loss on its query set after J updates. A scalar, or [G]."""
+        """Computes what meta-training minimises: a task's loss on its query set after J updates. A scalar, or [G]."""
         adapted = self.adapt(weights, task, self.inner_steps)[-1]
         return self.loss(self.network.apply(adapted, task.query_x), task.query_y)
 
     def support_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
-        """What pretraining minimises, for one task: the loss on its support set before any update. A scalar, or [G]."""
+        """Computes what pretraining minimises: a task's loss on its support set before any update. A scalar, or [G]."""
         return self.loss(self.network.apply(weights, task.support_x), task.support_y)
 
     def _train_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
@@ -249,8 +250,14 @@ class MAML(tf.Module):
 
         return self.over_tasks(curve, weights, tasks, Curve(dtype, dtype))
 
-    def mean_gradient(self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks):
-        """Gradient to the meta-learned weights of the mean loss over the tasks of all processes, and that loss.
+    def mean_gradient(
+        self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks
+    ) -> tuple[Weights, tf.Tensor]:
+        """Computes the gradient, to the meta-learned weights, of the mean loss over the tasks of all processes.
+
+        Args: task_loss(weights, task), a scalar, or [G] of a group: query_loss or support_loss; the tasks of this
+            process.
+        Returns the gradient, by the weights' names and in their shapes, and the mean loss, a scalar.
 
         Each group differentiates its own losses inside the loop over groups: no backward pass through the loop, and
         the memory of one group a core.
@@ -387,7 +394,7 @@ class MAML(tf.Module):
 
 
 def _as_one_vector(function, tensors):
-    """What function makes of the elements of all tensors as one vector [n], in the shapes of the tensors."""
+    """Gives function the elements of all tensors as one vector [n]. Returns what it makes of them, in their shapes."""
     shapes = [tensor.shape for tensor in tensors]
     vector = function(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0))
     parts = tf.split(vector, [shape.num_elements() for shape in shapes])

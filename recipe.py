@@ -267,8 +267,9 @@ def build(
 ) -> MAML:
     """Makes the model with its initial weights.
 
-    Args: the recipe, with the K and alpha at hand; how many groups of tasks are computed side by side, best one a core;
-    how many tasks are in a group (0: all of a meta-batch); what adds up over the processes, as of MAML.
+    Args:
+        recipe: with the K and alpha of what it is built for, which at a test may be others than in training.
+        parallel_tasks, tasks_at_once, all_sum: see MAML.
     Raises InputError where its images are too small for its network, or its weights too many for the memory.
     """
     row, network = recipe.dataset, _network(recipe)
