@@ -108,7 +108,10 @@ class SinusoidTasks:
         self.shot, self.query, self.oracle = shot, query, oracle
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
-        """Tasks first .. first + count - 1 of a split's stream, NumPy arrays: T = count, K = shot, Q = query, O = 1."""
+        """Draws tasks first .. first + count - 1 of a split's stream.
+
+        Returns NumPy arrays, shaped as Tasks says: T = count, N = 1, K = shot, Q = query, D = [1] or [3], O = 1.
+        """
         words = _words(seed, split, first, count, per_task=2 + self.shot + self.query)
         uniform = (words >> np.uint64(11))[..., None] * 2.0**-53  # [0, 1), [T, 2 + K + Q, 1]
         amplitude, phase = 0.1 + 4.9 * uniform[:, :1], np.pi * uniform[:, 1:2]
@@ -173,9 +176,10 @@ class ImageTasks:
         return tasks
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
-        """Tasks first .. first + count - 1 of a split's stream, as NumPy arrays.
+        """Draws tasks first .. first + count - 1 of a split's stream.
 
-        T = count, D = [height, width, channels], pixels 0 to 1, or as augment.py makes them; O = N.
+        Returns NumPy arrays, shaped as Tasks says: T = count, D = [height, width, channels], O = N. Pixels are 0 to 1,
+        or as augment.normalised makes them.
         """
         pixels, labels = self._pixels(seed, split, first, count)
         x = np.divide(pixels, 255, dtype=np.float32)
@@ -211,8 +215,8 @@ class ImageTasks:
         """Gives a task with colours of 0 to 1, which its images have unless they are augmented."""
         if not self.images.augment:
             return task
-        x = (np.clip(augment.colours(part), 0, 1) for part in (task.support_x, task.query_x))
-        return task._replace(support_x=next(x), query_x=next(x))
+        support_x, query_x = (np.clip(augment.colours(part), 0, 1) for part in (task.support_x, task.query_x))
+        return task._replace(support_x=support_x, query_x=query_x)
 
     def _pixels(self, seed, split, first, count):
         """uint8 [T, N * (K + Q), height, width, channels] and each image's label [T, N * (K + Q)].

@@ -142,12 +142,15 @@ def mean_xent(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
 
 
 def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Share of examples, 0 to 1, whose largest logit is the label's. Shapes as in xent."""
+    """Computes the share of examples, 0 to 1, whose largest logit is the label's. Shapes as in xent."""
     return tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, -1), tf.argmax(labels, -1)), logits.dtype), -1)
 
 
 def _check_alike(outputs, labels):
-    """It runs while a graph is traced, so it costs a step nothing."""
+    """Checks that outputs and labels, or targets, have one shape. It runs while a graph is traced: a step is as fast.
+
+    Raises InputError where they have not.
+    """
     if not tf.TensorShape(outputs.shape).is_compatible_with(labels.shape):
         raise InputError(
             f"the network's outputs have the shape {list(outputs.shape)} and the labels or targets "
@@ -156,10 +159,12 @@ def _check_alike(outputs, labels):
 
 
 def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, population standard deviation, and half width of the mean's 95 % interval, over the first axis (tasks).
+    """Computes mean, population standard deviation, and half width of the mean's 95 % interval, over tasks.
 
-    The half width is 1.96 * std / sqrt(tasks), as in the original's main.py (test), the source of published intervals.
-    Where a task diverged they are infinite or nan.
+    Args: values [tasks, ...].
+    Returns three arrays [...]. Where a task diverged they are infinite or nan.
+    Source: the half width is 1.96 * std / sqrt(tasks) in the original's main.py (test), where published intervals come
+    from.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         mean, std = np.mean(values, axis=0), np.std(values, axis=0)
