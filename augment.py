@@ -1,8 +1,8 @@
 """Augmentation of photographs as mmfewshot's: random crops, flips and colours in training, a centre crop at test.
 
-A photograph is kept whole, in a square, with its aspect (width / height): a crop of it is a box of that square, in
-parts of its width and height. What is random is made of random words, so it is a pure function of what those are made
-of.
+A photograph is kept whole, resized to a square, and its aspect (width / height) is kept beside it. A crop of it is a
+box of that square: left, top, right, bottom, from 0 (left, top) to 1. All that is random is made of the words that the
+caller gives, so the same words give the same crop.
 Source: open-mmlab/mmfewshot, configs/classification/maml, and the pipelines of mmcls that they name.
 """
 
@@ -18,8 +18,8 @@ ATTEMPTS = 10  # crops that are tried; where none lies in the photograph, the la
 COLOURS = 0.6, 1.4  # factors of brightness, contrast and saturation
 ENHANCED = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
 ORDERS = list(permutations(range(3)))
-SHORT_SIDE = 1.15  # of a photograph at test, in sizes of the crop, rounded down
-# Of red, green and blue, 0 to 1: ImageNet's.
+SHORT_SIDE = 1.15  # of a photograph at test, in sizes of the crop; rounded down to pixels: 96 for a crop of 84
+# ImageNet's, of red, green and blue, where colours are 0 to 1.
 MEAN = np.array([123.675, 116.28, 103.53], np.float32) / 255
 STD = np.array([58.395, 57.12, 57.375], np.float32) / 255
 
@@ -27,13 +27,14 @@ PARTS = 32  # of a call's images, which the threads share
 WORDS = 2 * ATTEMPTS + 2 + 1 + 3 + 1  # random words of an image: crops, place, flip, colours and their order
 
 
-def random_crops(
-    pixels: np.ndarray, aspects: np.ndarray, words: np.ndarray, size: tuple[int, int], threads: int | None = None
-) -> np.ndarray:
+def random_crops(pixels: np.ndarray, aspects: np.ndarray, words: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Crops photographs at random, flips half of them, and changes their colours.
 
-    Args: uint8 [n, S, S, 3]; [n]; uint64 [n, WORDS]; height and width of a crop; threads that share the work, None: as
-    many as Python thinks right for this machine.
+    Args:
+        pixels: uint8 [n, S, S, 3], photographs in squares.
+        aspects: [n], width / height of each before it was a square.
+        words: uint64 [n, WORDS], random.
+        size: height and width of a crop in pixels.
     Returns uint8 [n, height, width, 3].
     """
     uniform = (words >> np.uint64(11)) * 2.0**-53  # [0, 1)
@@ -50,29 +51,36 @@ def random_crops(
             image = ENHANCED[which](image).enhance(factors[i, which])
         return np.asarray(image)
 
-    return _stacked(one, len(pixels), size, threads)
+    return _stacked(one, len(pixels), size)
 
 
-def centre_crops(
-    pixels: np.ndarray, aspects: np.ndarray, size: tuple[int, int], threads: int | None = None
-) -> np.ndarray:
-    """Crops the middle of photographs, of which the short side is SHORT_SIDE times the crop's. As random_crops."""
+def centre_crops(pixels: np.ndarray, aspects: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crops the middle of photographs whose short side is SHORT_SIDE times the crop's. Shapes as in random_crops."""
     boxes = centre_boxes(aspects, size)
-    return _stacked(lambda i: np.asarray(_cropped(pixels[i], boxes[i], size)), len(pixels), size, threads)
+    return _stacked(lambda i: np.asarray(_cropped(pixels[i], boxes[i], size)), len(pixels), size)
 
 
 def normalised(x: np.ndarray) -> np.ndarray:
-    """Makes of colours of 0 to 1 what the network takes: less MEAN, and divided by STD."""
+    """Makes of colours [..., 3] from 0 to 1 what the network takes: less MEAN, and divided by STD."""
     return (x - MEAN) / STD
 
 
 def colours(x: np.ndarray) -> np.ndarray:
-    """Makes colours of 0 to 1 of what `normalised` gives."""
+    """Makes colours [..., 3] from 0 to 1 of what `normalised` gives."""
     return x * STD + MEAN
 
 
 def random_boxes(uniform: np.ndarray, aspects: np.ndarray) -> np.ndarray:
-    """Random boxes of photographs, [n, 4]: left, top, right, bottom, 0 to 1. uniform: [n, 2 * ATTEMPTS + 2], 0 to 1."""
+    """Chooses a box in each photograph, as mmcls' RandomResizedCrop.
+
+    Areas are uniform within AREA, and the logarithms of width / height within that of RATIO. The first attempt that
+    lies in the photograph is taken.
+    Args:
+        uniform: [n, 2 * ATTEMPTS + 2], random, 0 to 1: of each attempt its area, then of each its shape, then the place
+            of the box, from left to right and from top to bottom.
+        aspects: [n], width / height of the photographs.
+    Returns [n, 4]: left, top, right, bottom, 0 to 1.
+    """
     area = AREA[0] + (AREA[1] - AREA[0]) * uniform[:, :ATTEMPTS]
     low, high = np.log(RATIO)
     ratio = np.exp(low + (high - low) * uniform[:, ATTEMPTS : 2 * ATTEMPTS])
@@ -90,7 +98,7 @@ def random_boxes(uniform: np.ndarray, aspects: np.ndarray) -> np.ndarray:
 
 
 def centre_boxes(aspects: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The boxes of centre_crops, as random_boxes gives them."""
+    """Finds the boxes of centre_crops, of photographs with these aspects [n]. Returns what random_boxes returns."""
     short = np.array([int(SHORT_SIDE * side) for side in size])
     height, width = (side / max(short) for side in size)  # of a photograph whose short side is 1
     width, height = width / np.maximum(aspects, 1), height * np.minimum(aspects, 1)
@@ -99,20 +107,20 @@ def centre_boxes(aspects: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _cropped(pixels, box, size):
-    """The box of a photograph, by Pillow's bilinear filter, which averages where it makes smaller."""
+    """Cuts a box [4] out of a photograph [S, S, 3], by Pillow's bilinear filter, which averages what it shrinks."""
     side = len(pixels)
     box = np.clip(box * side, 0, side)
     return Image.fromarray(pixels).resize(size[::-1], Image.BILINEAR, tuple(box.tolist()))
 
 
-def _stacked(one, count, size, threads):
-    """one(i) of all images, a part of them in each thread."""
+def _stacked(one, count, size):
+    """Stacks one(i) of all images, uint8 [count, height, width, 3]. Threads share the images, a part at a time."""
     stacked = np.empty((count, *size, 3), np.uint8)
 
     def some(part):
         for i in part:
             stacked[i] = one(i)
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor() as pool:
         list(pool.map(some, np.array_split(np.arange(count), min(count, PARTS) or 1)))
     return stacked

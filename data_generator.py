@@ -12,7 +12,7 @@ import numpy as np
 
 import augment
 from images import SPLITS, Classes, Images, load_splits
-from utils import InputError, Tasks
+from utils import InputError, Tasks, check_choice
 
 
 class Dataset(NamedTuple):
@@ -108,7 +108,10 @@ class SinusoidTasks:
         self.shot, self.query, self.oracle = shot, query, oracle
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
-        """Tasks first .. first + count - 1 of a split's stream, NumPy arrays: T = count, K = shot, Q = query, O = 1."""
+        """Draws tasks first .. first + count - 1 of a split's stream.
+
+        Returns NumPy arrays, shaped as Tasks says: T = count, N = 1, K = shot, Q = query, D = [1] or [3], O = 1.
+        """
         words = _words(seed, split, first, count, per_task=2 + self.shot + self.query)
         uniform = (words >> np.uint64(11))[..., None] * 2.0**-53  # [0, 1), [T, 2 + K + Q, 1]
         amplitude, phase = 0.1 + 4.9 * uniform[:, :1], np.pi * uniform[:, 1:2]
@@ -139,7 +142,11 @@ class ImageTasks:
         query: int,
         query_shares: str = "balanced",
     ):
-        """Takes the classes of every split that tasks will be drawn from."""
+        """Takes the classes of every split that tasks will be drawn from.
+
+        Raises InputError where query_shares is none of QUERY_SHARES.
+        """
+        check_choice("query_shares", query_shares, QUERY_SHARES)
         self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
         self.query_shares = query_shares
 
@@ -169,9 +176,10 @@ class ImageTasks:
         return tasks
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
-        """Tasks first .. first + count - 1 of a split's stream, as NumPy arrays.
+        """Draws tasks first .. first + count - 1 of a split's stream.
 
-        T = count, D = [height, width, channels], pixels 0 to 1, or as augment.py makes them; O = N.
+        Returns NumPy arrays, shaped as Tasks says: T = count, D = [height, width, channels], O = N. Pixels are 0 to 1,
+        or as augment.normalised makes them.
         """
         pixels, labels = self._pixels(seed, split, first, count)
         x = np.divide(pixels, 255, dtype=np.float32)
@@ -207,8 +215,8 @@ class ImageTasks:
         """Gives a task with colours of 0 to 1, which its images have unless they are augmented."""
         if not self.images.augment:
             return task
-        x = (np.clip(augment.colours(part), 0, 1) for part in (task.support_x, task.query_x))
-        return task._replace(support_x=next(x), query_x=next(x))
+        support_x, query_x = (np.clip(augment.colours(part), 0, 1) for part in (task.support_x, task.query_x))
+        return task._replace(support_x=support_x, query_x=query_x)
 
     def _pixels(self, seed, split, first, count):
         """uint8 [T, N * (K + Q), height, width, channels] and each image's label [T, N * (K + Q)].
@@ -258,7 +266,8 @@ def tasks_from_arrays(
 
     Args:
         support_x, query_x: [T, n, *D], numbers; n may be another for support and query.
-        support_y, query_y: targets [T, n, O], numbers; or, with `way`, class numbers [T, n] from 0 to way - 1.
+        support_y, query_y: targets [T, n, O], numbers, O the same in both; or, with `way`, class numbers [T, n] from 0
+            to way - 1.
         way: N, for classification.
     Returns Tasks, float32, with one-hot labels for classification.
     Raises InputError where a shape or a value is another.
@@ -266,9 +275,10 @@ def tasks_from_arrays(
     x, y = {}, {}
     for part, inputs, targets in (("support", support_x, support_y), ("query", query_x, query_y)):
         inputs, targets = np.asarray(inputs), np.asarray(targets)
-        if inputs.ndim < 3 or inputs.dtype.kind not in "fiub":
+        if inputs.ndim < 3 or inputs.dtype.kind not in "fiub" or not inputs.size:
             raise InputError(
-                f"{part}_x is {inputs.dtype}, of the shape {list(inputs.shape)}: give numbers [tasks, examples, ...]"
+                f"{part}_x is {inputs.dtype}, of the shape {list(inputs.shape)}: give numbers [tasks, examples, ...], "
+                "at least one of each"
             )
         if way is not None:
             wrong = targets.ndim != 2 or targets.dtype.kind not in "iu" or not targets.size
@@ -290,6 +300,11 @@ def tasks_from_arrays(
         raise InputError(
             f"support_x of {list(x['support'].shape)} and query_x of {list(x['query'].shape)} differ in the number of "
             "tasks or in the shape of an example: give both for the same tasks"
+        )
+    if y["support"].shape[2] != y["query"].shape[2]:
+        raise InputError(
+            f"support_y of {list(y['support'].shape)} and query_y of {list(y['query'].shape)} differ in the number of "
+            "targets of an example: give as many in both"
         )
     return Tasks(x["support"], y["support"], x["query"], y["query"])
 

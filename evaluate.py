@@ -42,9 +42,10 @@ class Protocol(NamedTuple):
     query_shares: str = "balanced"  # how the queries are shared among the classes: see ImageTasks
 
     def name(self, recipe: Recipe) -> str:
-        """The name of a test's files: the original's, with suffixes for what that leaves out, if not at its default.
+        """Makes the name of a test's files: the original's, with suffixes for what that leaves out.
 
-        Where folders of images make it too long for a file system, their names are cut.
+        A suffix stands only where a value is not at its default. Where the names of folders of images make the name too
+        long for a file system, they are cut.
         """
         name = self._name(recipe, None)
         return name if len(fsencode(name)) <= MOST_NAME else self._name(recipe, 10)
@@ -65,7 +66,7 @@ class Protocol(NamedTuple):
 
 
 def _folder_suffix(folder, letters):
-    """With a checksum of the whole path, since many a folder has the name "images"."""
+    """Makes the part of a name that stands for a folder; it has a checksum of the path, as many are named "images"."""
     return f"-{Path(folder).name[:letters]}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
 
 
@@ -82,10 +83,18 @@ def evaluate(
 ) -> Curve | None:
     """Evaluates tasks 0 .. count - 1 of a split, some at a time.
 
-    Args: the model; where its tasks are drawn from; "val" or "test"; how many tasks; inner steps; the seed of the
-    tasks; stopped() is asked before every chunk of tasks; query_norm as of MAML.evaluate; the processes that take turns
-    in evaluating chunks, if there are several.
-    Returns a Curve of arrays [count, 1 + updates], or None where it was stopped.
+    Args:
+        maml: the model. Nothing of it is changed.
+        data: where its tasks are drawn from.
+        split: "val" or "test".
+        count: number of tasks, 1 or more.
+        updates: inner steps.
+        seed: of the tasks.
+        stopped: asked before every chunk of tasks whether to stop.
+        query_norm: with what a query image is normalised, see MAML.evaluate.
+        workers: the processes that take turns in evaluating chunks, if there are several.
+    Returns a Curve of arrays: losses [count, 1 + updates] and accuracies alike, or [count, 0] where there are no
+    classes. None where it was stopped.
     """
     workers, chunks = workers or Cluster(), []
     size = int(max(workers.gathered([float(_chunk_size(maml, count))])))  # hosts may have different numbers of cores
@@ -99,7 +108,7 @@ def evaluate(
 
 
 def _chunk_size(maml, count):
-    """Tasks that are evaluated in one call: whole groups, so that one traced graph serves all."""
+    """Finds how many tasks are evaluated in one call: whole groups, so that one traced graph serves all."""
     if maml.tasks_at_once == 0:
         return min(count, GROUP)
     size = CHUNK * maml.parallel_tasks * maml.tasks_at_once
@@ -118,9 +127,16 @@ def test(
 ) -> None:
     """Tests a model, prints its numbers, and writes the original's files and results.json.
 
-    Args: the model with the weights of checkpoint `prefix` of the run; where the tasks are drawn from; the recipe of
-    its training; the protocol; the run's folder; the folder of the results; the processes that do it: the chief alone
-    prints and writes.
+    Args:
+        maml: the model, with the weights of the checkpoint.
+        data: where the tasks are drawn from.
+        recipe: of the model's training.
+        protocol: how it is tested, and on what.
+        run: the folder of the training.
+        prefix: path of the checkpoint in it, such as <run folder>/model59000.
+        results: folder of the results.
+        workers: the processes that do it. The chief alone prints and writes.
+    Raises InputError where a file cannot be written.
     """
     updates = max(recipe.inner_steps, TEST_UPDATES) if protocol.updates == -1 else protocol.updates
     curve = evaluate(
@@ -209,7 +225,7 @@ def test(
 
 
 def _print_table(values, metric, protocol):
-    """A line for every number of updates, for people."""
+    """Prints a line for every number of updates, for people. values: [tasks, 1 + updates]."""
     means, _, ci95 = statistics(values)
     medians = np.median(np.nan_to_num(values, nan=np.inf), axis=0)
     print(f"\n{metric}, {protocol.tasks} {protocol.split} tasks\n")

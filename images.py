@@ -66,7 +66,10 @@ class Classes(NamedTuple):
     aspects: np.ndarray | None = None  # [images], width / height before they were resized; None: not augmented
 
     def check(self, split: str, folder: Path, way: int, examples: int) -> None:
-        """Raises InputError where an N-way task of K + Q = `examples` images a class cannot be drawn."""
+        """Checks that tasks of `way` classes with K + Q = `examples` images a class can be drawn.
+
+        Raises InputError where they cannot. split and folder are named in its message.
+        """
         if len(self.names) < way:
             raise InputError(
                 f"--num_classes={way}, but the {split} split of {folder} has {len(self.names)} classes: "
@@ -81,7 +84,7 @@ class Classes(NamedTuple):
             )
 
     def named(self, names: list[str]) -> "Classes":
-        """These classes alone, in order of their names."""
+        """Gives the classes of these names alone, in order of their names. The pixels stay shared."""
         chosen = set(names)
         index = [i for i, name in enumerate(self.names) if name in chosen]
         names = [self.names[i] for i in index]
@@ -89,6 +92,15 @@ class Classes(NamedTuple):
 
 
 def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[str, Classes]:
+    """Reads the classes of a data set, split by split, their images decoded.
+
+    Args:
+        images: what the data set has on disk.
+        folder: where it is.
+        splits: those that are wanted, of SPLITS.
+    Returns the classes of each wanted split. Where one folder holds the classes of all splits, they share its pixels.
+    Raises InputError where the folder, a split, a class folder or an image is not as `images` says.
+    """
     if not os.path.isdir(folder):
         raise InputError(
             f"no data folder {folder}: prepare it as {images.prepare} says, or name another with --data_path"
@@ -119,9 +131,10 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _cut(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:
-    """The sorted names, shuffled and cut into splits (the original's data_generator.py, and its seed).
+    """Cuts names of classes into splits of these sizes: train, val, test. They are sorted, and shuffled by seed 1.
 
-    Always in the same way: runs of other seeds are tested on the same classes.
+    The seed is always that one, so that runs of other seeds are tested on the same classes.
+    Source: the original's data_generator.py, which shuffles by seed 1 too, but does not sort.
     """
     shuffled = sorted(names)
     Random(1).shuffle(shuffled)
@@ -130,7 +143,7 @@ def _cut(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:
 
 
 def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[str, list[str]]:
-    """Which class belongs to which split; another set of classes than the published one is said aloud."""
+    """Finds the names of the classes of each split, by the published list; where they are others, a line says so."""
     published = json.loads(split_list.read_bytes())
     published = {split: published[split] for split in SPLITS}
     known = set().union(*published.values())
@@ -148,7 +161,7 @@ def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[
 
 
 def _load_classes(images: Images, folder: Path, split: str) -> Classes:
-    """The class folders below folder/split ('.': the folder itself), decoded once and kept in folder/.cache."""
+    """Reads the class folders below folder/split ('.': the folder itself), decoded once and kept in folder/.cache."""
     root = os.path.normpath(folder / split)
     files = class_folders(root) if os.path.isdir(root) else {}
     if not any(files.values()):
@@ -182,7 +195,10 @@ def image_files(root: str) -> list[str]:
 
 
 def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
-    """`root` (its name is empty) and all folders below it that hold images or nothing at all."""
+    """Finds `root`, whose name is empty, and all folders below it, of those that hold images or nothing at all.
+
+    Yields the name of each, and the sorted names of its images. Raises as class_folders.
+    """
     pending = [(root, "", frozenset())]
     while pending:
         folder, name, above = pending.pop()
@@ -203,7 +219,7 @@ def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _is_image(entry: os.DirEntry) -> bool:
-    """By its name; a link that leads nowhere counts, so that it is told where images are read."""
+    """Tells by its name whether an entry is an image. A link that leads nowhere counts: who reads it tells of it."""
     ending = os.path.splitext(entry.name)[1].lower()
     return ending in _endings() and (entry.is_file() or not os.path.exists(entry.path))
 
@@ -224,11 +240,12 @@ def _endings() -> frozenset[str]:
 def _cached(
     images: Images, folder: Path, root: str, paths: list[str], name: str
 ) -> tuple[np.ndarray, list[str], list[float]]:
-    """Pixels of root/path for all paths, from folder/.cache where they are still true, else decoded.
+    """Reads the images root/path of all paths: from folder/.cache where its files are still true, else decoded.
 
-    Returns uint8 [paths, height, width, channels], mapped from the disk where it can be written; the paths that cannot
-    be read; and the aspects of the others, where images are augmented. The rows of the former are missing; the rest has
-    moved up, and the last rows mean nothing.
+    Returns their pixels, uint8 [paths, height, width, channels], mapped from the disk where the cache can be written;
+    the paths that cannot be read; and, where images are augmented, the aspects (width / height) of the others. Images
+    that cannot be read have no row: the rows after them have moved up, and the last rows mean nothing.
+    Raises InputError as _decode.
     """
     cache = folder / ".cache"
     if images.any_size:
@@ -237,8 +254,8 @@ def _cached(
     shape = (len(paths), *images.stored, images.channels)
     index = {"format": CACHE_FORMAT, "shape": list(shape), "files": _digest(root, paths)}
 
-    for kept in ("*.npy", "*.json"):
-        remove_leftovers(cache, kept)
+    for pattern in ("*.npy", "*.json"):
+        remove_leftovers(cache, pattern)
     try:
         kept = json.loads(read_regular(index_file, MOST_INDEX))
         broken, checksum, aspects = kept.pop("broken"), kept.pop("checksum"), kept.pop("aspects", [])
@@ -271,17 +288,17 @@ def _cached(
 
 
 def _as_aspects(found):
-    """Those of an index, which anybody may have written."""
+    """Gives the aspects of a cache's index, which anybody may have written. Raises ValueError where one is none."""
     if not all(isinstance(one, float | int) and 1 / MOST_SIDE <= one <= MOST_SIDE for one in found):
         raise ValueError("an aspect is none")
     return found
 
 
 def _digest(root, paths):
-    """Of the names, sizes and times of all files.
+    """Makes a checksum of the names, sizes and times of all files.
 
-    The time of change is among them, which no program can set: it tells a file that was replaced by one of the same
-    size and time of modification. A copy of the folder has other ones, and is decoded anew.
+    The time of change is among them, which no program can set. So a file that was replaced by one of the same size and
+    time of modification is noticed. In a copy of the folder those times are others, and it is decoded anew.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -295,6 +312,7 @@ def _digest(root, paths):
 
 
 def _mapped(file, shape):
+    """Maps the array of a cache from the disk, uint8 of this shape. Raises ValueError where it is another file."""
     if not file.is_file():
         raise ValueError(f"{file} is not a regular file")
     pixels = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -305,12 +323,15 @@ def _mapped(file, shape):
 
 @functools.cache
 def _tell_once(reason):
-    """One line, though each split has an array of its own."""
+    """Says it in one line, and once, though each split has an array of its own."""
     say(f"{reason}: the images are decoded anew at every start.")
 
 
 def _write_array(file, images, root, paths, shape, broken, aspects):
-    """An .npy file, an image at a time: a data set may be larger than the memory. Returns the images' checksum."""
+    """Writes an .npy file of the images, one image at a time, since a data set may be larger than the memory.
+
+    Adds to the lists `broken` and `aspects` as _decode. Returns the checksum of the images that are written.
+    """
     checksum = 0
 
     def put(image):
@@ -332,9 +353,11 @@ class _Unreadable(InputError):
 def _decode(
     images: Images, root: str, paths: list[str], put: Callable[[np.ndarray], object], aspects: list[float]
 ) -> list[str]:
-    """Puts all images in order, and their aspects, if they are augmented, in the list `aspects`.
+    """Decodes the images root/path in order, on all cores, and gives each to `put`.
 
-    Returns the paths of those that cannot be read, if --skip_broken, else raises.
+    Where images are augmented, their aspects are added to the list `aspects`.
+    Returns the paths of the images that cannot be read, if --skip_broken allows them. Raises InputError otherwise, and
+    where an image has another size than `images` says.
     """
 
     def decode(path):
@@ -368,7 +391,7 @@ def _decode(
 
 @contextlib.contextmanager
 def _warnings_in_a_line(root: str, at: threading.local) -> Iterator[None]:
-    """Says in a line what Pillow warns of, however many images it warns of. at.path: the image that a thread reads."""
+    """Says in one line each thing that Pillow warns of, however many images it is. at.path: what a thread reads."""
     warned = defaultdict(list)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -381,7 +404,7 @@ def _warnings_in_a_line(root: str, at: threading.local) -> Iterator[None]:
 
 
 class _Room:
-    """So much of something, which threads take a part of and give back. One waits until there is room for its part."""
+    """An amount that threads share. A thread takes a part, waits if so much is not there, and gives it back."""
 
     def __init__(self, size: int):
         self.left, self.changed = size, threading.Condition()
@@ -403,9 +426,11 @@ ROOM = _Room(MOST_PIXELS)  # so that many large images at once are no more than 
 
 
 def read_image(path: str | Path, images: Images) -> np.ndarray:
-    """uint8 [height, width, channels]: upright, grey or RGB, and white where it is transparent.
+    """Reads an image as the tasks of a test have it.
 
-    Where tasks are augmented it is the centre crop, as of a test.
+    Returns uint8 [height, width, channels] of images.size: upright, grey or RGB, and white where it is transparent;
+    where tasks are augmented, its centre crop.
+    Raises InputError where it cannot be read, or has another size and may not be resized.
     """
     image, aspect = read_whole(path, images)
     if not images.augment:
@@ -414,7 +439,11 @@ def read_image(path: str | Path, images: Images) -> np.ndarray:
 
 
 def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
-    """The same, whole, as it is stored; and its width / height on the disk."""
+    """Reads an image whole, as the cache keeps it.
+
+    Returns uint8 [height, width, channels] of images.stored, and its aspect, width / height, before it is resized.
+    Raises InputError as read_image.
+    """
     height, width = images.stored
     try:
         with Image.open(path, formats=_formats()) as image:
@@ -444,6 +473,7 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
 
 
 def _in_colours(image, channels):
+    """Makes an image grey (1 channel) or RGB (3), and white where it is transparent. Raises ValueError if it cannot."""
     if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion would cut at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

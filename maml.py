@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from utils import Curve, InputError, Network, Tasks, Weights
+from utils import Curve, InputError, Network, Tasks, Weights, check_choice
+
+LEARNED_STEP_SIZES = ("none", "weight", "step")
+QUERY_NORMS = ("batch", "support")
 
 
 class MAML(tf.Module):
@@ -47,8 +50,10 @@ class MAML(tf.Module):
 
         Every public step is one graph, which is traced at its first call:
         train_step(tasks), pretrain_step(tasks), many_steps(...) and evaluate(tasks, steps, query_norm).
+        Raises InputError where learn_inner_lr is none of LEARNED_STEP_SIZES.
         """
         super().__init__(name="maml")
+        check_choice("learn_inner_lr", learn_inner_lr, LEARNED_STEP_SIZES)
         self.network, self.loss, self.accuracy = network, loss, accuracy
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.clip, self.parallel_tasks = clip, parallel_tasks
@@ -58,7 +63,7 @@ class MAML(tf.Module):
         if network.adapted is None:
             self.network = network = network._replace(adapted=tuple(values))
         self.body_stays = network.body is not None and set(network.adapted) <= set(network.head)
-        values |= self._initial_step_sizes(values)
+        values = values | self._initial_step_sizes(values)  # a new dict: what init gave is the network's own
         self.weights = {name: tf.Variable(value, name=name) for name, value in values.items()}
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
@@ -86,11 +91,12 @@ class MAML(tf.Module):
         return {name: name for name in self.weights} | (self.network.tf1_names or {})
 
     def adapt(self, weights: Weights, task: Tasks, steps: int) -> list[Weights]:
-        """The inner loop: the weights before and after each of `steps` gradient steps on the task's support set.
+        """Runs the inner loop: `steps` gradient steps on the task's support set.
 
         A group of tasks is adapted as one task is: weights and tasks have a leading axis G. Each task's loss depends on
         its own weights alone, so the gradient of the sum of the losses [G] holds each task's own gradient.
-        Returns 1 + steps dicts; the first is `weights` itself. Differentiable to `weights`.
+        Returns 1 + steps dicts, the weights before and after each step; the first is `weights` itself. Where step sizes
+        are learned for each update, a dict has those of the updates after it. Differentiable to `weights`.
         """
         path, (apply, support_x) = [weights], self._adapting_part(weights, task.support_x)
         if not self.body_stays:
@@ -137,10 +143,10 @@ class MAML(tf.Module):
         return sizes, {_size_of(name): tf.concat([each[..., 1:], each[..., -1:]], -1) for name, each in learned.items()}
 
     def scores(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
-        """What the network answers to query inputs, each normalised by itself together with the support set.
+        """Computes the outputs of query inputs, each normalised by itself together with the support set.
 
-        So an answer does not depend on what else is asked, as it does where all query inputs are one batch (the paper's
-        way). Only batch norm makes the two differ. Its statistics are others for every query input, so exact answers
+        So an output does not depend on what else is asked, as it does where all query inputs are one batch (the paper's
+        way). Only batch norm makes the two differ. Its statistics are others for every query input, so exact outputs
         take a batch of N * K + 1 inputs each.
         Args: weights after the updates; support_x [N * K, *D]; query_x [n, *D]; of a group, all with a leading axis G.
         Returns [n, O], or [G, n, O].
@@ -163,12 +169,12 @@ class MAML(tf.Module):
         return swapped(scores)
 
     def query_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
-        """What meta-training minimises, for one task: the loss on its query set after J updates. A scalar, or [G]."""
+        """Computes what meta-training minimises: a task's loss on its query set after J updates. A scalar, or [G]."""
         adapted = self.adapt(weights, task, self.inner_steps)[-1]
         return self.loss(self.network.apply(adapted, task.query_x), task.query_y)
 
     def support_loss(self, weights: Weights, task: Tasks) -> tf.Tensor:
-        """What pretraining minimises, for one task: the loss on its support set before any update. A scalar, or [G]."""
+        """Computes what pretraining minimises: a task's loss on its support set before any update. A scalar, or [G]."""
         return self.loss(self.network.apply(weights, task.support_x), task.support_y)
 
     def _train_step(self, tasks: Tasks) -> tuple[tf.Tensor, tf.Tensor]:
@@ -221,7 +227,9 @@ class MAML(tf.Module):
 
         query_norm: with what a query image is normalised under batch norm. "batch": its task's other query images, as
         in the paper (transductive). "support": the support set, see scores.
+        Raises InputError where query_norm is none of QUERY_NORMS.
         """
+        check_choice("query_norm", query_norm, QUERY_NORMS)
         tasks = self._checked(tasks)
         weights, dtype = self.values(), tasks.query_x.dtype
 
@@ -242,8 +250,14 @@ class MAML(tf.Module):
 
         return self.over_tasks(curve, weights, tasks, Curve(dtype, dtype))
 
-    def mean_gradient(self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks):
-        """Gradient to the meta-learned weights of the mean loss over the tasks of all processes, and that loss.
+    def mean_gradient(
+        self, task_loss: Callable[[Weights, Tasks], tf.Tensor], tasks: Tasks
+    ) -> tuple[Weights, tf.Tensor]:
+        """Computes the gradient, to the meta-learned weights, of the mean loss over the tasks of all processes.
+
+        Args: task_loss(weights, task), a scalar, or [G] of a group: query_loss or support_loss; the tasks of this
+            process.
+        Returns the gradient, by the weights' names and in their shapes, and the mean loss, a scalar.
 
         Each group differentiates its own losses inside the loop over groups: no backward pass through the loop, and
         the memory of one group a core.
@@ -281,9 +295,10 @@ class MAML(tf.Module):
         return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
     def _checked(self, tasks):
-        """The tasks as tensors. Raises InputError where one has another dtype or rank than the weights need.
+        """The tasks as tensors.
 
-        It runs while a graph is traced, so it costs a step nothing.
+        Raises InputError where a part has another dtype or rank than the weights need, or another number of tasks or
+        examples than the parts beside it. It runs while a graph is traced, so it costs a step nothing.
         """
         tasks = Tasks(*map(tf.convert_to_tensor, tasks))
         (dtype,) = {weight.dtype for weight in self.weights.values()}
@@ -296,6 +311,17 @@ class MAML(tf.Module):
                 raise InputError(
                     f"{name} has the shape {list(part.shape)}: tasks [T], examples [n] and at least one more axis are "
                     f"expected{', one-hot for classes' if name.endswith('y') else ''}"
+                )
+        for name, beside, axes in (
+            ("support_y", "support_x", 2),
+            ("query_x", "support_x", 1),
+            ("query_y", "query_x", 2),
+        ):
+            shape, other = getattr(tasks, name).shape, getattr(tasks, beside).shape
+            if not shape[:axes].is_compatible_with(other[:axes]):
+                raise InputError(
+                    f"{name} has the shape {list(shape)}, beside {beside} of {list(other)}: give the same tasks, and a "
+                    "label or target for each example"
                 )
         return tasks
 
@@ -368,7 +394,7 @@ class MAML(tf.Module):
 
 
 def _as_one_vector(function, tensors):
-    """What function makes of the elements of all tensors as one vector [n], in the shapes of the tensors."""
+    """Gives function the elements of all tensors as one vector [n]. Returns what it makes of them, in their shapes."""
     shapes = [tensor.shape for tensor in tensors]
     vector = function(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0))
     parts = tf.split(vector, [shape.num_elements() for shape in shapes])

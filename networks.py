@@ -2,7 +2,8 @@
 
 A forward function computes one task, or a group of G tasks, each with weights of its own: every array of weights then
 has a leading axis G, and so have inputs and outputs. In between, the tasks of a group lie side by side in the channels,
-[n, height, width, G * C], where norms, ReLU and pooling work as they do on one task: `side_by_side`, `apart`.
+[n, height, width, G * C], where batch norm, ReLU and pooling work as they do on one task: `side_by_side`. Layer norm,
+which normalises an example over all its channels, takes them `apart` again.
 
 Weights carry the original's names: convolutions conv1..conv4 (fully connected layers w1, w2, ...), biases b1, b2, ...,
 the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one for each hidden layer.
@@ -17,10 +18,11 @@ from typing import NamedTuple
 import tensorflow as tf
 
 import special_grads
-from utils import InputError, Network, Weights
+from utils import InputError, Network, Weights, check_choice
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
 TORCH_EPSILON = 1e-5  # of PyTorch's batch norm
+ADAPTED = ("all", "head", "body")  # what the inner loop changes: see adapting
 STEPS_A_CALL = 100  # of a network so small that starting an operation costs more than the operation
 
 
@@ -68,9 +70,13 @@ def adapting(network: Network, what: str) -> Network:
 
     what: 'all', as MAML; 'head', the last layer alone, as ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020); 'body', all
     but the last layer, as BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
+    Raises InputError where `what` is none of ADAPTED, or the network does not say which of its weights are which.
     """
+    check_choice("adapt", what, ADAPTED)
     if what == "all":
         return network
+    if network.adapted is None or not set(network.head) & set(network.adapted):
+        raise InputError(f"adapt={what!r}: this network does not name its last layer: give it `adapted` and `head`")
     in_head = what == "head"
     return network._replace(adapted=tuple(name for name in network.adapted if (name in network.head) == in_head))
 
@@ -102,12 +108,7 @@ def conv4(
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
     # Differs: the original assumes 5 x 5 here, whatever the image and the pooling.
-    height, width = (_halved(pixels, max_pool) for pixels in size)
-    if not (height and width):
-        raise InputError(
-            f"images of {size[0]}x{size[1]} pixels are too small for --max_pool, which halves them four times: "
-            "give --image_size=16 or more, or --max_pool=False"
-        )
+    height, width = _halved(size, max_pool, "--max_pool", ", or --max_pool=False")
     layers = range(1, 5)
     weights = {}
     for layer in layers:
@@ -132,7 +133,7 @@ def conv4(
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
         x = tf.reduce_mean(x, [1, 2]) if mean_head else x
-        return tf.reshape(apart(x, group), [*([group] if group else []), -1, weights["w5"].shape[-2]])
+        return _flat(apart(x, group), group, weights["w5"].shape[-2])
 
     more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
     return network(weights, body, _linear, ("w5", "b5"), **more)
@@ -145,7 +146,7 @@ def conv4_affine(size: tuple[int, int], channels: int, way: int, filters: int) -
     filters numbers. Args as of conv4; mmfewshot has 64 filters. Raises InputError for images below 16 pixels.
     Source: open-mmlab/mmfewshot, backbones/conv4.py and heads/linear_head.py.
     """
-    features = math.prod(_pooled(size, "conv4_affine")) * filters
+    features = math.prod(_halved(size, True, "--network=conv4_affine")) * filters
     weights = {}
     for layer in range(1, 5):
         inputs = channels if layer == 1 else filters
@@ -159,7 +160,7 @@ def conv4_affine(size: tuple[int, int], channels: int, way: int, filters: int) -
         for layer in range(1, 5):  # the bias cancels in batch norm, so it is not added
             x = tf.nn.max_pool2d(_affine(x, weights, f"{layer}"), ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
-        return tf.reshape(apart(x, group), [*([group] if group else []), -1, features])
+        return _flat(apart(x, group), group, features)
 
     return network(weights, body, _linear, ("w5", "b5"), batch_statistics=True, takes_groups=True)
 
@@ -173,7 +174,7 @@ def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[in
     Args as of conv4; the filters of each block. Raises InputError for images below 16 pixels.
     Source: open-mmlab/mmfewshot, backbones/resnet12.py, which it has of MetaOptNet.
     """
-    _pooled(size, "resnet12")
+    _halved(size, True, "--network=resnet12")
     weights = {}
     for block, (inputs, width) in enumerate(zip((channels, *widths), widths, strict=False), start=1):
         weights |= _affine_layer(f"{block}_0", (1, 1, inputs, width))
@@ -199,8 +200,8 @@ def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[in
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
     """Builds fully connected layers, with a norm (if any) and a ReLU after each hidden one.
 
-    Inputs are [n, ...], and are flattened to [n, inputs]. Weights begin as
-    normals of stddev 0.01 cut at two stddevs, biases at 0.
+    Inputs are [n, ...], and are flattened to [n, inputs]. Weights begin as normals of stddev 0.01 cut at two stddevs,
+    biases at 0.
 
     Args:
         inputs: numbers in one input.
@@ -226,7 +227,7 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
 
     def body(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         group = group_size(weights[f"b{last}"])
-        x = tf.reshape(x, [*([group] if group else []), -1, widths[0]])
+        x = _flat(x, group, widths[0])
         for layer in range(1, last):
             x = side_by_side(product(x, weights[f"w{layer}"]), group)
             x = apart(tf.nn.relu(_normalized(x, weights, layer, norm)), group)
@@ -275,13 +276,16 @@ def from_keras(model: "tf.keras.Model", **more: object) -> Network:
 
 
 def _leaves(model):
-    """The layers, and those of the models among them."""
+    """Yields the layers of a Keras model, and those of the models among them."""
     for layer in model.layers:
         yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
 
 
 def _refuse_layers(model):
-    """Layers with state, and two whose second derivatives are wrong, since Keras' tf.nn.moments stops a gradient."""
+    """Refuses layers with state, and two whose second derivatives are wrong: Keras' tf.nn.moments stops a gradient.
+
+    Raises InputError, which names the first of them.
+    """
     for layer in _leaves(model):
         kind = type(layer).__name__
         if kind == "BatchNormalization":
@@ -337,6 +341,10 @@ NETWORKS = {
 }
 
 
+# How weights may begin: functions of the shape of an array and its seed, float32. They name Philox, since TensorFlow's
+# default algorithm gives other numbers in a compiled program.
+
+
 def zeros(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
     return tf.zeros(shape)
 
@@ -370,22 +378,20 @@ def torch_uniform(shape: tuple[int, ...], seed: tuple[int, int], fan_in: int) ->
     return tf.random.stateless_uniform(shape, seed, -(fan_in**-0.5), fan_in**-0.5, alg="philox")
 
 
-def _halved(pixels: int, max_pool: bool) -> int:
-    """Height or width after four halvings: pooling rounds down, strided SAME convolutions round up."""
+def _halved(size: tuple[int, int], max_pool: bool, flag: str, other_way_out: str = "") -> tuple[int, int]:
+    """Halves height and width four times: pooling rounds down, strided SAME convolutions round up.
+
+    Raises InputError where nothing is left. It names the flag that asks for the pooling.
+    """
+    height, width = size
     for _ in range(4):
-        pixels = pixels // 2 if max_pool else -(-pixels // 2)
-    return pixels
-
-
-def _pooled(size, network):
-    """Height and width after four poolings. Raises InputError where nothing is left."""
-    pooled = tuple(_halved(pixels, max_pool=True) for pixels in size)
-    if not all(pooled):
+        height, width = (side // 2 if max_pool else -(-side // 2) for side in (height, width))
+    if not (height and width):
         raise InputError(
-            f"images of {size[0]}x{size[1]} pixels are too small for --network={network}, which halves them four "
-            "times: give --image_size=16 or more"
+            f"images of {size[0]}x{size[1]} pixels are too small for {flag}, which halves them four times: "
+            f"give --image_size=16 or more{other_way_out}"
         )
-    return pooled
+    return height, width
 
 
 def _unnamed(number: int) -> str:
@@ -449,8 +455,13 @@ def apart(x: tf.Tensor, group: int | None) -> tf.Tensor:
     return tf.transpose(x, [rank - 2, *range(rank - 2), rank - 1])
 
 
+def _flat(x, group, width):
+    """Makes of inputs [n, ...] vectors [n, width], or of a group's, [G, n, ...], [G, n, width]."""
+    return tf.reshape(x, [-1, width] if group is None else [group, -1, width])
+
+
 def _plus(x, bias):
-    """The last layer's scores [n, N] with their bias [N], or [G, n, N] with [G, N]."""
+    """Adds to the last layer's scores [n, N] their bias [N], or to [G, n, N] that of each task, [G, N]."""
     return x + (bias if bias.shape.rank == 1 else bias[:, None])
 
 

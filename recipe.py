@@ -12,14 +12,14 @@ import tensorflow as tf
 import devices
 from data_generator import DATASETS, Dataset
 from images import Images
-from maml import MAML
-from networks import NETWORKS, adapting
+from maml import LEARNED_STEP_SIZES, MAML
+from networks import ADAPTED, NETWORKS, adapting
 from utils import InputError, accuracy, mean_xent, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
 # The original's folder names, without our suffixes: a folder that has one of those has a flags.json too.
 RUN_NAME = re.compile(
-    r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d[\d.]*(?:e-?\d+)?)"
+    r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d+(?:\.\d+)?(?:e-?\d+)?)"
     r"(?:hidden(\d+))?(maxpool)?(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)"
 )
 
@@ -43,6 +43,7 @@ class Range(NamedTuple):
 
 ITERATIONS = Range(0, 10**12)
 EXAMPLES = Range(1, 10**6)
+QUERIES = EXAMPLES._replace(also=(-1,))
 RATE = Range(1e-37, 1e37)
 SEED = Range(0, 2**63 - 1)
 
@@ -62,9 +63,7 @@ class Recipe:
     data_set: str = _flag("datasource", "sinusoid")  # of data_generator.DATASETS
     way: int = _flag("num_classes", 5, Range(2, 10**4))  # N, classes in a task
     baseline: str | None = _flag("baseline", None)  # "oracle": the sinusoid's amplitude and phase are inputs too
-    pretrain_steps: int = _flag(
-        "pretrain_iterations", 0, ITERATIONS
-    )  # outer steps on the support loss, before all others
+    pretrain_steps: int = _flag("pretrain_iterations", 0, ITERATIONS)  # outer steps on the support loss, the first ones
     metatrain_steps: int = _flag("metatrain_iterations", 15000, ITERATIONS)  # outer steps of MAML
     meta_batch: int = _flag("meta_batch_size", 25, EXAMPLES)  # T, tasks in an outer step
     meta_lr: float = _flag("meta_lr", 0.001, RATE)  # beta, the rate of Adam
@@ -80,9 +79,7 @@ class Recipe:
     first_order: bool = _flag("stop_grad", False)  # no second derivatives
     adapt: str = _flag("adapt", "all")  # what the inner loop changes: "all", "head" (ANIL) or "body" (BOIL)
     learn_inner_lr: str = _flag("learn_update_lr", "none")  # "weight" or "step": step sizes are learned, see MAML
-    query: int = _flag(
-        "num_query", -1, EXAMPLES._replace(also=(-1,))
-    )  # Q, query examples a class; -1: see query_examples
+    query: int = _flag("num_query", -1, QUERIES)  # Q, query examples a class; -1: see query_examples
     seed: int = _flag("seed", 0, SEED)  # of the initial weights and the training tasks
     data_path: str | None = _flag("data_path", None)  # folder of a user's own images; None: the data set's name says it
     split: str | None = _flag("split", None)  # "64,16,20": classes in train, val and test, where no folders say it
@@ -185,8 +182,8 @@ CHOICES = {
     "norm": NORMS,
     "baseline": (None, "oracle"),
     "image_channels": (None, 1, 3),
-    "adapt": ("all", "head", "body"),
-    "learn_update_lr": ("none", "weight", "step"),
+    "adapt": ADAPTED,
+    "learn_update_lr": LEARNED_STEP_SIZES,
     "loss": ("sum_over_shot", "mean"),
     "network": ("paper", "conv4_affine", "resnet12"),
 }
@@ -199,13 +196,7 @@ def from_flags(flags: Mapping[str, Any]) -> Recipe:
     """
     values = {field.name: flags[flag] for flag, field in FIELDS.items() if flag in flags}
     recipe = Recipe(**values)
-    for flag, field in FIELDS.items():
-        value = getattr(recipe, field.name)
-        right = _is_a(value, field.type) and value in CHOICES.get(flag, (value,))
-        if not right or (value is not None and flag in RANGES and value not in RANGES[flag]):
-            raise InputError(
-                f"flags.json has --{flag}={printable(value)[:60]}, which that flag cannot be: put a right one there"
-            )
+    _check_values(recipe, "flags.json has", "put a right one there")
     sizes_of_split(recipe.split)
     if "\0" in (recipe.data_path or ""):
         raise InputError(
@@ -218,7 +209,7 @@ def from_run_name(name: str, data_set: str) -> Recipe:
     """Makes the recipe of a run folder without flags.json, such as the original's released model, from its name.
 
     The name is the original's, and it does not say the data set. What it leaves out has its default.
-    Raises InputError where it is another name.
+    Raises InputError where it is another name, or says a value that its flag cannot have.
     """
     found = RUN_NAME.fullmatch(name)
     if not found:
@@ -227,7 +218,7 @@ def from_run_name(name: str, data_set: str) -> Recipe:
             "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm): give the folder of a run"
         )
     way, meta_batch, shot, inner_steps, inner_lr, filters, max_pool, first_order, baseline, norm = found.groups()
-    return Recipe(
+    recipe = Recipe(
         data_set=data_set,
         way=int(way),
         baseline=baseline,
@@ -240,6 +231,17 @@ def from_run_name(name: str, data_set: str) -> Recipe:
         max_pool=bool(max_pool),
         first_order=bool(first_order),
     )
+    _check_values(recipe, f"the name {name} says", "give the folder of a run")
+    return recipe
+
+
+def _check_values(recipe, source, way_out):
+    """Raises InputError where a value is of another type, or not one that its flag can have."""
+    for flag, field in FIELDS.items():
+        value = getattr(recipe, field.name)
+        right = _is_a(value, field.type) and value in CHOICES.get(flag, (value,))
+        if not right or (value is not None and flag in RANGES and value not in RANGES[flag]):
+            raise InputError(f"{source} --{flag}={printable(value)[:60]}, which that flag cannot be: {way_out}")
 
 
 def _is_a(value: object, kind: type) -> bool:
@@ -265,8 +267,9 @@ def build(
 ) -> MAML:
     """Makes the model with its initial weights.
 
-    Args: the recipe, with the K and alpha at hand; how many groups of tasks are computed side by side, best one a core;
-    how many tasks are in a group (0: all of a meta-batch); what adds up over the processes, as of MAML.
+    Args:
+        recipe: with the K and alpha of what it is built for, which at a test may be others than in training.
+        parallel_tasks, tasks_at_once, all_sum: see MAML.
     Raises InputError where its images are too small for its network, or its weights too many for the memory.
     """
     row, network = recipe.dataset, _network(recipe)

@@ -55,7 +55,10 @@ def normalize_plain(x: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
 
 
 class _Statistics(NamedTuple):
-    """What a normalised batch leaves for its gradients."""
+    """What a normalised batch leaves for its gradients.
+
+    mean and scale are functions of x. The formulas of _project account for that, so they are not differentiated.
+    """
 
     mean: tf.Tensor  # [channels]
     scale: tf.Tensor  # [channels]  s of the formulas
@@ -129,14 +132,14 @@ def _project_once(g, x, statistics):
 def conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
     """Convolves with SAME padding: one task's images, or a group's, of which each task has filters of its own.
 
-    Args: x [n, height, width, C] and filters [3, 3, C, F]; or, of G tasks side by side, x [n, height, width, G * C] and
-    filters [G, 3, 3, C, F]. stride: 1 or 2.
-    Returns [n, height / stride, width / stride, F], or G * F channels.
+    Args: x [n, height, width, C] and filters [k, k, C, F] of any size k; or, of G tasks side by side,
+        x [n, height, width, G * C] and filters [G, k, k, C, F]; stride, 1 or 2.
+    Returns [n, height / stride, width / stride, F], rounded up, or G * F channels.
 
-    A group's convolution is a matrix product with a batch axis G, on nine shifted slices of its images. That takes nine
-    times the memory of the images, but only matrix products, forward and in both gradients. `grouped_conv` takes no
-    more memory, but grouped convolutions are slow on many GPUs, and XLA computes the input gradient of one with stride
-    2 on an input padded with zeros inside, which is four times the products.
+    A group's convolution is a matrix product with a batch axis G, on the k * k shifted slices of its images. That takes
+    k * k times the memory of the images, but only matrix products, forward and in both gradients. `grouped_conv` takes
+    no more memory, but grouped convolutions are slow on many GPUs, and XLA computes the input gradient of one with
+    stride 2 on an input padded with zeros inside, which is four times the products.
     """
     if filters.shape.rank == 4:
         return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
@@ -148,14 +151,14 @@ GROUPED_CONV = False
 
 
 def grouped_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """conv of a group, as one grouped convolution."""
+    """Computes conv of a group as one grouped convolution. Shapes as in conv."""
     group, height, width, inputs, outputs = filters.shape
     filters = tf.reshape(tf.transpose(filters, [1, 2, 3, 0, 4]), [height, width, inputs, group * outputs])
     return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
 
 
 def sliced_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """conv of a group, as a batched matrix product on shifted slices."""
+    """Computes conv of a group as a batched matrix product on shifted slices. Shapes as in conv."""
     group, *kernel, inputs, outputs = filters.shape
     n, size = x.shape[0], x.shape[1:3]
     out = [-(-extent // stride) for extent in size]

@@ -9,7 +9,7 @@ import re
 import signal
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -38,6 +38,12 @@ def printable(value: object) -> str:
         return character.encode("unicode_escape").decode()
 
     return "".join(map(shown, str(value)))
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises InputError where a value is none of the choices that `name` has."""
+    if value not in choices:
+        raise InputError(f"{name}={value!r}: it is one of {', '.join(choices)}")
 
 
 def say(line: str, file: TextIO | None = None) -> None:
@@ -101,7 +107,9 @@ def mse(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Mean squared error over every element of a task (the original's utils.py).
 
     Args: outputs and targets [n, O], which gives a scalar, or [G, n, O] of a group of tasks, which gives [G].
+    Raises InputError where their shapes differ, as do the other losses: TensorFlow would repeat one to fit the other.
     """
+    _check_alike(outputs, targets)
     return tf.reduce_mean(tf.square(outputs - targets), [-2, -1])
 
 
@@ -115,6 +123,7 @@ def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int | None) -> tf.Tensor:
         class still weighs as much as every other, and alpha keeps its scale.
     Source: the original's utils.py, where update_batch_size is the divisor.
     """
+    _check_alike(logits, labels)
     losses = tf.nn.softmax_cross_entropy_with_logits(labels, logits)
     if shot is None:
         return tf.reduce_sum(losses / tf.linalg.matvec(labels, tf.reduce_sum(labels, -2)), -1)
@@ -122,23 +131,40 @@ def xent(logits: tf.Tensor, labels: tf.Tensor, shot: int | None) -> tf.Tensor:
 
 
 def mean_xent(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Softmax cross-entropy in nats, the mean over the examples of a task: xent's / N where K is of that set.
+    """Softmax cross-entropy in nats, the mean over the examples of a task.
 
-    Shapes as in xent. Source: mmfewshot, whose step of 0.01 on it is one of 0.01 / N on xent.
+    On a support set, K examples of each of N classes, it is xent / N. So mmfewshot's step of 0.01 on it is a step of
+    0.01 / N on xent. Shapes as in xent.
+    Source: open-mmlab/mmfewshot.
     """
+    _check_alike(logits, labels)
     return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(labels, logits), -1)
 
 
 def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-    """Share of examples, 0 to 1, whose largest logit is the label's. Shapes as in xent."""
+    """Computes the share of examples, 0 to 1, whose largest logit is the label's. Shapes as in xent."""
     return tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, -1), tf.argmax(labels, -1)), logits.dtype), -1)
 
 
-def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, population standard deviation, and half width of the mean's 95 % interval, over the first axis (tasks).
+def _check_alike(outputs, labels):
+    """Checks that outputs and labels, or targets, have one shape. It runs while a graph is traced: a step is as fast.
 
-    The half width is 1.96 * std / sqrt(tasks), as in the original's main.py (test), the source of published intervals.
-    Where a task diverged they are infinite or nan.
+    Raises InputError where they have not.
+    """
+    if not tf.TensorShape(outputs.shape).is_compatible_with(labels.shape):
+        raise InputError(
+            f"the network's outputs have the shape {list(outputs.shape)} and the labels or targets "
+            f"{list(labels.shape)}: give one-hot labels of as many classes, or as many targets"
+        )
+
+
+def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Computes mean, population standard deviation, and half width of the mean's 95 % interval, over tasks.
+
+    Args: values [tasks, ...].
+    Returns three arrays [...]. Where a task diverged they are infinite or nan.
+    Source: the half width is 1.96 * std / sqrt(tasks) in the original's main.py (test), where published intervals come
+    from.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         mean, std = np.mean(values, axis=0), np.std(values, axis=0)

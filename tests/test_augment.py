@@ -49,11 +49,14 @@ def test_boxes_are_of_the_area_and_shape_that_are_said(aspect):
     assert ratio.min() >= 3 / 4 - 1e-9 and ratio.max() <= 4 / 3 + 1e-9
     assert area.min() >= 0.08 and area.max() <= 1 + 1e-9
     tried = 0.08 + 0.92 * uniform[:, : augment.ATTEMPTS]
+    tried_ratio = 3 / 4 * (16 / 9) ** uniform[:, augment.ATTEMPTS : 2 * augment.ATTEMPTS]  # its logarithm is uniform
     largest = min(1, aspect / (3 / 4)) * min(aspect, 4 / 3) / aspect
     is_largest = np.isclose(area, largest)
-    assert (np.isclose(area[:, None], tried).any(1) | is_largest).all()
+    same = np.isclose(area[:, None], tried) & np.isclose(ratio[:, None], tried_ratio)
+    assert (same.any(1) | is_largest).all()
     assert is_largest.mean() < 0.1
-    assert np.corrcoef(left[area < 0.3], uniform[area < 0.3, -2])[0, 1] > 0.7
+    for side, number in ((left, -2), (top, -1)):  # each has a random number of its own
+        assert np.corrcoef(side[area < 0.3], uniform[area < 0.3, number])[0, 1] > 0.6
 
 
 def test_where_no_attempt_lies_inside_the_largest_box_in_the_middle_is_taken():
@@ -98,6 +101,14 @@ def test_half_of_the_crops_are_flipped():
     assert 0.4 < flipped.mean() < 0.6
 
 
+def test_colours_are_normalised_by_imagenets_mean_and_deviation():
+    """0.485, 0.456, 0.406 and 0.229, 0.224, 0.225, as PyTorch's models take them too; and back."""
+    black_and_white = np.array([[0, 0, 0], [1, 1, 1]], np.float32)
+    found = augment.normalised(black_and_white)
+    np.testing.assert_allclose(found, [[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]], atol=1e-4)
+    np.testing.assert_allclose(augment.colours(found), black_and_white, atol=1e-6)
+
+
 def test_a_crop_is_the_box_of_the_photograph(photographs):
     """Red and green tell where a pixel was: in the middle at test, whatever the photograph's shape."""
     for path in sorted((photographs / "train" / "class0").iterdir()):
@@ -127,6 +138,11 @@ def test_tasks_of_crops(photographs):
         for part, other in zip(whole, source.draw(3, "train", 7 + first, 1), strict=True):
             np.testing.assert_array_equal(part[first : first + 1], other)
     assert len(np.unique(whole.support_x.reshape(15, -1), axis=0)) == 15
+    # Every image of every task has random words of its own: red, which grows to the right, tells which are flipped.
+    red = np.concatenate([whole.support_x, whole.query_x], 1)[..., 0].mean(2)  # [T, N * (K + Q), width]
+    flipped = red[..., 0] > red[..., -1]
+    assert flipped.any(1).all() and not flipped.all(1).any()
+    assert len(np.unique(flipped, axis=0)) == 3
     # At test a photograph is always the same; its mean colours are ImageNet's units.
     seen = {x.tobytes() for first in range(0, 60, 20) for x in source.draw(0, "val", first, 20).query_x[0]}
     assert len(seen) <= 30

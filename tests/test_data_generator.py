@@ -1145,6 +1145,12 @@ def test_tasks_of_ones_own_arrays():
         ),
         ({}, None, r"support_y is int64, of the shape \[4, 6\], beside .* or class numbers and way"),
         ({"query_x": np.full((4, 9, 5), np.nan)}, 3, "query_x or query_y has a value that is no number"),
+        ({"query_x": np.zeros((4, 0, 5)), "query_y": np.zeros((4, 0), int)}, 3, r"of the shape \[4, 0, 5\]: .* one"),
+        (
+            {"support_y": np.zeros((4, 6, 2)), "query_y": np.zeros((4, 9, 1))},
+            None,
+            r"support_y of \[4, 6, 2\] and query_y of \[4, 9, 1\] differ in the number of targets",
+        ),
         ({"query_x": np.zeros((4, 9, 6))}, 3, r"support_x of \[4, 6, 5\] and query_x of \[4, 9, 6\] differ"),
     ],
 )

@@ -19,7 +19,7 @@ from recipe import Recipe
 from tests import reference
 from tests.test_main import assert_same_ending, read_pickle, refusal, run
 from tests.test_maml import assert_slope, in_float64, random_tasks
-from utils import Tasks, accuracy, mse, xent
+from utils import InputError, Network, Tasks, accuracy, mse, xent
 
 LOSS = functools.partial(xent, shot=2)
 TASKS = random_tasks(2, 6, 9, (9, 8, 2), 3)
@@ -136,12 +136,51 @@ def test_compiled_steps_are_the_same(adapt, learned):
     assert all(np.any(size != np.float32(0.01)) for size in sizes)
 
 
-def test_a_network_without_parts_learns_step_sizes():
-    """Of a user's own: two functions."""
+@pytest.mark.parametrize("learned", ["weight", "step"])
+def test_step_sizes_begin_as_alpha(learned, eagerly):
+    """One for each element, or for each array and update; here of a user's own network, which has no parts."""
     network = networks.fc(1, (5,), 1, norm=None)._replace(adapted=None, head=(), body=None, last_layer=None)
-    maml = MAML(network, mse, inner_lr=0.05, inner_steps=1, learn_inner_lr="step")
+    maml = MAML(network, mse, inner_lr=0.05, inner_steps=3, learn_inner_lr=learned)
+    weights = network.init(0)
+    for name, weight in weights.items():
+        size = maml.weights[f"step_size_{name}"].numpy()
+        assert size.shape == (weight.shape if learned == "weight" else (3,))
+        assert np.all(size == np.float32(0.05))
+    assert len(maml.weights) == 2 * len(weights)
     maml.train_step(SinusoidTasks(5, 5).draw(0, "train", 0, 4))
-    assert all(maml.weights[f"step_size_{name}"].shape == [1] for name in network.init(0))
+
+
+def test_the_weights_that_a_network_gives_are_left_alone():
+    """An init that gives one dict twice gave the second model the step sizes of the first as weights."""
+    weights = {"w": tf.constant(1.5)}
+    network = Network(lambda seed: weights, lambda weights, x: weights["w"] * x)
+    for _ in range(2):
+        maml = MAML(network, mse, inner_lr=0.05, inner_steps=1, learn_inner_lr="weight")
+        assert list(maml.weights) == ["w", "step_size_w"]
+    assert list(weights) == ["w"]
+
+
+def test_choices_that_are_none():
+    """A slip of the hand would else be another method: learned step sizes, BOIL, the paper's normalisation."""
+    network = networks.fc(1, (5,), 1, norm=None)
+    build = functools.partial(MAML, network, mse, inner_lr=0.05, inner_steps=1)
+    with pytest.raises(InputError, match="learn_inner_lr='weights': it is one of none, weight, step"):
+        build(learn_inner_lr="weights")
+    with pytest.raises(InputError, match="query_norm='suport': it is one of batch, support"):
+        build().evaluate(SinusoidTasks(5, 5).draw(0, "train", 0, 4), 1, "suport")
+    with pytest.raises(InputError, match="adapt='last': it is one of all, head, body"):
+        networks.adapting(network, "last")
+    with pytest.raises(InputError, match="query_shares='uneven': it is one of balanced, dirichlet"):
+        ImageTasks(None, {}, 5, 1, 1, "uneven")
+    for without in (network._replace(adapted=None), network._replace(head=())):
+        for what in ("head", "body"):
+            with pytest.raises(InputError, match=f"adapt='{what}': this network does not name its last layer"):
+                networks.adapting(without, what)
+
+
+def test_a_recipe_says_what_adapts():
+    for adapt, adapted in (("all", 6), ("head", 2), ("body", 4)):
+        assert len(recipe.build(Recipe(norm=None, adapt=adapt)).network.adapted) == adapted
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

@@ -107,6 +107,17 @@ def test_evaluation_in_groups_has_the_same_tasks():
         np.testing.assert_allclose(curve.losses, found[0].losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 0])
+def test_sums_over_tasks_are_float64(at_once):
+    """Between tasks, and between the tasks of a group: in float32 the small numbers would be lost."""
+    x = np.full((8, 1, 1), 2.0**-30, np.float32)
+    x[::4] = 1
+    maml = MAML(LINE, mse, inner_lr=0.05, inner_steps=1, tasks_at_once=at_once)
+    tasks = Tasks(*[tf.constant(x)] * 4)
+    function, outputs = lambda weights, task: tf.reduce_sum(task.query_x), tf.TensorSpec([], tf.float32)
+    assert maml.sum_over_tasks(function, maml.values(), tasks, outputs).numpy() == 2 + 6 * 2.0**-30
+
+
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_the_order_of_the_sum_over_tasks_does_not_matter(at_once):
     """Groups of tasks in another order, as other processes have them, give the same bits of gradient and loss."""

@@ -10,7 +10,7 @@ import networks
 from data_generator import SinusoidTasks
 from maml import MAML, Adam
 from tests import reference
-from utils import InputError, Network, Tasks, accuracy, mse, statistics, xent
+from utils import InputError, Network, Tasks, accuracy, mean_xent, mse, statistics, xent
 
 LINE = Network(  # y = w x, one weight
     init=lambda seed: {"w": tf.constant(1.5)},
@@ -236,6 +236,9 @@ def test_a_model_lives_through_an_expression():
         ("query_y", lambda y: y.argmax(-1), "query_y is int64, but the weights are float32"),
         ("support_y", lambda y: y.argmax(-1).astype(np.float32), r"support_y has the shape \[4, 3\].* one-hot"),
         ("support_x", lambda x: x[0], "query_x has the shape|support_x has the shape"),
+        ("query_x", lambda x: x[:2], r"query_x has the shape \[2, 6, 16, 16, 1\], beside support_x of \[4, 3, 16"),
+        ("query_y", lambda y: y[:, :1], r"query_y has the shape \[4, 1, 3\], beside query_x of \[4, 6, 16, 16, 1\]"),
+        ("query_y", lambda y: y[..., :1], r"outputs have the shape \[6, 3\] and the labels or targets \[6, 1\]"),
     ],
 )
 def test_tasks_of_a_wrong_kind_are_named(part, change, message):
@@ -308,6 +311,13 @@ def test_cross_entropy_is_summed_over_examples_and_divided_by_the_shot():
     each = [np.log1p(np.exp(-2)), np.log1p(np.exp(1)), np.log1p(np.exp(2))]
     np.testing.assert_allclose(xent(logits, labels, 2), sum(each) / 2, rtol=1e-6)
     np.testing.assert_allclose(accuracy(logits, labels), 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [mse, mean_xent, functools.partial(xent, shot=2), functools.partial(xent, shot=None)])
+def test_labels_of_another_width_are_refused(loss):
+    """Class numbers [n, 1], say, where one-hot ones are meant: TensorFlow repeats them, and the loss is wrong."""
+    with pytest.raises(InputError, match=r"outputs have the shape \[6, 3\] and the labels or targets \[6, 1\]: give"):
+        loss(tf.ones([6, 3]), tf.ones([6, 1]))
 
 
 def test_statistics_are_the_original_s():

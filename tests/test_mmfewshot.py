@@ -75,16 +75,20 @@ def test_numbers_of_weights():
 
 
 def test_initial_weights_are_distributed_as_mmfewshots():
-    for network, conv, width in (
-        (networks.conv4_affine((84, 84), 3, 5, 64), "conv2", 64),
-        (networks.resnet12((84, 84), 3, 5), "conv1_2", 64),
+    """Convolutions by their fan out, biases by their convolution's fan in, the last layer by its own fan in."""
+    conv4, resnet = networks.conv4_affine((84, 84), 3, 5, 64).init(0), networks.resnet12((84, 84), 3, 5).init(0)
+    for values, fan_out in (
+        *[(conv4["conv1"], 9 * 64), (conv4["conv2"], 9 * 64)],
+        *[(resnet["conv1_1"], 9 * 64), (resnet["conv2_0"], 160), (resnet["conv2_1"], 9 * 160)],
     ):
-        weights = network.init(0)
-        normal = stats.norm(0, np.sqrt(2 / (9 * width)))
-        assert stats.kstest(weights[conv].numpy().ravel(), normal.cdf).pvalue > 1e-3
-        limit = weights["w5"].shape[0] ** -0.5
-        uniform = stats.uniform(-limit, 2 * limit)
-        assert stats.kstest(np.r_[weights["w5"].numpy().ravel(), weights["b5"]], uniform.cdf).pvalue > 1e-3
+        assert stats.kstest(values.numpy().ravel(), stats.norm(0, np.sqrt(2 / fan_out)).cdf).pvalue > 1e-3
+    for values, fan_in in (
+        *[(conv4["b1"], 9 * 3), (conv4["b2"], 9 * 64), (np.r_[np.ravel(conv4["w5"]), conv4["b5"]], 25 * 64)],
+        *[(np.r_[np.ravel(resnet["w5"]), resnet["b5"]], 640)],
+    ):
+        limit = fan_in**-0.5
+        assert stats.kstest(np.ravel(values), stats.uniform(-limit, 2 * limit).cdf).pvalue > 1e-3
+    for weights in (conv4, resnet):
         for name, value in weights.items():
             if name.startswith(("gamma", "beta")):
                 assert np.all(value.numpy() == name.startswith("gamma")), name

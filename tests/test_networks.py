@@ -98,6 +98,20 @@ def test_norms_are_not_adapted(norm):
         assert meta_only
 
 
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", None])
+@pytest.mark.parametrize("row", networks.NETWORKS)
+def test_a_network_says_whether_an_answer_depends_on_the_batch(row, norm):
+    """Else --query_norm=support would silently be the paper's way."""
+    if norm != "batch_norm" and row in ("conv4_affine", "resnet12"):
+        return  # they have no other
+    shape = (1,) if row == "sinusoid" else (16, 16, 1)
+    network = networks.NETWORKS[row](shape, 5, norm, 4, False)
+    weights, x = jittered(network.init(0)), images(3, *shape)
+    together, apart = network.apply(weights, x), network.apply(weights, x[:2])
+    assert network.batch_statistics == (norm == "batch_norm")
+    assert np.allclose(together[:2], apart, rtol=1e-3, atol=1e-4) != network.batch_statistics
+
+
 def test_names_of_the_original_s_variables():
     conv = networks.conv4((84, 84), 3, 5, 32, max_pool=True, norm="layer_norm", mean_head=False).tf1_names
     assert [conv[name] for name in ("conv1", "b1", "b4", "w5", "b5", "beta1", "gamma4")] == [

@@ -134,3 +134,40 @@ def test_the_name_of_the_released_model():
     assert (one.way, one.shot, one.inner_steps, one.inner_lr, one.filters, one.max_pool) == (5, 1, 5, 0.01, 32, True)
     with pytest.raises(InputError, match=r"my_model has no flags.json, and its name does not say how it was trained"):
         recipe.from_run_name("my_model", "miniimagenet")
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        Recipe(data_set="omniglot", first_order=True, norm="layer_norm"),
+        Recipe(baseline="oracle", norm=None, inner_lr=1e-05),
+        Recipe(data_set="omniglot", way=20, meta_batch=16, shot=1, inner_lr=0.1, inner_steps=5, max_pool=True),
+    ],
+    ids=lambda one: one.run_name,
+)
+def test_a_name_says_every_value_that_the_original_has_in_it(one):
+    assert recipe.from_run_name(one.run_name, one.data_set) == one
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cls_5.mbs_4.ubs_1.numstep5.updatelr0.0.1batchnorm", "its name does not say how it was trained"),
+        ("cls_0.mbs_4.ubs_1.numstep5.updatelr0.1batchnorm", "says --num_classes=0, which that flag cannot be"),
+        ("cls_5.mbs_4.ubs_1.numstep5.updatelr0.1hidden0batchnorm", "says --num_filters=0, which that flag cannot be"),
+        ("cls_5.mbs_4.ubs_1.numstep5.updatelr0batchnorm", "says --update_lr=0.0, which that flag cannot be"),
+    ],
+)
+def test_a_name_that_no_run_has(name, message):
+    with pytest.raises(InputError, match=message):
+        recipe.from_run_name(name, "omniglot")
+
+
+def test_queries_a_class():
+    """As many as K; in the training on photographs and its validation 15, the original's; what is given wins."""
+    for data_set, training, query in (
+        *[("miniimagenet", True, 15), ("miniimagenet", False, 5), ("cub", True, 15), ("cub", False, 5)],
+        *[("omniglot", True, 5), ("omniglot", False, 5), ("sinusoid", True, 5), ("sinusoid", False, 5)],
+    ):
+        assert Recipe(data_set=data_set).query_examples(training) == query
+        assert Recipe(data_set=data_set, query=2).query_examples(training) == 2

@@ -1,8 +1,11 @@
 """The training loop's schedule, and training as a library calls it."""
 
+import functools
 import threading
 import time
+import types
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,9 +13,10 @@ from hypothesis import strategies as st
 import recipe
 import runs
 import train
+from cluster import Cluster
 from data_generator import SinusoidTasks
 from recipe import Recipe
-from utils import Stop
+from utils import Curve, Stop, mean_xent, xent
 
 
 @given(st.integers(0, 30), st.integers(1, 12), st.integers(0, 60), st.integers(-3, 70))
@@ -32,6 +36,53 @@ def test_the_schedule_is_the_originals():
     assert at["validation"] == [500, 1000, 1500, 2000]
     assert at["checkpoint"] == [1000, 2000]
     assert not any(train.Schedule.of(2001, 1000, validates=False).validation.due(i) for i in range(2001))
+
+
+@pytest.mark.parametrize("block", [1, 10])
+def test_each_step_is_of_its_kind_on_its_own_tasks(block):
+    """Step t is on tasks t * T to t * T + T - 1, in whatever calls; pretraining comes first and ends where asked."""
+    one = Recipe(norm=None, pretrain_steps=15, metatrain_steps=10, meta_batch=4)
+    data, taken = SinusoidTasks(5, 5), []
+
+    def many_steps(tasks, first, count, pretrain):
+        for place in range(int(first), int(first) + int(count)):
+            taken.append((pretrain, tasks.query_x[place]))
+        return 0.0
+
+    def one_step(tasks, pretrain):
+        taken.append((pretrain, tasks.query_x))
+        return 0.0, 0.0
+
+    maml = types.SimpleNamespace(
+        step=0,
+        network=types.SimpleNamespace(steps_a_call=block),
+        many_steps=many_steps,
+        train_step=functools.partial(one_step, pretrain=False),
+        pretrain_step=functools.partial(one_step, pretrain=True),
+    )
+    with train.Steps(maml, data, one, Stop()) as steps:
+        for end in (3, 17, 25):
+            steps.advance(end)
+            assert steps.done == len(taken) == end
+    assert [pretrain for pretrain, _ in taken] == [True] * 15 + [False] * 10
+    for t, (_, query_x) in enumerate(taken):
+        np.testing.assert_array_equal(query_x, data.draw(one.seed, "train", 4 * t, 4).query_x)
+
+
+@pytest.mark.parametrize(
+    ("loss", "function"), [("sum_over_shot", functools.partial(xent, shot=2)), ("mean", mean_xent)]
+)
+def test_the_mean_losses_are_of_an_example(loss, function, capsys):
+    """Whatever the loss that is minimised, and however many queries there are: ln 5 where all is as likely."""
+    one = Recipe(data_set="cub", shot=2, query=3, loss=loss)
+    losses = [function(np.zeros((5 * n, 5), np.float32), np.tile(np.eye(5, dtype=np.float32), (n, 1))) for n in (2, 3)]
+    curve, told = Curve(np.array([losses]), np.array([[0.25, 0.5]])), {}
+    events = types.SimpleNamespace(scalars=lambda iteration, values: told.update(values))
+    data = types.SimpleNamespace(way=5, shot=2, query=3)
+    train.Report(data, one, events, progress=None, workers=Cluster()).validation(500, curve)
+    for tag in ("metaval_Pre-update_mean_loss", "metaval_Post-update_mean_loss__step_1"):
+        np.testing.assert_allclose(told[tag], np.log(5), rtol=1e-6)
+    assert capsys.readouterr().out == "Validation results: 0.25, 0.5\n"
 
 
 @pytest.mark.parametrize("from_thread", [False, True])
