@@ -41,7 +41,7 @@ import train
 from cluster import Cluster
 from data_generator import DATASETS, QUERY_SHARES, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
-from maml import MAML
+from maml import MAML, QUERY_NORMS
 from recipe import Range, Recipe
 from utils import InputError, say, stopping_on_signals
 
@@ -226,7 +226,7 @@ flags.DEFINE_integer(
 flags.DEFINE_enum(
     "query_norm",
     "batch",
-    ["batch", "support"],
+    QUERY_NORMS,
     "At test, under batch norm: a query image is normalised together with its task's other query images (batch, the "
     "paper's transductive way), or by itself together with the support set (support).",
 )

@@ -42,7 +42,7 @@ from data_generator import DATASETS
 from images import ROOT, class_folders, image_files, read_image
 from maml import MAML
 from recipe import Recipe
-from utils import InputError, Tasks, Weights, printable, say, write_whole, writing, xent
+from utils import InputError, Tasks, Weights, check_choice, printable, say, write_whole, writing, xent
 
 PUBLISHED = ROOT / "logs" / "published"
 NORMALISED = {
@@ -102,8 +102,7 @@ def load(
     recipe, maml, prefix = trained(run, checkpoint)
     if recipe.dataset.images is None:
         raise InputError(f"{run} is a run of the {recipe.data_set}, which has no classes: name a run of images")
-    if normalise_with not in NORMALISED:
-        raise InputError(f"normalise_with={normalise_with!r}: it is one of {', '.join(NORMALISED)}")
+    check_choice("normalise_with", normalise_with, NORMALISED)
     if updates is not None and updates < 0:
         raise InputError(f"updates={updates} must be 0 or more")
     return Model(recipe, maml, prefix, updates, normalise_with)
