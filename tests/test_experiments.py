@@ -316,6 +316,7 @@ def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
     test = {"data_set": "sinusoid", "split": "test", "tasks": 600, "task_seed": 0, "inner_step_size_alpha": 0.001}
     test |= {"support_examples_a_class_K": 10, "query_examples_a_class_Q": 10}
     columns = [{"updates": j, "mean": 1 / (1 + j), "ci95": 0.01} for j in range(11)]
+    columns[9] |= {"mean": None, "ci95": None}  # tasks diverged
     path = tmp_path / "results.json"
     path.write_text(json.dumps([test | {"query_examples_a_class_Q": 1, "results": []}, test | {"results": columns}]))
     monkeypatch.setattr(sys, "argv", ["compare_sinusoid.py", str(path)])
@@ -323,7 +324,12 @@ def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 + 11
     assert lines[3:5] == ["      0   1.000 +- 0.010      3.100", "      1   0.500 +- 0.010      0.431"]
-    assert lines[-1] == "     10   0.091 +- 0.010      0.142"
+    assert lines[-2:] == ["      9   diverged            0.145", "     10   0.091 +- 0.010      0.142"]
+    for damaged in ("{", "[1]"):
+        path.write_text(damaged)
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "experiments" / "compare_sinusoid.py"), run_name="__main__")
+        assert "is no results.json of a run: test the run" in capsys.readouterr().err
 
 
 def test_record_of_a_run(tmp_path, monkeypatch):
@@ -345,6 +351,19 @@ def test_record_of_a_run(tmp_path, monkeypatch):
     assert all(len(test["results"]) == 11 for test in record["tests"])
 
 
+@pytest.mark.parametrize(
+    ("training", "test", "answered"),
+    [(["--help"], [], ["--help"]), ([], ["--test_task=9"], ["--test_task=9"]), (["--sed=1"], [], ["--sed=1"])],
+)
+def test_flags_are_read_before_anything_is_trained(training, test, answered, monkeypatch):
+    """main.py tells what is wrong with them, or helps, and nothing else is run."""
+    called = []
+    monkeypatch.setattr(row, "run_program", lambda *program: called.append(program))
+    with pytest.raises(SystemExit):
+        row.record(Path("row.sh"), training, [[], test])
+    assert called == [("main.py", answered)]
+
+
 def test_failed_training_is_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(row.subprocess, "Popen", InThisProcess)
     flags = [f"--results_dir={tmp_path}", "--baseline=oracle", "--datasource=omniglot"]
@@ -359,7 +378,7 @@ def test_sigterm_reaches_the_training(monkeypatch):
     program.wait.side_effect = [SystemExit(143), 143]
     monkeypatch.setattr(row.subprocess, "Popen", lambda command: program)
     with pytest.raises(SystemExit) as ended:
-        row._main_program([])
+        row.run_program("main.py", [])
     assert ended.value.code == 143
     assert [call[0] for call in program.method_calls] == ["wait", "terminate", "wait"]
 

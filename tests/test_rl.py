@@ -1,5 +1,6 @@
 """Reinforcement learning: environments, rollouts, advantages, the inner and the outer step, and whole runs."""
 
+import importlib
 import json
 import os
 import signal
@@ -485,6 +486,39 @@ def test_script_hands_its_flags_to_the_recorder(script, tmp_path):
     main.FLAGS(["rl/main.py", *handed])
     assert script.stem == f"rl_{main.FLAGS.env}_{main.FLAGS.baseline or 'maml'}"
     assert main.FLAGS.seed == 7
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """rl/row.py as a module, and the programs that it calls, which are not run."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    recorder, called = importlib.import_module("rl.row"), []
+    for name in main.FLAGS:
+        main.FLAGS[name].unparse()
+    monkeypatch.setattr(recorder.row, "run_program", lambda program, flags: called.append((program, *flags)))
+    return recorder, called
+
+
+@pytest.mark.parametrize(("flags", "seed"), [(["--seed=3"], ".seed3"), (["--baseline=random"], "")])
+def test_what_is_recorded(recorder, monkeypatch, tmp_path, flags, seed):
+    recorder, called = recorder
+    monkeypatch.setattr(recorder, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(main, "run_folder", lambda identity: main.runs.Run(tmp_path))
+    (tmp_path / "results.json").write_text('{"flags": {}, "results": []}')
+    path = recorder.record(Path("experiments/rl_x.sh"), [*flags, f"--logdir={tmp_path}"])
+    assert path == tmp_path / "results" / f"rl_x{seed}.json"
+    assert {"row": "rl_x", "flags": {}, "results": [], "hours": 0}.items() <= json.loads(path.read_text()).items()
+    tested = ("rl/main.py", *flags, f"--logdir={tmp_path}", "--train=False")
+    assert called == ([tested] if "random" in flags[0] else [tested[:-1], tested])
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--iteration=3"], ["iterations=3"]])
+def test_a_question_or_a_slip_is_not_recorded(recorder, flags):
+    recorder, called = recorder
+    with pytest.raises(SystemExit):
+        recorder.record(Path("rl_x.sh"), flags)
+    assert called == [("rl/main.py", *flags)]
 
 
 def test_the_document_is_in_step_with_results():
