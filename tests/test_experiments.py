@@ -109,6 +109,23 @@ def test_a_method_is_a_row_of_its_script_with_flags(one, tmp_path):
     assert all(recipe.variant for recipe in recipes)
 
 
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if "mmfewshot" in path.stem], ids=lambda path: path.stem)
+def test_scripts_of_mmfewshot_have_its_recipe(script, tmp_path):
+    """Source: open-mmlab/mmfewshot, configs/classification/maml. Its 100,000 tasks are taken 8 at a time."""
+    training, tests = called(script, tmp_path)
+    values = main.parsed(training)
+    recipe = main.recipe_of(values)
+    _, data_set, network = script.stem.split("_")
+    network = {"conv4": "conv4_affine"}.get(network, network)
+    assert (recipe.data_set, recipe.network, recipe.loss, recipe.augment) == (data_set, network, "mean", True)
+    assert (recipe.way, recipe.shot, recipe.query, recipe.inner_steps, recipe.inner_lr) == (5, 5, 16, 2, 0.01)
+    assert (recipe.metatrain_steps * recipe.meta_batch, recipe.meta_batch, recipe.meta_lr) == (100_000, 8, 0.001)
+    assert not recipe.first_order and values.val_tasks == 100
+    for flags in tests:
+        values = main.parsed([*training, *flags])
+        assert (values.num_query, values.test_updates, values.test_tasks, values.test_iter) == (15, 5, 2000, "best")
+
+
 @pytest.mark.parametrize("page", table.PAGES)
 def test_pages_are_in_step_with_results(page):
     text = (ROOT / page).read_text()
@@ -190,6 +207,7 @@ def test_a_line_for_each_protocol(tmp_path):
     write_record(tmp_path, "row", 0, test(0.999, **one), test(0.996), test(0.5, inner_step_size_alpha=0.1))
     other_tasks = one | {"tasks": 2000, "task_seed": 1}
     write_record(tmp_path, "row", 1, test(0.995), test(0.998, **other_tasks), test(0.997, best_on_validation=True))
+    write_record(tmp_path, "row", 2, test(0.8, query_examples_a_class_Q=15, updates_at_test=5, query_shares="drawn"))
     published_numbers(
         tmp_path,
         ("row", 5, 0.4, "null", "paper", "accuracy in %", '[{"updates": 3, "mean": 99.9, "ci95": 0.1}]'),
@@ -210,6 +228,14 @@ def test_a_line_for_each_protocol(tmp_path):
         ["", "MAML", "99.9 +- 0.1", "99.5 +- 0.2", "5, best on validation", f"seed 1: 99.7 +- 1.2{cost}"],
         ["", "MAML", "99.9 +- 0.1", "", "1", f"seed 0: 99.9 +- 1.2{cost}"],
         ["", "MAML", "99.9 +- 0.1", "", "1, 2,000 tasks of seed 1", f"seed 1: 99.8 +- 1.2{cost}"],
+        [
+            "",
+            "MAML",
+            "99.9 +- 0.1",
+            "",
+            "15, on average, in drawn shares, 5 updates at most",
+            f"seed 2: 80.0 +- 1.2{cost}",
+        ],
     ]
 
 
