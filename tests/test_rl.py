@@ -488,11 +488,19 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(program, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("baseline", ["pretrained", "oracle"])
-def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, baseline):
+def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, monkeypatch, baseline):
     program(*TINY, "--iterations=1", f"--baseline={baseline}", f"--logdir={tmp_path}")
     program(*TINY, f"--baseline={baseline}", f"--logdir={tmp_path}", "--train=False")
     (path,) = tmp_path.glob("*/results.json")
     assert len(json.loads(path.read_text())["results"]) == (1 if baseline == "oracle" else 5)
+
+    def refuse(folder, flag):
+        raise InputError(f"{folder} cannot be written: give another {flag}")
+
+    monkeypatch.setattr(main.runs, "check_writable", refuse)
+    monkeypatch.setattr(MetaTRPO, "curve", None)  # it is refused before any work
+    with pytest.raises(SystemExit, match="cannot be written: give another --logdir"):
+        program(*TINY, f"--baseline={baseline}", f"--logdir={tmp_path}", "--train=False")
 
 
 @pytest.mark.parametrize(
