@@ -451,6 +451,13 @@ def test_published_model_tests_as_the_run(tmp_path):
     assert numbers_of_the_test(copy) == {"loss": pytest.approx(tested["results"][10]["mean"])}
 
 
+def test_a_run_is_not_published_onto_itself(tmp_path):
+    (tmp_path / "link").symlink_to(PUBLISHED[0].parent)
+    for folder in (PUBLISHED[0].parent, tmp_path / "link"):
+        with pytest.raises(InputError, match="already: give another --to"):
+            publish.publish(folder, folder.parent)
+
+
 def numbers_of_the_test(folder: Path) -> dict[str, float]:
     events = EventFileLoader(str(folder / "test" / "events.out.tfevents.0.published")).Load()
     return {value.tag: tf.make_ndarray(value.tensor).item() for event in events for value in event.summary.value}
