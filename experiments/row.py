@@ -40,12 +40,13 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
 
     All flags are read before anything is trained. Those that main.py takes for wrong, or for a question, it answers.
     """
-    for flags in (*([*training, *more] for more in tests), training):
+    for flags in (training, *([*training, *more] for more in tests)):
         try:
-            values = main.parsed(flags)
+            main.parsed(flags)
         except Error:
             sys.exit(run_program("main.py", flags))
     run_program("main.py", training)
+    values = main.parsed(training)
     run, results_dir = main.run_folder(values), values.results_dir
     flags = json.loads((run.folder / "flags.json").read_text())
     tested = Path(results_dir or run.folder) / "results.json"
