@@ -28,7 +28,7 @@ try:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 except ImportError:
     if __name__ == "__main__":
         sys.exit("plot.py needs matplotlib: pip install -r requirements-plot.txt")
@@ -68,6 +68,8 @@ MOST_CLASSES = 50  # in a table of confusions
 MOST_CSV = 10**8  # bytes
 QUERIES = 5  # query images of each class in the figure of a task
 SCREEN = 110  # pixels an inch, for pages
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # of a figure: Pillow, which makes the PNG small, warns above it
+LONGEST_SIDE = 2**16 - 1  # pixels; matplotlib draws no more
 SMOOTHED = 1 / 20  # of the run, in a running mean
 
 
@@ -143,7 +145,7 @@ def updates_figure(
     for panel, shot in zip(axes, shots, strict=True):
         panel.set_title(f"{shot}-shot")
         panel.set_xlabel("updates (0: support set, before any)")
-        panel.set_xticks(range(0, 11, 2))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if percent == 1:
         _log_scale(axes[0])
     else:
@@ -324,9 +326,12 @@ def png(figure: Figure, dpi: int = SCREEN) -> bytes:
 
 @matplotlib.rc_context(STYLE)
 def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
-    """Writes <output>.png, of so many pixels an inch, .svg and .pdf. Raises InputError where they cannot be written."""
+    """Writes <output>.png, of so many pixels an inch, .svg and .pdf. Raises InputError where they cannot be made."""
     if not output.name:
         raise InputError(f"--output={output} is a folder: name the files in it, without .png and the like")
+    width, height = (round(dpi * inches) for inches in figure.get_size_inches())
+    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+        raise InputError(f"the PNG would have {width:,} x {height:,} pixels: draw less in one figure, or lower --dpi")
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output.with_name(output.name + ".png"), lambda file: file.write(png(figure, dpi)))
@@ -338,13 +343,18 @@ def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
 
 
 def trained(folder: Path, update_lr: float | None = None) -> MAML:
-    """The model in a run folder, its inner step size replaced if given."""
+    """The model in a run folder, its inner step size replaced if given; learned step sizes are never replaced."""
     trained_with = recipe.from_flags(_flags(folder))
     if trained_with.data_set != "sinusoid":
         raise InputError(f"{folder} is a run of {trained_with.data_set}: name one of the sinusoid")
     if update_lr is not None:
         if update_lr not in recipe.RATE:
             raise InputError(f"--update_lr={update_lr} must be {recipe.RATE}")
+        if trained_with.learn_inner_lr != "none":
+            raise InputError(
+                f"--update_lr={update_lr} changes nothing in {folder}, whose step sizes are learned "
+                f"(--learn_update_lr={trained_with.learn_inner_lr}): leave it out, or draw that run by itself"
+            )
         trained_with = dataclasses.replace(trained_with, inner_lr=update_lr)
     maml = recipe.build(trained_with)
     run = runs.Run(folder)
@@ -509,7 +519,7 @@ def _tests(path, update_lr):
         raise InputError(f"{path} has what is no result of a test: {way_out}")
     tests = [test for test in tests if test["split"] == "test" and update_lr in (None, test["inner_step_size_alpha"])]
     if not tests:
-        raise InputError(f"{path} has no test" + (f" with alpha {update_lr}" if update_lr else ""))
+        raise InputError(f"{path} has no test" + ("" if update_lr is None else f" with alpha {update_lr}"))
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())
 
 

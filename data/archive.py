@@ -172,8 +172,8 @@ def arguments(doc: str, out: Path, published: Published | None = None, photograp
 
 def short_side(text: str) -> int:
     """A number of pixels of the command line."""
-    if not 1 <= int(text) <= 10**4:
-        raise ValueError
+    if not (text.isdecimal() and 1 <= int(text) <= 10**4):
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or more pixels, and at most 10,000")
     return int(text)
 
 

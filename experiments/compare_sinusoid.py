@@ -21,7 +21,10 @@ def main() -> None:
     if not path.is_file():
         parser.exit(1, f"{path}: no such file; test the run with --train=False --test_set=True first\n")
     protocol = TEST | {"data_set": "sinusoid", "split": "test", "tasks": 600, "task_seed": 0}
-    tested = [entry for entry in json.loads(path.read_text()) if protocol.items() <= entry.items()]
+    try:
+        tested = [entry for entry in json.loads(path.read_text()) if protocol.items() <= entry.items()]
+    except (ValueError, TypeError, AttributeError):
+        parser.exit(1, f"{path} is no results.json of a run: test the run with --train=False --test_set=True\n")
     if not tested:
         parser.exit(1, f"{path} has no 10-shot test; test the run with --train=False --test_set=True first\n")
     known = TEST | {"row": "sinusoid_maml", "reported_by": "original code"}
@@ -29,7 +32,8 @@ def main() -> None:
     print("Mean squared error, 600 test tasks\n")
     print("updates   this run             the original")
     for column, theirs in zip(tested[-1]["results"], original["results"], strict=False):
-        print(f"{column['updates']:7}   {column['mean']:.3f} +- {column['ci95']:.3f}      {theirs['mean']:.3f}")
+        error = "diverged" if column["mean"] is None else f"{column['mean']:.3f} +- {column['ci95']:.3f}"
+        print(f"{column['updates']:7}   {error:<20}{theirs['mean']:.3f}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ EVENTS = "events.out.tfevents.0.published"
 def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
     """Writes the model of a run folder to a folder of the same name below `to`, and returns that."""
     run, copy = runs.Run(folder), to / Path(os.path.abspath(folder)).name
+    if copy.resolve() == folder.resolve():
+        raise InputError(f"{folder} lies in {to} already: give another --to")
     prefix = Path(run.checkpoint(iteration, "--iteration"))
     for name in ("flags.json", "results.json"):
         if not (folder / name).is_file():

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import tensorflow as tf
+from absl.flags import Error
 
 import devices
 import events
@@ -35,25 +36,29 @@ from utils import write_whole
 
 
 def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
-    """Does all of the above; returns the path of what it wrote. Ends the program where main.py fails or is stopped."""
-    _main_program(training)
+    """Does all of the above; returns the path of what it wrote. Ends the program where main.py fails or is stopped.
+
+    All flags are read before anything is trained. Those that main.py takes for wrong, or for a question, it answers.
+    """
+    for flags in (training, *([*training, *more] for more in tests)):
+        try:
+            main.parsed(flags)
+        except Error:
+            sys.exit(run_program("main.py", flags))
+    run_program("main.py", training)
     values = main.parsed(training)
     run, results_dir = main.run_folder(values), values.results_dir
     flags = json.loads((run.folder / "flags.json").read_text())
     tested = Path(results_dir or run.folder) / "results.json"
     entries = []
     for more in tests:
-        _main_program([*training, *more, "--train=False", "--test_set=True"])
+        run_program("main.py", [*training, *more, "--train=False", "--test_set=True"])
         entries.append([one for one in json.loads(tested.read_text()) if one.get("run") == run.folder.name][-1])
     row = {
         "row": script.stem,
         "flags": flags,
         "iterations": run.iterations()[-1] + 1,
-        "hours": round(training_hours(run.folder), 4),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **circumstances(run.folder),
         "tests": entries,
     }
     seed = f".seed{flags['seed']}" if flags["seed"] else ""
@@ -75,8 +80,9 @@ def parts(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
     return found[0], found[1:]
 
 
-def _main_program(flags):
-    program = subprocess.Popen([sys.executable, "main.py", *flags])
+def run_program(name: str, flags: list[str]) -> None:
+    """Runs main.py or another program of the project. Ends this one where that fails or is stopped."""
+    program = subprocess.Popen([sys.executable, name, *flags])
     try:
         code = program.wait()
     except SystemExit:  # by SIGTERM
@@ -85,6 +91,26 @@ def _main_program(flags):
         raise
     if code:
         sys.exit(code)
+
+
+def leave_stops_to_programs() -> None:
+    """A stop is that of the program that runs, which saves and ends, and this one with it.
+
+    Ctrl-C reaches it by itself, SIGTERM does not.
+    """
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def circumstances(folder: Path) -> dict:
+    """How long the training of this run folder took, and where, when and with what it was recorded."""
+    return {
+        "hours": round(training_hours(folder), 4),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def training_hours(folder: Path) -> float:
@@ -145,7 +171,5 @@ def parse(arguments: list[str]) -> tuple[Path, list[str], list[list[str]]]:
 if __name__ == "__main__":
     script, training, tests = parse(sys.argv[1:])
     os.chdir(ROOT)
-    # A stop is main.py's, which saves and ends, and this with it. Ctrl-C reaches it by itself, SIGTERM does not.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    leave_stops_to_programs()
     print("Recorded in", record(script, training, tests))

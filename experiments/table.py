@@ -141,12 +141,12 @@ def _protocol_order(row, test):
 
 def _protocol(test):
     parts = [str(test["query_examples_a_class_Q"])]
+    if test.get("query_shares"):
+        parts.append(f"on average, in {test['query_shares']} shares")
     if (test["tasks"], test["task_seed"]) != (TASKS, TASK_SEED):
         parts.append(f"{test['tasks']:,} tasks of seed {test['task_seed']}")
     if test.get("updates_at_test"):
         parts.append(f"{test['updates_at_test']} updates at most")
-    if test.get("query_shares"):
-        parts.append(f"on average, shares {test['query_shares']}")
     if test["best_on_validation"]:
         parts.append("best on validation")
     return ", ".join(parts)

@@ -5,13 +5,13 @@ An environment is a set of pure functions on arrays whose leading axes [...] are
 """
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import devices
 from utils import InputError
 
 
@@ -150,7 +150,7 @@ class _Simulator:
         self.model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("half_cheetah.xml")))
         mujoco.mj_setTotalmass(self.model, 14)  # kg, as rllab's
         mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = devices.cores()
         self.data = [mujoco.MjData(self.model) for _ in range(threads)]
         self.rollout = rollout.Rollout(nthread=threads)
 

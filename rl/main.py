@@ -212,13 +212,12 @@ def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int)
 def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
     """Returns on the authors' test goals before and after updates, printed and written to results.json."""
     iterations = 0
-    if FLAGS.baseline == "random":
-        runs.check_writable(run.folder, "--logdir")
-    else:
+    if FLAGS.baseline != "random":
         run.checkpoint()
         run.check_flags(identity, {}, training=False)
         print("Restoring model weights from", run.restore_newest(learner))
         iterations = int(learner.step)
+    runs.check_writable(run.folder, "--logdir")
     goals = environment.goals(np.random.RandomState(TEST_GOALS_SEED), TEST_GOALS)
     random = np.random.default_rng((0, 0, 1))  # training's end in 0
     count = TEST_TRANSITIONS // environment.horizon

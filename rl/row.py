@@ -8,20 +8,15 @@ seed than 0 has .seed<n> in the name.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
 
-import numpy as np
-import tensorflow as tf
+from absl.flags import Error
 
 import row  # experiments/row.py
 from rl import main
@@ -29,21 +24,25 @@ from utils import write_whole
 
 
 def record(script: Path, arguments: list[str]) -> Path:
-    """Does all of the above; returns the path of what it wrote. Ends where rl/main.py fails or is stopped."""
-    main.FLAGS(["rl/main.py", *arguments])
+    """Does all of the above; returns the path of what it wrote. Ends where rl/main.py fails or is stopped.
+
+    Arguments that rl/main.py takes for wrong, or for a question, it answers, and nothing is recorded.
+    """
+    try:
+        to_run = main.FLAGS(["rl/main.py", *arguments]) == ["rl/main.py"] and not main.FLAGS.help
+    except Error:
+        to_run = False
+    if not to_run:
+        sys.exit(row.run_program("rl/main.py", arguments))
     identity = main.run_identity()
     run = main.run_folder(identity)
     if identity["baseline"] != "random":
-        _main_program(arguments)
-    _main_program([*arguments, "--train=False"])
+        row.run_program("rl/main.py", arguments)
+    row.run_program("rl/main.py", [*arguments, "--train=False"])
     record = {
         "row": script.stem,
         **json.loads((run.folder / "results.json").read_text()),
-        "hours": round(row.training_hours(run.folder), 4),
-        "machine": row.machine(),
-        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "numpy": np.__version__},
-        "commit": row.commit(),
-        "date": datetime.date.today().isoformat(),
+        **row.circumstances(run.folder),
     }
     seed = f".seed{identity['seed']}" if identity["seed"] else ""
     path = ROOT / "results" / f"{script.stem}{seed}.json"
@@ -51,23 +50,9 @@ def record(script: Path, arguments: list[str]) -> Path:
     return path
 
 
-def _main_program(arguments):
-    program = subprocess.Popen([sys.executable, "rl/main.py", *arguments])
-    try:
-        code = program.wait()
-    except SystemExit:  # by SIGTERM
-        program.terminate()
-        program.wait()
-        raise
-    if code:
-        sys.exit(code)
-
-
 if __name__ == "__main__":
     os.chdir(ROOT)
-    # A stop is rl/main.py's, which saves and ends, and this with it. Ctrl-C reaches it by itself, SIGTERM does not.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    row.leave_stops_to_programs()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="the script of experiments/ that calls this program")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of rl/main.py")

@@ -1040,6 +1040,13 @@ def test_help_says_what_is_replaced(call, capsys, script):
     assert "bit for bit" in said
 
 
+@pytest.mark.parametrize("side", ["0", "-1", "10001", "wide"])
+def test_a_short_side_that_is_none_is_told(call, capsys, side):
+    with pytest.raises(SystemExit):
+        call(cub, "--archive=x", f"--short_side={side}")
+    assert f"--short_side: {side} must be 1 or more pixels, and at most 10,000" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------ killed and run again
 
 

@@ -109,6 +109,23 @@ def test_a_method_is_a_row_of_its_script_with_flags(one, tmp_path):
     assert all(recipe.variant for recipe in recipes)
 
 
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if "mmfewshot" in path.stem], ids=lambda path: path.stem)
+def test_scripts_of_mmfewshot_have_its_recipe(script, tmp_path):
+    """Source: open-mmlab/mmfewshot, configs/classification/maml. Its 100,000 tasks are taken 8 at a time."""
+    training, tests = called(script, tmp_path)
+    values = main.parsed(training)
+    recipe = main.recipe_of(values)
+    _, data_set, network = script.stem.split("_")
+    network = {"conv4": "conv4_affine"}.get(network, network)
+    assert (recipe.data_set, recipe.network, recipe.loss, recipe.augment) == (data_set, network, "mean", True)
+    assert (recipe.way, recipe.shot, recipe.query, recipe.inner_steps, recipe.inner_lr) == (5, 5, 16, 2, 0.01)
+    assert (recipe.metatrain_steps * recipe.meta_batch, recipe.meta_batch, recipe.meta_lr) == (100_000, 8, 0.001)
+    assert not recipe.first_order and values.val_tasks == 100
+    for flags in tests:
+        values = main.parsed([*training, *flags])
+        assert (values.num_query, values.test_updates, values.test_tasks, values.test_iter) == (15, 5, 2000, "best")
+
+
 @pytest.mark.parametrize("page", table.PAGES)
 def test_pages_are_in_step_with_results(page):
     text = (ROOT / page).read_text()
@@ -190,6 +207,7 @@ def test_a_line_for_each_protocol(tmp_path):
     write_record(tmp_path, "row", 0, test(0.999, **one), test(0.996), test(0.5, inner_step_size_alpha=0.1))
     other_tasks = one | {"tasks": 2000, "task_seed": 1}
     write_record(tmp_path, "row", 1, test(0.995), test(0.998, **other_tasks), test(0.997, best_on_validation=True))
+    write_record(tmp_path, "row", 2, test(0.8, query_examples_a_class_Q=15, updates_at_test=5, query_shares="drawn"))
     published_numbers(
         tmp_path,
         ("row", 5, 0.4, "null", "paper", "accuracy in %", '[{"updates": 3, "mean": 99.9, "ci95": 0.1}]'),
@@ -210,6 +228,14 @@ def test_a_line_for_each_protocol(tmp_path):
         ["", "MAML", "99.9 +- 0.1", "99.5 +- 0.2", "5, best on validation", f"seed 1: 99.7 +- 1.2{cost}"],
         ["", "MAML", "99.9 +- 0.1", "", "1", f"seed 0: 99.9 +- 1.2{cost}"],
         ["", "MAML", "99.9 +- 0.1", "", "1, 2,000 tasks of seed 1", f"seed 1: 99.8 +- 1.2{cost}"],
+        [
+            "",
+            "MAML",
+            "99.9 +- 0.1",
+            "",
+            "15, on average, in drawn shares, 5 updates at most",
+            f"seed 2: 80.0 +- 1.2{cost}",
+        ],
     ]
 
 
@@ -316,6 +342,7 @@ def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
     test = {"data_set": "sinusoid", "split": "test", "tasks": 600, "task_seed": 0, "inner_step_size_alpha": 0.001}
     test |= {"support_examples_a_class_K": 10, "query_examples_a_class_Q": 10}
     columns = [{"updates": j, "mean": 1 / (1 + j), "ci95": 0.01} for j in range(11)]
+    columns[9] |= {"mean": None, "ci95": None}  # tasks diverged
     path = tmp_path / "results.json"
     path.write_text(json.dumps([test | {"query_examples_a_class_Q": 1, "results": []}, test | {"results": columns}]))
     monkeypatch.setattr(sys, "argv", ["compare_sinusoid.py", str(path)])
@@ -323,7 +350,12 @@ def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 + 11
     assert lines[3:5] == ["      0   1.000 +- 0.010      3.100", "      1   0.500 +- 0.010      0.431"]
-    assert lines[-1] == "     10   0.091 +- 0.010      0.142"
+    assert lines[-2:] == ["      9   diverged            0.145", "     10   0.091 +- 0.010      0.142"]
+    for damaged in ("{", "[1]"):
+        path.write_text(damaged)
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "experiments" / "compare_sinusoid.py"), run_name="__main__")
+        assert "is no results.json of a run: test the run" in capsys.readouterr().err
 
 
 def test_record_of_a_run(tmp_path, monkeypatch):
@@ -345,6 +377,19 @@ def test_record_of_a_run(tmp_path, monkeypatch):
     assert all(len(test["results"]) == 11 for test in record["tests"])
 
 
+@pytest.mark.parametrize(
+    ("training", "test", "answered"),
+    [(["--help"], [], ["--help"]), ([], ["--test_task=9"], ["--test_task=9"]), (["--sed=1"], [], ["--sed=1"])],
+)
+def test_flags_are_read_before_anything_is_trained(training, test, answered, monkeypatch):
+    """main.py tells what is wrong with them, or helps, and nothing else is run."""
+    called = []
+    monkeypatch.setattr(row, "run_program", lambda *program: called.append(program))
+    with pytest.raises(SystemExit):
+        row.record(Path("row.sh"), training, [[], test])
+    assert called == [("main.py", answered)]
+
+
 def test_failed_training_is_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(row.subprocess, "Popen", InThisProcess)
     flags = [f"--results_dir={tmp_path}", "--baseline=oracle", "--datasource=omniglot"]
@@ -359,7 +404,7 @@ def test_sigterm_reaches_the_training(monkeypatch):
     program.wait.side_effect = [SystemExit(143), 143]
     monkeypatch.setattr(row.subprocess, "Popen", lambda command: program)
     with pytest.raises(SystemExit) as ended:
-        row._main_program([])
+        row.run_program("main.py", [])
     assert ended.value.code == 143
     assert [call[0] for call in program.method_calls] == ["wait", "terminate", "wait"]
 
@@ -404,6 +449,13 @@ def test_published_model_tests_as_the_run(tmp_path):
     }
     (tested,) = json.loads((copy / "results.json").read_text())
     assert numbers_of_the_test(copy) == {"loss": pytest.approx(tested["results"][10]["mean"])}
+
+
+def test_a_run_is_not_published_onto_itself(tmp_path):
+    (tmp_path / "link").symlink_to(PUBLISHED[0].parent)
+    for folder in (PUBLISHED[0].parent, tmp_path / "link"):
+        with pytest.raises(InputError, match="already: give another --to"):
+            publish.publish(folder, folder.parent)
 
 
 def numbers_of_the_test(folder: Path) -> dict[str, float]:

@@ -128,7 +128,7 @@ def test_bytes_of_python_3_stay_bytes(how):
 
 @pytest.mark.parametrize("how", ["Python 2, protocol 2", "Python 3, protocol 2", "Python 3, protocol 5"])
 def test_an_array_takes_its_memory_once(how):
-    """README.md promises MiniImagenet's pickles, 813 million bytes of images, in 2 GB."""
+    """docs/data.md promises MiniImagenet's pickles, 813 million bytes of images, in 2 GB."""
     size = 20_000_000
     written = io.BytesIO(pickled({"image_data": np.zeros(size, np.uint8)}, how))
     tracemalloc.start()

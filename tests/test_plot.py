@@ -28,6 +28,7 @@ def lines(panel) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def test_sinusoid_figure_shows_that_maml_adapts():
     models = {"MAML": plot.trained(RUN), "Pretrained": plot.trained(BASELINE, update_lr=0.01)}
+    assert models["Pretrained"].inner_lr == 0.01  # it was trained with 0.001
     tasks = [SinusoidTasks(shot, shot, oracle=True).draw(0, "test", 10, 1) for shot in (5, 10)]
     figure = plot.sinusoid_figure(models, tasks)
     panels = {panel.get_title(): lines(panel) for panel in figure.axes}
@@ -81,6 +82,30 @@ def test_updates_figure_has_a_panel_for_each_shot():
     band = five.collections[0].get_paths()[0].vertices
     np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [0.27, 3.3])
     np.testing.assert_array_equal(lines(ten)["MAML"], [[0, 1, 2], [3, 0.4, 0.1]])
+
+
+@pytest.mark.parametrize("updates", [2, 20])
+def test_the_axis_of_updates_is_as_long_as_the_test(updates):
+    (panel,) = plot.updates_figure({"MAML": [entry(5, "accuracy", [0.5] * (updates + 1))]}).axes
+    low, high = panel.get_xlim()
+    assert -updates / 10 < low < 0 and updates < high < 1.1 * updates
+    ticks = [tick for tick in panel.get_xticks() if low <= tick <= high]
+    assert {0, updates} <= set(ticks) and all(tick == round(tick) for tick in ticks)
+
+
+def test_the_last_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
+    """Of those on the test classes with the alpha that is named, which stand in results.json in order of time."""
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, *_: drawn.append(figure))
+    tests = [
+        entry(5, "accuracy", [mean]) | {"split": split, "inner_step_size_alpha": alpha}
+        for mean, split, alpha in ((0.1, "test", 0.4), (0.2, "test", 0.4), (0.3, "test", 0.1), (0.4, "val", 0.4))
+    ]
+    (path := tmp_path / "results.json").write_text(json.dumps(tests))
+    for flags, percent in ((["--update_lr=0.4"], 20), ([], 30)):
+        command(monkeypatch, "updates", f"MAML={path}", *flags, "--output", "figure")
+        (panel,) = drawn.pop().axes
+        np.testing.assert_allclose(lines(panel)["MAML"][1], [percent])
 
 
 def test_more_labels_than_colours_are_refused():
@@ -215,6 +240,45 @@ def test_scalars_of_a_run_that_was_resumed(tmp_path):
     np.testing.assert_allclose(values, [0, 0.1, 0.2, 0.3])
 
 
+def test_training_curves_are_those_of_the_events(tmp_path):
+    """In percent, with a running mean over a twentieth of the run, and validation where there is some."""
+    (tmp_path / "flags.json").write_bytes((OMNIGLOT / "flags.json").read_bytes())
+    training, steps = np.tile([0.5, 0.9], 30), np.arange(0, 6000, 100)
+    with tf.summary.create_file_writer(str(tmp_path)).as_default():
+        for step, accuracy in zip(steps, training, strict=True):
+            tf.summary.scalar("metatrain_Pre-update_accuracy", 0.2, step=step)
+            tf.summary.scalar("metatrain_Post-update_accuracy__step_1", accuracy, step=step)
+        for step in (0, 5000):
+            tf.summary.scalar("metaval_Post-update_accuracy__step_1", 0.8, step=step)
+    (panel,) = plot.training_figure({"Omniglot": tmp_path}).axes
+    drawn = lines(panel)
+    before, after = (f"training, {what}" for what in ("support set before any update", "query set after 1 update"))
+    assert {label for label in drawn if label[0] != "_"} == {before, after, "validation, after 1 update"}
+    np.testing.assert_allclose(drawn[before][1], np.full(58, 20), rtol=1e-6)
+    np.testing.assert_allclose(drawn[after][0], steps[1:-1])
+    np.testing.assert_allclose(drawn[after][1], np.tile([190 / 3, 230 / 3], 29), rtol=1e-6)  # of three values each
+    np.testing.assert_allclose(drawn["validation, after 1 update"], [[0, 5000], [80, 80]], rtol=1e-6)
+    ((_, every),) = [line for label, line in drawn.items() if label[0] == "_" and np.ptp(line[1]) > 0]
+    np.testing.assert_allclose(every, 100 * training, rtol=1e-6)
+    assert (panel.get_title(), panel.get_ylabel()) == ("Omniglot", "accuracy, %")
+    (panel,) = plot.training_figure({"Sine": RUN}).axes
+    assert (panel.get_ylabel(), panel.get_yscale()) == ("mean squared error", "log")
+
+
+def test_a_figure_of_too_many_pixels_is_refused(tmp_path):
+    for size in ((12, 8), (60, 0.5)):
+        with pytest.raises(InputError, match=r"pixels: draw less in one figure, or lower --dpi"):
+            plot.save(plot.Figure(size), tmp_path / "figure", 1200)
+    assert not list(tmp_path.iterdir())
+
+
+def test_learned_step_sizes_are_not_replaced(tmp_path):
+    flags = json.loads((RUN / "flags.json").read_text()) | {"learn_update_lr": "step"}
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    with pytest.raises(InputError, match=r"--update_lr=0.5 changes nothing in .*\(--learn_update_lr=step\)"):
+        plot.trained(tmp_path, update_lr=0.5)
+
+
 def command(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
     plot.main()
@@ -253,6 +317,7 @@ def test_command_writes_png_svg_and_pdf(arguments, tmp_path, monkeypatch):
     [
         (("sinusoid", "MAML=nowhere"), "plot.py: no flags.json in nowhere: name a run folder"),
         (("updates", f"MAML={RUN}/results.json", "--update_lr=0.5"), "results.json has no test with alpha 0.5"),
+        (("updates", f"MAML={RUN}/results.json", "--update_lr=0"), "results.json has no test with alpha 0.0"),
         (("updates", f"MAML={RUN}"), "numstep1.updatelr0.01nonorm is damaged ("),
         (("updates", "MAML=nowhere.json"), "plot.py: no nowhere.json: name a file of results/"),
         (("sinusoid", f"MAML={RUN}/results.json"), "results.json/flags.json is damaged ("),

@@ -1,5 +1,6 @@
 """Reinforcement learning: environments, rollouts, advantages, the inner and the outer step, and whole runs."""
 
+import importlib
 import json
 import os
 import signal
@@ -98,6 +99,20 @@ def test_a_step_of_the_half_cheetah(mujoco, cheetah, reward, run):
         assert rewards[i] == pytest.approx(run(data.subtree_linvel[1][0], goals[i][0]) - cost)
 
 
+@pytest.mark.parametrize(("reward", "seen"), [("direction", [-1, 1]), ("speed", [0.2, 1.7])])
+def test_rollouts_of_the_half_cheetah_begin_at_rest_but_for_noise(mujoco, reward, seen):
+    environment = half_cheetah(reward)
+    goals = np.repeat([[[0.2], [1.7]]], 1000, 0)
+    states = environment.reset(goals, np.random.default_rng(0))
+    np.testing.assert_allclose(states[..., :1], 0)  # the time
+    np.testing.assert_allclose(states[..., 1:].mean((0, 1)), np.zeros(18), atol=0.01)
+    np.testing.assert_allclose(states[..., 1:].std((0, 1)), np.repeat([0.01, 0.1], 9), rtol=0.1)
+    observed, told = (one.observe(states, goals) for one in (environment, half_cheetah(reward, oracle=True)))
+    assert (observed.shape[-1], told.shape[-1]) == (20, 21)
+    np.testing.assert_array_equal(told[..., :20], observed)
+    np.testing.assert_array_equal(told[..., 20], np.repeat([seen], 1000, 0))
+
+
 def test_the_half_cheetah_without_mujoco(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(InputError, match=r"needs mujoco: pip install -r requirements-rl\.txt"):
@@ -144,8 +159,10 @@ def some_rollouts() -> Rollouts:
 
 def test_advantages_are_those_of_the_obvious_loop():
     did = some_rollouts()
+    did = did._replace(observations=30 * did.observations)  # the baseline sees those beyond 10 as 10
     ours, returns = advantages(did), discounted_returns(did)
     assert len(set((did.shares > 0).sum(1))) == 2  # there is padding
+    assert np.abs(did.observations).max() > 10
     for task in range(2):
         rollouts, one = [], []
         for i in np.flatnonzero(did.shares[task]):
@@ -159,14 +176,14 @@ def test_advantages_are_those_of_the_obvious_loop():
             for step, i in enumerate(rollout):
                 later = [DISCOUNT**k * did.rewards[task, j] for k, j in enumerate(rollout[step:])]
                 expected.append(sum(later))
-                o, t = did.observations[task, i].astype(float), step / 100
+                o, t = np.clip(did.observations[task, i].astype(float), -10, 10), step / 100
                 features.append([*o, *(o * o), t, t**2, t**3, 1])
         features, expected = np.array(features), np.array(expected)
         np.testing.assert_allclose(returns[task][did.shares[task] > 0], expected)
         weights = np.linalg.inv(features.T @ features + RIDGE * np.eye(8)) @ features.T @ expected
         surprise = expected - features @ weights
         surprise = (surprise - surprise.mean()) / surprise.std()
-        np.testing.assert_allclose(ours[task][did.shares[task] > 0], surprise, atol=1e-6)
+        np.testing.assert_allclose(ours[task][did.shares[task] > 0], surprise, atol=1e-5)
         assert not ours[task][did.shares[task] == 0].any()
 
 
@@ -182,6 +199,18 @@ def test_rollouts_and_gradients_are_of_one_policy():
         outputs = network.apply(weights[task], x[task])
         np.testing.assert_allclose(outputs[:, :2], means[task], atol=1e-6)
         np.testing.assert_allclose(outputs[:, 2:], np.broadcast_to(log_stds[task], (5, 2)), atol=1e-6)
+
+
+def test_initial_weights_are_xaviers():
+    """Uniform, and of each layer and seed other draws."""
+    weights = {(seed, name): w.numpy() for seed in (0, 1) for name, w in gaussian(100, 100).init(seed).items()}
+    drawn = [weights.pop((seed, f"w{layer}")) for seed in (0, 1) for layer in (1, 2, 3)]
+    for i, w in enumerate(drawn):
+        limit = (6 / 200) ** 0.5
+        assert 0.99 * limit < np.abs(w).max() <= limit
+        np.testing.assert_allclose(w.std(), limit / 3**0.5, rtol=0.05)
+        assert not any(np.array_equal(w, other) for other in drawn[:i])
+    assert not any(w.any() for w in weights.values())
 
 
 def test_log_probability_and_divergence():
@@ -227,6 +256,8 @@ def test_the_gradient_of_a_one_parameter_policy_by_hand():
     adapted = w + alpha * np.sum(c * (a - w))
     after = learner.adapt_each({"w1": np.full((1, 1, 1), w), "log_std": np.zeros((1, 1))}, x, support, np.float64(1))
     np.testing.assert_allclose(after["w1"], [[[adapted]]])
+    half = learner.inner_step({"w1": np.full((1, 1, 1), w), "log_std": np.zeros((1, 1))}, x, support, 0.5)
+    np.testing.assert_allclose(half["w1"], [[[(w + adapted) / 2]]])
 
     batch = MetaBatch(x, support, *did(b, later), after)
     gradient, surrogate = learner.surrogate_gradient(tf.nest.map_structure(tf.convert_to_tensor, batch))
@@ -311,6 +342,8 @@ def test_conjugate_gradients_solve_and_tell_what_is_left():
     x, residual = conjugate_gradients(lambda vector: matrix @ vector, b)
     np.testing.assert_allclose(matrix @ x, b, atol=1e-6)
     np.testing.assert_allclose(residual, b - matrix @ x, atol=1e-10)
+    solved, nothing = conjugate_gradients(lambda vector: 2 * vector, np.ones(3))  # in one step
+    assert (solved.tolist(), nothing.tolist()) == ([0.5] * 3, [0] * 3)
 
 
 def test_an_outer_step_improves_the_surrogate_within_the_bound(gathered):
@@ -321,6 +354,13 @@ def test_an_outer_step_improves_the_surrogate_within_the_bound(gathered):
     assert update.surrogate < update.surrogate_before
     assert 0.001 < update.divergence <= 0.01
     assert learner.step == 1
+
+
+def test_a_small_step_is_as_long_as_the_bound(gathered, monkeypatch):
+    """There the divergence is its quadratic form, and the line search takes the first step or the second."""
+    learner, batch = gathered
+    monkeypatch.setattr(learner, "bound", 1e-6)
+    assert 0.6e-6 < learner.outer_step(batch).divergence <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -385,6 +425,14 @@ def short_test(monkeypatch):
     monkeypatch.setattr(main, "TEST_TRANSITIONS", 1000)
 
 
+def test_updates_at_test_are_the_authors(program, short_test, tmp_path, monkeypatch):
+    """One of size alpha, then three of half of it."""
+    sizes = []
+    monkeypatch.setattr(MetaTRPO, "inner_step", lambda _, weights, x, did, size: sizes.append(size) or weights)
+    program(*TINY, "--baseline=random", f"--logdir={tmp_path}", "--train=False")
+    assert sizes == [1, 0.5, 0.5, 0.5]
+
+
 def test_five_iterations_improve_the_return_after_one_update(program, short_test, tmp_path, capsys):
     program(*TINY, "--iterations=0", f"--logdir={tmp_path}")
     assert "Nothing left to do" in capsys.readouterr().out
@@ -401,6 +449,23 @@ def test_five_iterations_improve_the_return_after_one_update(program, short_test
     means = [result["mean"] for result in trained["results"]]
     assert means[1] > means[0] + 5
     assert means[1] > random["results"][1]["mean"] + 3
+
+
+def test_goals_are_of_the_seed_and_the_iteration():
+    class Drawn(Exception):
+        pass
+
+    def goals(random, count):
+        raise Drawn(*random.uniform(size=count))
+
+    def drawn(seed, iteration):
+        main.FLAGS(["rl/main.py", f"--seed={seed}"])
+        with pytest.raises(Drawn) as found:
+            main.outer_iteration(None, point()._replace(goals=goals), iteration)
+        return found.value.args
+
+    assert drawn(1, 2) == drawn(1, 2)
+    assert len({drawn(seed, iteration) for seed in (0, 1) for iteration in (0, 1)}) == 4
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(program, tmp_path, monkeypatch, capsys):
@@ -423,11 +488,19 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(program, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("baseline", ["pretrained", "oracle"])
-def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, baseline):
+def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, monkeypatch, baseline):
     program(*TINY, "--iterations=1", f"--baseline={baseline}", f"--logdir={tmp_path}")
     program(*TINY, f"--baseline={baseline}", f"--logdir={tmp_path}", "--train=False")
     (path,) = tmp_path.glob("*/results.json")
     assert len(json.loads(path.read_text())["results"]) == (1 if baseline == "oracle" else 5)
+
+    def refuse(folder, flag):
+        raise InputError(f"{folder} cannot be written: give another {flag}")
+
+    monkeypatch.setattr(main.runs, "check_writable", refuse)
+    monkeypatch.setattr(MetaTRPO, "curve", None)  # it is refused before any work
+    with pytest.raises(SystemExit, match="cannot be written: give another --logdir"):
+        program(*TINY, f"--baseline={baseline}", f"--logdir={tmp_path}", "--train=False")
 
 
 @pytest.mark.parametrize(
@@ -485,6 +558,39 @@ def test_script_hands_its_flags_to_the_recorder(script, tmp_path):
     main.FLAGS(["rl/main.py", *handed])
     assert script.stem == f"rl_{main.FLAGS.env}_{main.FLAGS.baseline or 'maml'}"
     assert main.FLAGS.seed == 7
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """rl/row.py as a module, and the programs that it calls, which are not run."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    recorder, called = importlib.import_module("rl.row"), []
+    for name in main.FLAGS:
+        main.FLAGS[name].unparse()
+    monkeypatch.setattr(recorder.row, "run_program", lambda program, flags: called.append((program, *flags)))
+    return recorder, called
+
+
+@pytest.mark.parametrize(("flags", "seed"), [(["--seed=3"], ".seed3"), (["--baseline=random"], "")])
+def test_what_is_recorded(recorder, monkeypatch, tmp_path, flags, seed):
+    recorder, called = recorder
+    monkeypatch.setattr(recorder, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(main, "run_folder", lambda identity: main.runs.Run(tmp_path))
+    (tmp_path / "results.json").write_text('{"flags": {}, "results": []}')
+    path = recorder.record(Path("experiments/rl_x.sh"), [*flags, f"--logdir={tmp_path}"])
+    assert path == tmp_path / "results" / f"rl_x{seed}.json"
+    assert {"row": "rl_x", "flags": {}, "results": [], "hours": 0}.items() <= json.loads(path.read_text()).items()
+    tested = ("rl/main.py", *flags, f"--logdir={tmp_path}", "--train=False")
+    assert called == ([tested] if "random" in flags[0] else [tested[:-1], tested])
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--iteration=3"], ["iterations=3"]])
+def test_a_question_or_a_slip_is_not_recorded(recorder, flags):
+    recorder, called = recorder
+    with pytest.raises(SystemExit):
+        recorder.record(Path("rl_x.sh"), flags)
+    assert called == [("rl/main.py", *flags)]
 
 
 def test_the_document_is_in_step_with_results():
