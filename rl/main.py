@@ -123,6 +123,19 @@ def run_identity() -> dict:
     return {name: FLAGS[name].value for name in IDENTITY}
 
 
+def asked_for(arguments: list[str]) -> dict | None:
+    """The identity of the run that a command line asks for.
+
+    None where it has a wrong flag, or asks for help: this program then answers it.
+    """
+    try:
+        if FLAGS(["rl/main.py", *arguments]) != ["rl/main.py"] or FLAGS.help:
+            return None
+    except flags.Error:
+        return None
+    return run_identity()
+
+
 def run_folder(identity: dict) -> runs.Run:
     """The run of these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
     name = "{env}.mbs_{meta_batch_size}.rollouts_{num_rollouts}.updatelr{update_lr}.kl{meta_step_size}".format(

@@ -16,8 +16,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
 
-from absl.flags import Error
-
 import row  # experiments/row.py
 from rl import main
 from utils import write_whole
@@ -28,13 +26,9 @@ def record(script: Path, arguments: list[str]) -> Path:
 
     Arguments that rl/main.py takes for wrong, or for a question, it answers, and nothing is recorded.
     """
-    try:
-        to_run = main.FLAGS(["rl/main.py", *arguments]) == ["rl/main.py"] and not main.FLAGS.help
-    except Error:
-        to_run = False
-    if not to_run:
+    identity = main.asked_for(arguments)
+    if identity is None:
         sys.exit(row.run_program("rl/main.py", arguments))
-    identity = main.run_identity()
     run = main.run_folder(identity)
     if identity["baseline"] != "random":
         row.run_program("rl/main.py", arguments)
