@@ -114,16 +114,19 @@ def circumstances(folder: Path) -> dict:
 
 
 def training_hours(folder: Path) -> float:
-    """Hours between the first and the last event, summed over the run's event files.
+    """Hours in which the run was at work, by the times of its events.
 
-    Every start of main.py begins a file, so the time between a stop and the next start does not count.
+    Every start of main.py begins a file, so the time between a stop and the next start does not count. Nor does a gap
+    between two iterations with events that is longer than a minute and than ten usual ones of its file: then the
+    machine slept, or the program was halted.
     """
     seconds = 0.0
     for path in folder.glob(events.FILES):
-        times = [event.wall_time for event, _ in events.read(path).events]
-        if times:  # none where the disk was full
-            seconds += max(times) - min(times)
-    return seconds / 3600
+        times = {event.step: event.wall_time for event, _ in events.read(path).events}
+        gaps = np.diff(sorted(times.values()))
+        if gaps.size:  # none where the disk was full
+            seconds += gaps[gaps <= max(60, 10 * np.median(gaps))].sum()
+    return float(seconds) / 3600
 
 
 def machine() -> dict:

@@ -409,13 +409,21 @@ def test_sigterm_reaches_the_training(monkeypatch):
     assert [call[0] for call in program.method_calls] == ["wait", "terminate", "wait"]
 
 
-def test_hours_leave_out_the_time_between_two_starts(tmp_path):
-    for name, times in (("1.first", (1000, 1900, 2800)), ("2.second", (90_000, 91_800))):
+def test_hours_leave_out_stops_and_pauses(tmp_path):
+    starts = {"1.first": (1000, 1900, 2800), "2.second": (90_000, 90_900, 91_800, 140_000, 140_001, 140_901, 141_801)}
+    for name, times in starts.items():
         with tf.io.TFRecordWriter(str(tmp_path / f"events.out.tfevents.{name}")) as writer:
-            for time in times:
-                writer.write(event_pb2.Event(wall_time=time).SerializeToString())
+            for step, time in enumerate(times):
+                writer.write(event_pb2.Event(wall_time=time, step=step).SerializeToString())
     (tmp_path / "events.out.tfevents.3.full_disk").touch()
-    assert row.training_hours(tmp_path) == pytest.approx(1.0)
+    assert row.training_hours(tmp_path) == pytest.approx((1800 + 1800 + 1801) / 3600)
+
+
+def test_hours_keep_the_gaps_of_a_validation(tmp_path):
+    with tf.io.TFRecordWriter(str(tmp_path / "events.out.tfevents.1")) as writer:
+        for step, time in enumerate((0, 0.02, 0.04, 40.0, 40.02)):
+            writer.write(event_pb2.Event(wall_time=time, step=step).SerializeToString())
+    assert row.training_hours(tmp_path) == pytest.approx(40.02 / 3600)
 
 
 def test_published_model_tests_as_the_run(tmp_path):
