@@ -49,6 +49,7 @@ NORMALISED = {
     "support": "by itself together with the labelled images",
     "batch": "together with all other images that are asked (the paper's way)",
 }
+UPDATES = recipes.RANGES["num_updates"]._replace(least=0)  # 0: the meta-learned weights as they are
 CHUNK = 64  # images that are read and answered at once, where each is normalised by itself
 SLOW = 200  # images; from so many on there is a progress bar
 
@@ -94,7 +95,8 @@ def load(
     Args:
         run: the run folder, ours or the original's.
         checkpoint: the iteration, -1 for the latest, or "best" on validation.
-        updates: gradient updates on the labelled images; None: as many as the paper tests with, else as in training.
+        updates: gradient updates on the labelled images, 0 to 200; None: as many as the paper tests with, else as in
+            training.
         normalise_with: with what an image is normalised under batch norm. "support": the labelled images alone, so that
             an answer does not depend on what else is asked. "batch": all images of a call of predict, as in the paper.
     Raises InputError where there is no such model, or it is not one of images.
@@ -103,8 +105,8 @@ def load(
     if recipe.dataset.images is None:
         raise InputError(f"{run} is a run of the {recipe.data_set}, which has no classes: name a run of images")
     check_choice("normalise_with", normalise_with, NORMALISED)
-    if updates is not None and updates < 0:
-        raise InputError(f"updates={updates} must be 0 or more")
+    if updates is not None and updates not in UPDATES:
+        raise InputError(f"updates={updates} must be {UPDATES}")
     return Model(recipe, maml, prefix, updates, normalise_with)
 
 

@@ -238,7 +238,8 @@ def test_wrong_folders(characters, capsys, tmp_path):
         ((labelled, nothing), "no images in "),
         ((labelled, unlabelled, f"--csv={nothing}"), "nothing is a folder: name a file"),
         ((labelled, unlabelled, "--checkpoint=newest"), "--checkpoint=newest must be an iteration, -1 for the latest"),
-        ((labelled, unlabelled, "--updates=-1"), "updates=-1 must be 0 or more"),
+        ((labelled, unlabelled, "--updates=-1"), "updates=-1 must be 0 or more, and at most 200"),
+        ((labelled, unlabelled, "--updates=201"), "updates=201 must be 0 or more, and at most 200"),
     ):
         assert reason in refusal(capsys, PUBLISHED, *arguments)
 
