@@ -99,7 +99,7 @@ def load(
             training.
         normalise_with: with what an image is normalised under batch norm. "support": the labelled images alone, so that
             an answer does not depend on what else is asked. "batch": all images of a call of predict, as in the paper.
-    Raises InputError where there is no such model, or it is not one of images.
+    Raises InputError where there is no such model, it is not one of images, or an argument is none of these.
     """
     recipe, maml, prefix = trained(run, checkpoint)
     if recipe.dataset.images is None:
