@@ -137,9 +137,12 @@ def write_record(folder: Path, name: str, seed: int, *tests: dict, **flags: str)
     usual = {"query_examples_a_class_Q": 5, "tasks": 600, "task_seed": 0, "best_on_validation": False}
     usual |= {"metric": "accuracy (share of query examples, 0 to 1)", "training_seed": seed}
     keys = ("updates", "mean", "median", "the_papers_number")
-    for test in tests:
-        test["results"] = [dict(zip(keys, column, strict=True)) | {"ci95": 0.0123} for column in test["results"]]
-    record = {"flags": flags, "iterations": 60000, "hours": 1.26, "tests": [usual | test for test in tests]}
+
+    def whole(test):
+        columns = [dict(zip(keys, column, strict=True)) | {"ci95": 0.0123} for column in test["results"]]
+        return usual | test | {"results": columns}
+
+    record = {"flags": flags, "iterations": 60000, "hours": 1.26, "tests": [whole(test) for test in tests]}
     path = folder / (f"{name}.seed{seed}.json" if seed else f"{name}.json")
     path.write_text(json.dumps(record))
 
@@ -259,12 +262,19 @@ def test_a_method_has_its_own_numbers(tmp_path):
 
 
 def test_summary_names_what_is_not_run(tmp_path):
+    """And has the best on validation only where the last checkpoint was not tested."""
     (tmp_path / "published.json").write_bytes((ROOT / "results" / "published.json").read_bytes())
     test = {"support_examples_a_class_K": 1, "inner_step_size_alpha": 0.4, "query_examples_a_class_Q": 1}
-    for seed in (0, 1):
-        write_record(tmp_path, "omniglot_5way_1shot", seed, test | {"results": [(3, 0.98, 1, True)]})
+    last = test | {"results": [(3, 0.98, 1, True)]}
+    best = test | {"results": [(3, 0.99, 1, True)], "best_on_validation": True}
+    write_record(tmp_path, "omniglot_5way_1shot", 0, last)
+    write_record(tmp_path, "omniglot_5way_1shot", 1, last, best)
+    write_record(tmp_path, "omniglot_5way_1shot_fc", 0, best)
     *lines, _, missing = table.summary(tmp_path).splitlines()
-    assert lines[2:] == ["| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2 | 1 |"]
+    assert lines[2:] == [
+        "| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2 | 1 |",
+        "| Omniglot 5-way 1-shot, no convolutions | 89.7 +- 1.1 | 99.0 +- 1.2 | 1, best on validation |",
+    ]
     five_shot = "Omniglot 5-way 5-shot"
     assert f"{five_shot}; {five_shot}, no convolutions; {five_shot}, no convolutions, trained 5-shot; " in missing
     assert "Omniglot 5-way 1-shot;" not in missing
