@@ -6,7 +6,8 @@
 Each line that a process prints has its number before it. Process 0 is the chief, which prints what a run tells and
 writes its folder. Ctrl-C and SIGTERM are handed on: all stop after the same step, saved. Where one process dies the
 others end too; the same command goes on from the last checkpoint, and with --restarts=K it is given again by itself,
-up to K times. The exit code is that of the first process that ended with one.
+up to K times. What a process refuses, such as a wrong flag or a full disk, is not repeated. The exit code is that of
+the first process that ended with one.
 """
 
 import argparse
@@ -145,12 +146,12 @@ def main() -> int:
         signal.signal(number, lambda number, frame: stops.append(number))
     command = [sys.executable, args.program, *args.flags]
     for restart in range(args.restarts + 1):
-        codes = run_once(command, processes, names, stops)
-        died = any(code < 0 or code == GONE for code in codes)
+        # What ended the run; the others follow. What a process has refused would be refused again.
+        code = next((code for code in run_once(command, processes, names, stops) if code), 0)
+        died = code < 0 or code == GONE
         if not died or stops or restart == args.restarts:
             break
         say(f"starting again, {restart + 1} of {args.restarts} times")
-    code = next((code for code in codes if code), 0)
     return 128 - code if code < 0 else code
 
 

@@ -548,7 +548,10 @@ def test_launch_does_not_wait_where_nobody_reads(tmp_path):
     assert [line for line in ended.err.splitlines() if not line.startswith("[0] ")] == []
 
 
-def test_launch_does_not_repeat_what_is_refused(tmp_path):
-    ended = launch(tmp_path, "sys.exit(1)", "--processes=2", "--restarts=3")
+@pytest.mark.parametrize("others", ["sys.exit(1)", f"time.sleep(1); sys.exit({GONE})"])
+def test_launch_does_not_repeat_what_is_refused(others, tmp_path):
+    """By all processes, or by the chief, which alone meets a full disk."""
+    program = f"if rank == 0: sys.exit(1)\n{others}"
+    ended = launch(tmp_path, program, "--processes=2", "--restarts=3")
     assert ended.code == 1
     assert "starting again" not in ended.err
