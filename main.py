@@ -174,12 +174,17 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images), which choose the best.")
 flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
-flags.DEFINE_integer("threads", 0, "Tasks that are computed side by side, a core each; 0: as many as there are cores.")
+flags.DEFINE_integer(
+    "threads",
+    0,
+    "Tasks that are computed side by side, a core each; 0: as many as there are cores. On a GPU: groups; 0: 1.",
+)
 flags.DEFINE_integer(
     "tasks_at_once",
     0,
-    "Tasks in a group, which one operation computes together; it divides meta_batch_size. The groups come one after "
-    "the other, or one a core. 0: one task on a CPU, the whole meta-batch on a GPU. Lower it where memory runs out.",
+    "Tasks in a group, which one operation computes together; it divides meta_batch_size. On a CPU there is a group "
+    "on each core, on a GPU one after the other. 0: one task on a CPU, the whole meta-batch on a GPU. Lower it where "
+    "memory runs out.",
 )
 flags.DEFINE_integer(
     "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
@@ -439,8 +444,13 @@ def open_data(
 
 
 def layout(workers: Cluster | None = None) -> tuple[int, int]:
-    """How many groups of tasks are computed side by side, and how many tasks are in a group (0: all)."""
-    return side_by_side(workers or Cluster()), FLAGS.tasks_at_once or (0 if devices.gpus() else 1)
+    """How many groups of tasks are computed side by side, and how many tasks are in a group (0: all).
+
+    A group fills a GPU, and its memory may hold no second one.
+    """
+    if devices.gpus():
+        return FLAGS["threads"].value or 1, FLAGS["tasks_at_once"].value
+    return side_by_side(workers or Cluster()), FLAGS["tasks_at_once"].value or 1
 
 
 def side_by_side(workers: Cluster) -> int:

@@ -208,9 +208,9 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
         hidden: widths of the hidden layers.
         outputs: scores, or numbers that are predicted.
         norm: 'batch_norm', 'layer_norm' or None.
-        tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. In ms a step on two
-            cores, all tasks in one operation or task by task, without XLA: the sinusoid's 1,761 weights 0.5 or 2.2,
-            Omniglot's 246,597 weights 17 or 13 (benchmarks/NOTES.md).
+        tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. On two cores a step
+            of the sinusoid's 1,761 weights took 0.5 ms in one operation and 2.2 task by task, before it was compiled;
+            Omniglot's 246,597 weights gain nothing (benchmarks/NOTES.md).
     Source: paper sections 5.1 (hidden 40, 40) and 5.2 (256, 128, 64, 64); the original's maml.py (construct_fc_weights,
     forward_fc).
     """

@@ -506,7 +506,10 @@ def _drawn(args, what):
 
 
 def _tests(path, update_lr):
-    """Of results/<row>.json or a run's results.json, the last test of each K, with this alpha if one is named."""
+    """Of results/<row>.json or a run's results.json, one test of each K, with this alpha if one is named.
+
+    It is the last one with K queries a class, as in the original's code, or else the last one.
+    """
     way_out = "name a file of results/, or a run's results.json"
     try:
         if path.name == "results.json":
@@ -520,6 +523,7 @@ def _tests(path, update_lr):
     tests = [test for test in tests if test["split"] == "test" and update_lr in (None, test["inner_step_size_alpha"])]
     if not tests:
         raise InputError(f"{path} has no test" + ("" if update_lr is None else f" with alpha {update_lr}"))
+    tests.sort(key=lambda test: test.get("query_examples_a_class_Q") == test["support_examples_a_class_K"])
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())
 
 

@@ -399,6 +399,9 @@ def test_processes_of_a_host_share_its_cores_and_gpus(monkeypatch):
         monkeypatch.setattr(tf.config.threading, f"set_{name}_op_parallelism_threads", lambda number: None)
     workers = Cluster(("a:1", "b:1", "b:2"), 2)
     assert main.side_by_side(workers) == 4
+    assert main.layout(workers) == (4, 1)
+    monkeypatch.setattr(devices, "gpus", lambda: ["a kind"])
+    assert main.layout(workers) == (1, 0)  # one group at a time: a second one may not find memory
     devices.start(place=workers.place)
     assert seen == [(["GPU 1"], "GPU")]
 

@@ -94,7 +94,7 @@ def test_the_axis_of_updates_is_as_long_as_the_test(updates):
 
 
 def test_the_last_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
-    """Of those on the test classes with the alpha that is named, which stand in results.json in order of time."""
+    """Of those on the test classes with the alpha that is named, in order of time; with Q = K, if one is."""
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, *_: drawn.append(figure))
     tests = [
@@ -106,6 +106,11 @@ def test_the_last_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
         command(monkeypatch, "updates", f"MAML={path}", *flags, "--output", "figure")
         (panel,) = drawn.pop().axes
         np.testing.assert_allclose(lines(panel)["MAML"][1], [percent])
+    path.write_text(
+        json.dumps([test | {"query_examples_a_class_Q": q} for test, q in zip(tests, (1, 5, 1, 5), strict=True)])
+    )
+    command(monkeypatch, "updates", f"MAML={path}", "--output", "figure")
+    np.testing.assert_allclose(lines(drawn.pop().axes[0])["MAML"][1], [20])
 
 
 def test_more_labels_than_colours_are_refused():
