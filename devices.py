@@ -7,9 +7,8 @@ import contextlib
 import importlib.util
 import os
 import platform
-import re
+import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,14 @@ SEVERAL = os.environ.get("TF_CONFIG") or os.environ.get("SLURM_STEP_NUM_TASKS", 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if SEVERAL else "2")
 
 # What TensorFlow's libraries write to stderr at their start, before that level is read, and without a GPU.
-NOTICES = re.compile(rb"WARNING: All log messages before absl|[IW]0000 |E0000 .*failed call to cuInit")
+NOTICES = "WARNING: All log messages before absl|[IW]0000 |E0000 .*failed call to cuInit"
+FILTER = """
+import re, sys
+for line in sys.stdin.buffer:
+    if not re.match(sys.argv[1].encode(), line):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+"""
 
 
 def _make_ready() -> None:
@@ -49,19 +55,26 @@ def _make_ready() -> None:
 
 @contextlib.contextmanager
 def _without_notices() -> Iterator[None]:
-    """Holds back the lines that C++ code writes to stderr, and writes all but the notices afterwards."""
+    """Lets a process read what C++ code writes to stderr, and print all but the notices.
+
+    It outlives this one where TensorFlow aborts, and says why. It needs no disk, which may be full.
+    """
+    command = [sys.executable, "-I", "-S", "-c", FILTER, NOTICES]
+    try:  # in a session of its own: a terminal's Ctrl-C is not for it
+        reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    except OSError:  # it would only make the start quieter
+        yield
+        return
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held_back:
-        os.dup2(held_back.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held_back.seek(0)
-            for line in held_back:
-                if not NOTICES.match(line):
-                    os.write(2, line)
+    os.dup2(reader.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        reader.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # others may hold the pipe, if they were started meanwhile
+            reader.wait(10)
 
 
 _make_ready()

@@ -15,7 +15,7 @@ from data_generator import ImageTasks, SinusoidTasks
 from events import test_scalar
 from maml import MAML
 from recipe import Recipe
-from runs import Run, write_results
+from runs import Run, folder_lock, write_results
 from utils import Curve, say, statistics
 
 TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
@@ -97,7 +97,8 @@ def evaluate(
     classes. None where it was stopped.
     """
     workers, chunks = workers or Cluster(), []
-    size = int(max(workers.gathered([float(_chunk_size(maml, count))])))  # hosts may have different numbers of cores
+    size = _chunk_size(maml, count, -(-count // workers.size))
+    size = int(max(workers.gathered([float(size)])))  # hosts may have different numbers of cores
     for first in range(0, count, size * workers.size):
         if stopped():
             return None
@@ -107,12 +108,14 @@ def evaluate(
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
 
 
-def _chunk_size(maml, count):
-    """Finds how many tasks are evaluated in one call: whole groups, so that one traced graph serves all."""
+def _chunk_size(maml, count, share):
+    """Finds how many tasks are evaluated in one call: whole groups, so that one traced graph serves all.
+
+    count: of all tasks. share: of those that this process computes.
+    """
     if maml.tasks_at_once == 0:
         return min(count, GROUP)
-    size = CHUNK * maml.parallel_tasks * maml.tasks_at_once
-    return min(count, size) if maml.tasks_at_once == 1 else size
+    return maml.tasks_at_once * min(CHUNK * maml.parallel_tasks, -(-share // maml.tasks_at_once))
 
 
 def test(
@@ -213,15 +216,16 @@ def test(
     usual = protocol.split == "test" and protocol.shot == recipe.shot
     usual &= (protocol.query_norm, protocol.updates, protocol.query_shares) == ("batch", -1, "balanced")
     logged = any(run.folder.glob("events.out.tfevents.*"))  # else it was trained without TensorBoard's events
-    if results == run.folder and logged and usual and not protocol.other_data_set:
-        column = paper[-1] if paper else recipe.inner_steps
-        test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
     for update in paper:
         shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:
             shown = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
         print(f"The paper's column, update{update}: {metric} {shown} over {protocol.tasks} {protocol.split} tasks.")
     say(f"Written: {results / name}.csv, .pkl and results.json.")
+    if results == run.folder and logged and usual and not protocol.other_data_set:
+        column = paper[-1] if paper else recipe.inner_steps
+        with folder_lock(run.folder):  # of two tests at once, one after the other
+            test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
 
 
 def _print_table(values, metric, protocol):

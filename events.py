@@ -28,7 +28,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util.event_pb2 import Event
 from tensorflow.python.lib.io.tf_record import tf_record_random_reader
 
-from utils import Curve, Tasks, printable, say, writing
+from utils import Curve, Tasks, move_in, printable, say, writing
 
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
@@ -310,7 +310,7 @@ def _drop_from(folder, start, validated):
                     writer.write(record)
             if one.fault:
                 os.rename(path, aside)
-            os.replace(beside, path)
+            move_in(beside, path)
     beside.unlink(missing_ok=True)  # of a process that was killed here
 
 

@@ -460,7 +460,7 @@ def side_by_side(workers: Cluster) -> int:
 
 def identity() -> dict[str, object]:
     """What must be alike in all processes of a run: the flags, but for --threads, and the code."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:16]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("[!.]*.py")))).hexdigest()[:16]
     names = " ".join(GROUPS.values()).split()
     given = {f"--{name}": FLAGS[name].value for name in names if name != "threads"}
     return given | {"code with the checksum": code, "TensorFlow": tf.__version__, "GPUs": devices.gpus()}

@@ -275,10 +275,10 @@ def from_keras(model: "tf.keras.Model", **more: object) -> Network:
     return Network(init, apply, **more)
 
 
-def _leaves(model):
-    """Yields the layers of a Keras model, and those of the models among them."""
-    for layer in model.layers:
-        yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
+def _layers(model):
+    """The layers of a Keras model, and all those inside them: first those that have no other inside."""
+    layers = model._flatten_layers(include_self=False)
+    return sorted(layers, key=lambda layer: sum(1 for _ in layer._flatten_layers()) > 1)
 
 
 def _refuse_layers(model):
@@ -286,12 +286,12 @@ def _refuse_layers(model):
 
     Raises InputError, which names the first of them.
     """
-    for layer in _leaves(model):
-        kind = type(layer).__name__
-        if kind == "BatchNormalization":
+    keras = tf.keras.layers
+    for layer in _layers(model):
+        if isinstance(layer, keras.BatchNormalization):
             why = "has moving averages, which adaptation to one task must not change for the others"
             way_out = "write the network as two functions with special_grads.batch_norm (docs/predict.md)"
-        elif kind in ("LayerNormalization", "GroupNormalization"):
+        elif isinstance(layer, keras.LayerNormalization | keras.GroupNormalization):
             why = "stops a gradient, so that its second derivatives are wrong"
             way_out = "take RMSNormalization, or write the network as two functions (docs/predict.md)"
         elif layer.non_trainable_variables:
@@ -299,6 +299,7 @@ def _refuse_layers(model):
             why, way_out = f"has state, or weights that are not trained ({held})", "leave it out"
         else:
             continue
+        kind = type(layer).__name__
         raise InputError(f"layer {layer.name} ({kind}) of the Keras model {model.name} {why}: {way_out}")
 
 

@@ -441,7 +441,7 @@ def main() -> None:
         (
             "updates",
             "error or accuracy after each update (paper, figure 3), of results/*.json or a run's results.json; the "
-            "paper's accuracy beside that of results/*.json, a dashed line with its 95 %% interval",
+            "paper's accuracy beside that of results/*.json, a dashed line with its 95 % interval",
         ),
         ("training", "training curves of run folders"),
         (
@@ -455,7 +455,7 @@ def main() -> None:
             "predict.py was asked lie in folders with the same names as those of the labelled images",
         ),
     ):
-        one = figures.add_parser(name, help=help, description=help)
+        one = figures.add_parser(name, help=help.replace("%", "%%"), description=help)  # argparse expands one of them
         one.add_argument("what", nargs="+", type=_labelled, metavar="label=path")
         one.add_argument("--output", type=Path, required=True, help="path without .png, .svg and .pdf")
         one.add_argument("--dpi", type=int, default=300, help="pixels an inch of the PNG (300)")

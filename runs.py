@@ -370,7 +370,7 @@ def write_results(
         for j in range(values.shape[1])
     ]
     path = folder / "results.json"
-    with writing(folder), _folder_lock(folder):  # of two tests at once, both stay in results.json
+    with writing(folder), folder_lock(folder):  # of two tests at once, both stay in results.json
         write_whole(folder / f"{name}.csv", lambda file: file.write(text.getvalue().encode()))
         # For programs that read the original's results; nothing here reads it.
         write_whole(folder / f"{name}.pkl", lambda file: pickle.dump({"mses": values}, file))
@@ -384,7 +384,7 @@ def write_results(
 
 
 @contextlib.contextmanager
-def _folder_lock(folder):
+def folder_lock(folder: Path) -> Iterator[None]:
     """Waits for others that hold it. Where the system or the disk has no locks, there is none."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):

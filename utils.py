@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import os
 import re
+import secrets
 import signal
 import stat
 import unicodedata
@@ -194,7 +195,8 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     The file beside it is locked until then, so that one whose process was killed is known by its lack of a lock.
     """
     remove_leftovers(path.parent, glob.escape(path.name))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process's number: on a shared disk processes in other containers have the same.
+    beside = path.with_name(f".{path.name}.{secrets.randbelow(10**10)}")
     try:
         with contextlib.ExitStack() as held:
             with open(beside, "wb") as file:

@@ -24,11 +24,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
+
 import numpy as np
 import tensorflow as tf
 from absl.flags import Error
 
-import devices
 import events
 import main
 import recipe

@@ -27,12 +27,12 @@ class Environment(NamedTuple):
     step: Callable  # (states, goals, actions [..., A]) -> states, rewards [...], whether the goal is reached [...]
 
 
-def point(oracle: bool = False) -> Environment:
+def point(oracle: bool = False, threads: int = 0) -> Environment:
     """A point in the plane that goes to a goal which it does not see; with `oracle` the goal is observed too.
 
     Goals are uniform in [-0.5, 0.5]^2; a rollout begins in the origin. An action of 1 moves by 0.1, no further in each
     coordinate. The reward is minus the distance to the goal after the step, and the rollout ends within 0.01 of the
-    goal in both coordinates, or after 100 steps. State [..., 2]: the position.
+    goal in both coordinates, or after 100 steps. State [..., 2]: the position. It needs no threads.
     Source: cbfinn/maml_rl, point_env_randgoal.py and normalized_env.py. The paper (section 5.3) says minus the squared
     distance; its code and its returns do not.
     """
@@ -57,7 +57,7 @@ def point(oracle: bool = False) -> Environment:
     )
 
 
-def half_cheetah(reward: str, oracle: bool = False) -> Environment:
+def half_cheetah(reward: str, oracle: bool = False, threads: int = 0) -> Environment:
     """Rllab's half-cheetah, in the plane, which runs forwards or backwards, or at a goal speed.
 
     A step is 0.01 s under one action, whose six torques are clipped to +-1. Observed are the positions but that along
@@ -67,11 +67,11 @@ def half_cheetah(reward: str, oracle: bool = False) -> Environment:
     squared actions, and
       direction  plus the speed of the centre of mass for a goal of 1 and more, minus it below;
       speed      minus the distance of that speed from the goal, in m/s.
-    State [..., S]: MuJoCo's (time, positions, velocities).
+    State [..., S]: MuJoCo's (time, positions, velocities). The simulator has `threads`, 0: one on each core.
     Source: cbfinn/maml_rl, half_cheetah_env_rand_direc.py, half_cheetah_env_rand.py and mujoco_env.py.
     Raises InputError without the package mujoco.
     """
-    simulator = _Simulator()
+    simulator = _Simulator(threads or devices.cores())
     model = simulator.model
     positions = slice(1, 1 + model.nq)
     velocities = slice(1 + model.nq, 1 + model.nq + model.nv)
@@ -139,9 +139,9 @@ def centre_of_mass(model, q: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.
 
 
 class _Simulator:
-    """MuJoCo on many states at once, side by side on all cores. A step is a function of state and action alone."""
+    """MuJoCo on many states at once, side by side in threads. A step is a function of state and action alone."""
 
-    def __init__(self):
+    def __init__(self, threads):
         try:
             import mujoco
             from mujoco import rollout
@@ -150,7 +150,6 @@ class _Simulator:
         self.model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("half_cheetah.xml")))
         mujoco.mj_setTotalmass(self.model, 14)  # kg, as rllab's
         mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
-        threads = devices.cores()
         self.data = [mujoco.MjData(self.model) for _ in range(threads)]
         self.rollout = rollout.Rollout(nthread=threads)
 

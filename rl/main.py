@@ -104,7 +104,7 @@ def main() -> None:
     devices.start(cores)
     identity = run_identity()
     run = run_folder(identity)
-    environment = ENVIRONMENTS[FLAGS.env](oracle=FLAGS.baseline == "oracle")
+    environment = ENVIRONMENTS[FLAGS.env](oracle=FLAGS.baseline == "oracle", threads=cores)
     learner = build(identity, environment, cores)
     if not FLAGS.train:
         test(run, learner, identity, environment)

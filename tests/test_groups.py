@@ -107,6 +107,21 @@ def test_evaluation_in_groups_has_the_same_tasks():
         np.testing.assert_allclose(curve.losses, found[0].losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("at_once", "most"), [(1, 7), (4, 8)])
+def test_evaluation_on_many_cores_computes_no_more_than_is_asked(at_once, most):
+    """But for the rest of a group."""
+    drawn = []
+
+    class Source:
+        def draw(self, *which):
+            drawn.append(which[-1])
+            return SinusoidTasks(5, 5).draw(*which)
+
+    maml = recipe.build(Recipe(norm=None, conv=False), 64, at_once)
+    evaluate(maml, Source(), "val", 7, 2, 0)
+    assert drawn == [most]
+
+
 @pytest.mark.parametrize("at_once", [1, 4, 0])
 def test_sums_over_tasks_are_float64(at_once):
     """Between tasks, and between the tasks of a group: in float32 the small numbers would be lost."""

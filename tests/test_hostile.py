@@ -320,9 +320,26 @@ def writer(tmp_path):
     process.communicate()
 
 
+def test_two_writers_of_one_file_with_one_number(tmp_path, monkeypatch):
+    """As in two containers on a shared disk, whose processes have the same number: each file is whole."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "here"
+
+    def fill(file):
+        file.write(b"a" * 5)
+        file.flush()
+        utils.write_whole(path, lambda other: other.write(b"b" * 9))
+        assert path.read_bytes() == b"b" * 9
+        file.write(b"a" * 5)
+
+    utils.write_whole(path, fill)
+    assert path.read_bytes() == b"a" * 10
+    assert os.listdir(tmp_path) == ["here"]
+
+
 def test_what_a_killed_writer_left_goes_at_the_next_start(writer, tmp_path):
     """What a living one is writing stays, and so does what is another's."""
-    left = tmp_path / f".here.{writer.pid}"
+    (left,) = tmp_path.glob(".here.[0-9]*")
     others = [tmp_path / name for name in (".here.tmp", ".here.1a", "here.12", ".here.12.txt", ".there.12")]
     for path in others:
         path.write_text("mine")
@@ -694,6 +711,26 @@ def test_a_backend_of_matplotlib_that_is_not_installed():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell that closes them")
+def test_a_link_of_an_editor_beside_the_programs(tmp_path, monkeypatch):
+    """Emacs leaves one that leads nowhere while a file has changes that are not saved."""
+    (tmp_path / "some.py").write_text("1")
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    before = main.identity()
+    (tmp_path / ".#some.py").symlink_to("me@here.42")
+    assert main.identity() == before
+
+
+def test_why_tensorflow_aborts_is_told():
+    """As on processors without AVX. Notices are not."""
+    program = (
+        "import os, devices\nwith devices._without_notices():\n"
+        "    os.write(2, b'W0000 00:00 a notice\\nF0000 00:00 why\\n')\n    os.abort()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=PROGRAM.parent, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGABRT
+    assert ended.stderr == "F0000 00:00 why\n"
+
+
 def test_closed_streams(tmp_path):
     """The run ends as it should, and no file of its own takes the number of stdout or stderr."""
     flags = "--norm=None", "--metatrain_iterations=1", f"--logdir={tmp_path}"

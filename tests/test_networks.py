@@ -170,6 +170,27 @@ def test_keras_layers_that_would_be_wrong(layer, reason):
         networks.from_keras(model)
 
 
+class Block(keras.layers.Layer):
+    """A layer of a user's own, which has others inside."""
+
+    def __init__(self, inside, **more):
+        super().__init__(**more)
+        self.inside = inside
+
+    def call(self, x):
+        return self.inside(x)
+
+
+@pytest.mark.parametrize("around", [keras.layers.TimeDistributed, Block, lambda inside: Block(Block(inside))])
+@pytest.mark.parametrize("layer", ["LayerNormalization", "BatchNormalization"])
+def test_keras_layers_that_would_be_wrong_inside_others(around, layer):
+    model = keras.Sequential(
+        [keras.Input((3, 4)), around(getattr(keras.layers, layer)(name="it")), keras.layers.Flatten()]
+    )
+    with pytest.raises(InputError, match=rf"layer it \({layer}\) of the Keras model"):
+        networks.from_keras(model)
+
+
 def test_keras_models_without_weights_or_shape():
     with pytest.raises(InputError, match="is not built: begin it with keras"):
         networks.from_keras(keras.Sequential([keras.layers.Dense(3)]))

@@ -84,6 +84,14 @@ def test_updates_figure_has_a_panel_for_each_shot():
     np.testing.assert_array_equal(lines(ten)["MAML"], [[0, 1, 2], [3, 0.4, 0.1]])
 
 
+def test_the_help_of_a_figure_has_its_percents(monkeypatch, capsys):
+    for arguments in (["--help"], ["updates", "--help"]):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, *arguments)
+        told = " ".join(capsys.readouterr().out.split())
+        assert "with its 95 % interval" in told
+
+
 @pytest.mark.parametrize("updates", [2, 20])
 def test_the_axis_of_updates_is_as_long_as_the_test(updates):
     (panel,) = plot.updates_figure({"MAML": [entry(5, "accuracy", [0.5] * (updates + 1))]}).axes

@@ -176,6 +176,8 @@ def test_updates(model, characters):
         (np.full((5, 28, 28), np.nan), "abcde", "floats of nan to nan"),
         ([np.zeros((28, 28)), np.zeros((29, 28))], "ab", "the images have different shapes"),
         ("a.png", "a", "a.png is one path: give a list of paths"),
+        (7, "a", "the images are of type int: give a list of paths, or an array"),
+        (iter(["nowhere.png"]), "a", "cannot read image nowhere.png"),
         (["nowhere.png"], "a", "cannot read image nowhere.png"),
     ],
 )
