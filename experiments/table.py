@@ -232,20 +232,22 @@ def summary(results: Path) -> str:
 
     Where the last checkpoint was tested, the best on validation stands in docs/results.md alone.
     """
-    lines = ["| test | paper | ours, one line a seed | queries a class |", "| --- | --- | --- | --- |"]
+    lines = ["| test | paper | ours, each seed | queries a class |", "| --- | --- | --- | --- |"]
     missing = []
     for row in SUMMARY:
         name = row.test if row.model == "MAML" else f"{row.test}, {row.model}"
         tested = ours(row, results)
         if not tested and _theirs(row, results):
             missing.append(name)
+        by_theirs = defaultdict(list)
         for protocol, tests in tested.items():
             last = protocol.removesuffix(f", {BEST}")
-            if last != protocol and last in tested:
-                continue
-            if theirs := _theirs(row, results, protocol):
-                mine = "<br>".join(_reported(test) for _, test in tests)
-                lines.append(f"| {name} | {theirs} | {mine} | {protocol} |")
+            if last == protocol or last not in tested:
+                by_theirs[_theirs(row, results, protocol)] += [(_reported(test), protocol) for _, test in tests]
+        by_theirs.pop("", None)
+        for theirs, cells in by_theirs.items():
+            mine, protocols = map("<br>".join, zip(*cells, strict=True))
+            lines.append(f"| {name} | {theirs} | {mine} | {protocols} |")
     lines += returns(results)
     if missing:
         lines += ["", f"Not run yet: {'; '.join(missing)}."]
