@@ -60,9 +60,11 @@ def _without_notices() -> Iterator[None]:
     It outlives this one where TensorFlow aborts, and says why. It needs no disk, which may be full.
     """
     command = [sys.executable, "-I", "-S", "-c", FILTER, NOTICES]
-    try:  # in a session of its own: a terminal's Ctrl-C is not for it
+    reader = None
+    with contextlib.suppress(OSError, TypeError):  # Python may not know where it is
+        # In a session of its own: a terminal's Ctrl-C is not for it.
         reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    except OSError:  # it would only make the start quieter
+    if reader is None:  # the start is only louder
         yield
         return
     stderr = os.dup(2)

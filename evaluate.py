@@ -15,7 +15,7 @@ from data_generator import ImageTasks, SinusoidTasks
 from events import test_scalar
 from maml import MAML
 from recipe import Recipe
-from runs import Run, folder_lock, write_results
+from runs import Run, write_results
 from utils import Curve, say, statistics
 
 TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
@@ -114,7 +114,7 @@ def _chunk_size(maml, count, share):
     count: of all tasks. share: of those that this process computes.
     """
     if maml.tasks_at_once == 0:
-        return min(count, GROUP)
+        return min(count, GROUP)  # whatever the share: groups of other sizes have other roundings
     return maml.tasks_at_once * min(CHUNK * maml.parallel_tasks, -(-share // maml.tasks_at_once))
 
 
@@ -224,8 +224,7 @@ def test(
     say(f"Written: {results / name}.csv, .pkl and results.json.")
     if results == run.folder and logged and usual and not protocol.other_data_set:
         column = paper[-1] if paper else recipe.inner_steps
-        with folder_lock(run.folder):  # of two tests at once, one after the other
-            test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
+        test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
 
 
 def _print_table(values, metric, protocol):

@@ -28,7 +28,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util.event_pb2 import Event
 from tensorflow.python.lib.io.tf_record import tf_record_random_reader
 
-from utils import Curve, Tasks, move_in, printable, say, writing
+from utils import Curve, Tasks, folder_lock, move_in, printable, say, writing
 
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most
@@ -112,9 +112,9 @@ def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None
     """Writes a test's number for the table of runs, "accuracy" or "loss".
 
     It has a folder of its own, since TensorBoard leaves a file of events once there is a newer one beside it, and
-    training may still write to that.
+    training may still write to that. Of two tests at once, one waits for the other.
     """
-    with Events(folder / TEST_FOLDER, iteration) as events:
+    with folder_lock(folder), Events(folder / TEST_FOLDER, iteration) as events:
         events.scalars(iteration, {metric: value})
 
 

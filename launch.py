@@ -6,8 +6,8 @@
 Each line that a process prints has its number before it. Process 0 is the chief, which prints what a run tells and
 writes its folder. Ctrl-C and SIGTERM are handed on: all stop after the same step, saved. Where one process dies the
 others end too; the same command goes on from the last checkpoint, and with --restarts=K it is given again by itself,
-up to K times. What a process refuses, such as a wrong flag or a full disk, is not repeated. The exit code is that of
-the first process that ended with one.
+up to K times. Where a process ends with an error of its own, such as a wrong flag or a full disk, it is not. The exit
+code is that of the first process that ended with one; 75 says only that another is gone.
 """
 
 import argparse
@@ -146,8 +146,8 @@ def main() -> int:
         signal.signal(number, lambda number, frame: stops.append(number))
     command = [sys.executable, args.program, *args.flags]
     for restart in range(args.restarts + 1):
-        # What ended the run; the others follow. What a process has refused would be refused again.
-        code = next((code for code in run_once(command, processes, names, stops) if code), 0)
+        codes = [code for code in run_once(command, processes, names, stops) if code]
+        code = next((code for code in codes if code != GONE), GONE if codes else 0)
         died = code < 0 or code == GONE
         if not died or stops or restart == args.restarts:
             break

@@ -620,7 +620,8 @@ def test_run(recipe: Recipe, workers: Cluster) -> None:
         query_shares=FLAGS.query_shares,
     )
     asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query)
-    recipes.check_test(asked, min(side_by_side(workers), FLAGS.test_tasks))
+    groups, at_once = layout(workers)
+    recipes.check_test(asked, min(groups * at_once or evaluate.GROUP, FLAGS.test_tasks))
     data = open_data(dataset, (protocol.split,), asked, training=False, query_shares=FLAGS.query_shares)
     maml = recipes.build(recipe, *layout(workers))
     if FLAGS.test_iter == -1:

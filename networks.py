@@ -209,8 +209,8 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
         outputs: scores, or numbers that are predicted.
         norm: 'batch_norm', 'layer_norm' or None.
         tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. On two cores a step
-            of the sinusoid's 1,761 weights took 0.5 ms in one operation and 2.2 task by task, before it was compiled;
-            Omniglot's 246,597 weights gain nothing (benchmarks/NOTES.md).
+            of the sinusoid's 1,761 weights took 0.5 ms in one operation and 2.2 task by task, before it was compiled.
+            Omniglot's 246,597 weights gain nothing in one operation (benchmarks/NOTES.md).
     Source: paper sections 5.1 (hidden 40, 40) and 5.2 (256, 128, 64, 64); the original's maml.py (construct_fc_weights,
     forward_fc).
     """
@@ -276,9 +276,9 @@ def from_keras(model: "tf.keras.Model", **more: object) -> Network:
 
 
 def _layers(model):
-    """The layers of a Keras model, and all those inside them: first those that have no other inside."""
-    layers = model._flatten_layers(include_self=False)
-    return sorted(layers, key=lambda layer: sum(1 for _ in layer._flatten_layers()) > 1)
+    """The layers of a Keras model, and all those inside them; first the innermost, which an error shall name."""
+    layers = model._flatten_layers(include_self=False)  # Keras' own; `layers` leaves out those in a user's layers
+    return sorted(layers, key=lambda layer: len(layer._flatten_layers()) > 1)
 
 
 def _refuse_layers(model):

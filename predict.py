@@ -25,7 +25,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -200,8 +200,6 @@ class Model:
         """The images of a call: paths are read, arrays are checked."""
         if isinstance(images, str | Path):
             raise InputError(f"{images} is one path: give a list of paths, or an array")
-        if isinstance(images, Iterable) and not hasattr(images, "__getitem__"):
-            images = list(images)  # of paths, such as Path.glob gives
         try:
             are_paths = len(images) > 0 and isinstance(images[0], str | Path)
         except (TypeError, LookupError):

@@ -31,6 +31,7 @@ import tensorflow as tf
 
 from utils import (
     InputError,
+    folder_lock,
     lock,
     move_in,
     printable,
@@ -381,17 +382,6 @@ def write_results(
         kept = [one for one in earlier if any(one.get(key) != value for key, value in entry.items())]
         results = json.dumps([*kept, {**entry, **known, "results": updates}], indent=1).encode()
         write_whole(path, lambda file: file.write(results))
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Waits for others that hold it. Where the system or the disk has no locks, there is none."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            held = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, held)
-            lock(held, wait=True)
-        yield
 
 
 def check_writable(folder: Path, flag: str) -> None:

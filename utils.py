@@ -232,6 +232,17 @@ def lock(file: BinaryIO | int, wait: bool = False) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Waits for others that hold it. Where the system or the disk has no locks, there is none."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            held = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, held)
+            lock(held, wait=True)
+        yield
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """Reads a file that anybody may have put there: a pipe would never end, and so would a device.
 

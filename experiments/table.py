@@ -230,7 +230,7 @@ def _seed(record, test):
 def summary(results: Path) -> str:
     """The rows for which others report a number, theirs beside ours; then those of them that nobody has run.
 
-    Where the last checkpoint was tested, the best on validation stands in docs/results.md alone.
+    Where the last checkpoint of a run was tested, its best on validation stands in docs/results.md alone.
     """
     lines = ["| test | paper | ours, each seed | queries a class |", "| --- | --- | --- | --- |"]
     missing = []
@@ -241,9 +241,10 @@ def summary(results: Path) -> str:
             missing.append(name)
         by_theirs = defaultdict(list)
         for protocol, tests in tested.items():
-            last = protocol.removesuffix(f", {BEST}")
-            if last == protocol or last not in tested:
-                by_theirs[_theirs(row, results, protocol)] += [(_reported(test), protocol) for _, test in tests]
+            for record, test in tests:
+                of_last = tested.get(protocol.removesuffix(f", {BEST}"), []) if test["best_on_validation"] else []
+                if all(record is not other for other, _ in of_last):
+                    by_theirs[_theirs(row, results, protocol)].append((_reported(test), protocol))
         by_theirs.pop("", None)
         for theirs, cells in by_theirs.items():
             mine, protocols = map("<br>".join, zip(*cells, strict=True))

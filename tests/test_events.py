@@ -2,6 +2,7 @@
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from events import GAP, LETTERS, MOST_SIDE, RIGHT, WHITE, WRONG, Events, read, task_picture
+import events
+from events import GAP, LETTERS, MOST_SIDE, RIGHT, TEST_FOLDER, WHITE, WRONG, Events, read, task_picture
 from utils import Tasks
 
 
@@ -41,6 +43,19 @@ def test_events_of_another_beginning_all_go(tmp_path):
     write_events(tmp_path, 0, [0, 100], value=1)
     write_events(tmp_path, 0, [0], value=2)
     assert read_events(tmp_path) == [(0, 2)]
+
+
+def test_numbers_of_two_tests_at_once(tmp_path):
+    """Both rewrite the folder of tests: one after the other, and the last number stays."""
+
+    def write(process):
+        for _ in range(20):
+            events.test_scalar(tmp_path, 100, "accuracy", process)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, (1, 2)))
+    ((step, value),) = read_events(tmp_path / TEST_FOLDER)
+    assert step == 100 and value in (1, 2)
 
 
 def test_events_that_stay_are_not_rewritten(tmp_path):

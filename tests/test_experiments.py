@@ -269,10 +269,12 @@ def test_summary_names_what_is_not_run(tmp_path):
     best = test | {"results": [(3, 0.99, 1, True)], "best_on_validation": True}
     write_record(tmp_path, "omniglot_5way_1shot", 0, last)
     write_record(tmp_path, "omniglot_5way_1shot", 1, last, best)
+    write_record(tmp_path, "omniglot_5way_1shot", 2, best)
     write_record(tmp_path, "omniglot_5way_1shot_fc", 0, best)
     *lines, _, missing = table.summary(tmp_path).splitlines()
     assert lines[2:] == [
-        "| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2 | 1<br>1 |",
+        "| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2<br>99.0 +- 1.2 | "
+        "1<br>1<br>1, best on validation |",
         "| Omniglot 5-way 1-shot, no convolutions | 89.7 +- 1.1 | 99.0 +- 1.2 | 1, best on validation |",
     ]
     five_shot = "Omniglot 5-way 5-shot"

@@ -9,6 +9,7 @@ import tensorflow as tf
 import networks
 import recipe
 import special_grads
+from cluster import Cluster
 from data_generator import SinusoidTasks
 from evaluate import evaluate
 from maml import MAML
@@ -107,9 +108,21 @@ def test_evaluation_in_groups_has_the_same_tasks():
         np.testing.assert_allclose(curve.losses, found[0].losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("at_once", "most"), [(1, 7), (4, 8)])
-def test_evaluation_on_many_cores_computes_no_more_than_is_asked(at_once, most):
-    """But for the rest of a group."""
+class Four(Cluster):
+    """Four processes that have all found what this one has."""
+
+    def __init__(self):
+        super().__init__(tuple("abcd"))
+
+    def gathered(self, values):
+        return np.concatenate([values] * self.size)
+
+
+@pytest.mark.parametrize(
+    ("workers", "at_once", "most"), [(Cluster(), 1, 7), (Cluster(), 4, 8), (Four(), 1, 2), (Four(), 2, 2)]
+)
+def test_evaluation_on_many_cores_computes_no_more_than_is_asked(workers, at_once, most):
+    """But for the rest of a group. Four processes share 7 tasks."""
     drawn = []
 
     class Source:
@@ -118,8 +131,9 @@ def test_evaluation_on_many_cores_computes_no_more_than_is_asked(at_once, most):
             return SinusoidTasks(5, 5).draw(*which)
 
     maml = recipe.build(Recipe(norm=None, conv=False), 64, at_once)
-    evaluate(maml, Source(), "val", 7, 2, 0)
+    curve = evaluate(maml, Source(), "val", 7, 2, 0, workers=workers)
     assert drawn == [most]
+    assert curve.losses.shape == (7, 3)
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 0])

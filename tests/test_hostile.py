@@ -710,7 +710,6 @@ def test_a_backend_of_matplotlib_that_is_not_installed():
     assert (ended.code, ended.err, ended.out) == (0, "", "None\n")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a shell that closes them")
 def test_a_link_of_an_editor_beside_the_programs(tmp_path, monkeypatch):
     """Emacs leaves one that leads nowhere while a file has changes that are not saved."""
     (tmp_path / "some.py").write_text("1")
@@ -723,7 +722,8 @@ def test_a_link_of_an_editor_beside_the_programs(tmp_path, monkeypatch):
 def test_why_tensorflow_aborts_is_told():
     """As on processors without AVX. Notices are not."""
     program = (
-        "import os, devices\nwith devices._without_notices():\n"
+        "import os, resource, devices\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "with devices._without_notices():\n"
         "    os.write(2, b'W0000 00:00 a notice\\nF0000 00:00 why\\n')\n    os.abort()"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=PROGRAM.parent, capture_output=True, text=True)
@@ -731,6 +731,15 @@ def test_why_tensorflow_aborts_is_told():
     assert ended.stderr == "F0000 00:00 why\n"
 
 
+def test_a_start_where_python_does_not_know_where_it_is():
+    """As in a program that Python is a part of: nothing reads along, and the start is only louder."""
+    for where in ("'/nowhere/python'", "None"):
+        program = f"import sys\nsys.executable = {where}\nimport devices\nprint('started')"
+        ended = end(spawn("-c", program, cwd=ROOT))
+        assert (ended.code, ended.out) == (0, "started\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell that closes them")
 def test_closed_streams(tmp_path):
     """The run ends as it should, and no file of its own takes the number of stdout or stderr."""
     flags = "--norm=None", "--metatrain_iterations=1", f"--logdir={tmp_path}"

@@ -177,7 +177,8 @@ def test_updates(model, characters):
         ([np.zeros((28, 28)), np.zeros((29, 28))], "ab", "the images have different shapes"),
         ("a.png", "a", "a.png is one path: give a list of paths"),
         (7, "a", "the images are of type int: give a list of paths, or an array"),
-        (iter(["nowhere.png"]), "a", "cannot read image nowhere.png"),
+        ({"a.png"}, "a", "the images are of type set: give a list of paths, or an array"),
+        (iter(["a.png"]), "a", "the images are of type list_iterator: give a list of paths, or an array"),
         (["nowhere.png"], "a", "cannot read image nowhere.png"),
     ],
 )
