@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if SEVERAL else "2")
 
 # What TensorFlow's libraries write to stderr at their start, before that level is read, and without a GPU.
 NOTICES = "WARNING: All log messages before absl|[IW]0000 |E0000 .*failed call to cuInit"
+# A program that prints all that it reads, but the lines that begin as its argument says.
 FILTER = """
 import re, sys
 for line in sys.stdin.buffer:
