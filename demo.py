@@ -217,7 +217,10 @@ def serve(port: int = 0) -> BaseWSGIServer:
     with listening:
         server = make_server("127.0.0.1", port, site, True, request_handler=Quiet, fd=listening.fileno())
     server.daemon_threads = True
-    site.hosts = {f"{name}:{server.port}" for name in ("127.0.0.1", "localhost")}
+    names = ("127.0.0.1", "localhost")
+    site.hosts = {f"{name}:{server.port}" for name in names}
+    if server.port == 80:  # a browser leaves out http's own port
+        site.hosts |= set(names)
     return server
 
 
@@ -236,7 +239,8 @@ def main() -> None:
         address = f"http://127.0.0.1:{server.port}/"
         print(f"The page is at {address} (Ctrl-C ends it).", flush=True)
         if not args.nobrowser:
-            webbrowser.open(address)
+            # A browser in a terminal runs until it is left, and meanwhile it wants the page.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         server.serve_forever()
     except InputError as error:
         print(f"demo.py: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Evaluation of a model on many tasks, and the files and lines of a test."""
 
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import fsencode
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +119,21 @@ def _chunk_size(maml, count, share):
     return maml.tasks_at_once * min(CHUNK * maml.parallel_tasks, -(-share // maml.tasks_at_once))
 
 
+def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterable[str]) -> int:
+    """Counts the classes of a split that were trained on, by their names. A line tells of them where there are any."""
+    if not isinstance(data, ImageTasks):
+        return 0
+    trained, names = set(trained), data.classes[split].names
+    known = [name for name in names if name in trained]
+    if known:
+        say(
+            f"WARNING: {len(known):,} of the {len(names):,} classes of the {split} split have names of classes that "
+            f"are trained on, such as {known[0]}: if they are the same classes, this is no test on new ones.",
+            sys.stderr,
+        )
+    return len(known)
+
+
 def test(
     maml: MAML,
     data: SinusoidTasks | ImageTasks,
@@ -141,6 +157,7 @@ def test(
         workers: the processes that do it. The chief alone prints and writes.
     Raises InputError where a file cannot be written.
     """
+    also_trained = known_classes(data, protocol.split, run.trained_classes()) if workers.chief else 0
     updates = max(recipe.inner_steps, TEST_UPDATES) if protocol.updates == -1 else protocol.updates
     curve = evaluate(
         maml,
@@ -210,6 +227,8 @@ def test(
     }
     if workers.size > 1:
         known["processes"] = workers.size
+    if also_trained:
+        known["classes_also_trained_on"] = also_trained
     name = protocol.name(recipe)
     write_results(results, name, values, entry, known, paper)
     means, _, ci95 = statistics(values)

@@ -1,11 +1,13 @@
 """Images on disk: the folders of classes, their splits, and a cache of the decoded pixels beside them."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
+import shutil
 import threading
 import warnings
 import zlib
@@ -14,14 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import augment
-from utils import InputError, read_regular, remove_leftovers, say, write_whole
+import devices
+from utils import InputError, folder_lock, read_regular, remove_leftovers, say, write_whole
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # a split's place is part of the key of its random stream
@@ -31,6 +34,8 @@ BYTES_AT_ONCE = 2**28  # the same in bytes
 MOST_INDEX = 10**8  # bytes of a cache's index, which names the broken images
 MOST_SIDE = 10**6  # pixels: to resize one side takes 48 bytes for each of its pixels, so 48 MB here
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million, Pillow's own limit for one image; here for all threads together
+# What --skip_broken does not pass over, since the image may be read at the next start.
+DISK_FAILURES = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT EMFILE ENFILE".split() if hasattr(errno, name)}
 
 
 class Images(NamedTuple):
@@ -122,7 +127,10 @@ def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[s
             )
         named = _cut(classes.names, images.split_sizes)
     else:
-        named = _published_splits(classes.names, ROOT / "data" / "splits" / images.split_list, folder)
+        # Without those that have no images, such as the __pycache__ of a script in the folder: a name that is not
+        # published would split all classes anew.
+        filled = [name for name, count in zip(classes.names, classes.counts, strict=True) if count]
+        named = _published_splits(filled, ROOT / "data" / "splits" / images.split_list, folder)
     return {split: classes.named(named[split]) for split in splits}
 
 
@@ -194,9 +202,16 @@ def image_files(root: str) -> list[str]:
     return sorted(os.path.join(root, name, file) for name, files in _folders(root) for file in files)
 
 
-def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
+def other_files(root: str) -> list[str]:
+    """Finds, as image_files does, the files that by their names are no images which can be read."""
+    found = _folders(root, lambda entry: entry.is_file() and not _is_image(entry))
+    return sorted(os.path.join(root, name, file) for name, files in found for file in files)
+
+
+def _folders(root: str, wanted: Callable[[os.DirEntry], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
     """Finds `root`, whose name is empty, and all folders below it, of those that hold images or nothing at all.
 
+    wanted: tells which files count, if not images.
     Yields the name of each, and the sorted names of its images. Raises as class_folders.
     """
     pending = [(root, "", frozenset())]
@@ -208,7 +223,7 @@ def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
         try:
             entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
             folders = [entry for entry in entries if entry.is_dir()]
-            files = sorted(entry.name for entry in entries if _is_image(entry))
+            files = sorted(entry.name for entry in entries if (wanted or _is_image)(entry))
         except OSError as error:
             raise InputError(
                 f"cannot read {error.filename} ({error.strerror}): make it readable, or remove it"
@@ -256,35 +271,58 @@ def _cached(
 
     for pattern in ("*.npy", "*.json"):
         remove_leftovers(cache, pattern)
-    try:
-        kept = json.loads(read_regular(index_file, MOST_INDEX))
-        broken, checksum, aspects = kept.pop("broken"), kept.pop("checksum"), kept.pop("aspects", [])
-        whole = len(aspects) == (len(paths) - len(broken)) * images.augment
-        if kept == index and whole and set(broken) <= set(paths) and (images.skip_broken or not broken):
-            pixels = _mapped(array_file, shape)
-            if zlib.crc32(pixels[: len(paths) - len(broken)]) == checksum:  # 0.24 s a GB on one core
-                return pixels, broken, _as_aspects(aspects)
-    except Exception:  # no cache yet, or a damaged one, which raises nearly every kind there is: it is made anew
-        pass
 
+    def kept():
+        """What the cache has; None where there is none yet, or another, or a damaged one: it is made anew."""
+        try:
+            found = json.loads(read_regular(index_file, MOST_INDEX))
+            broken, checksum, aspects = found.pop("broken"), found.pop("checksum"), found.pop("aspects", [])
+            whole = len(aspects) == (len(paths) - len(broken)) * images.augment
+            if found == index and whole and set(broken) <= set(paths) and (images.skip_broken or not broken):
+                pixels = _mapped(array_file, shape)
+                if zlib.crc32(pixels[: len(paths) - len(broken)]) == checksum:  # 0.24 s a GB on one core
+                    return pixels, broken, _as_aspects(aspects)
+        except Exception:  # a damaged one raises nearly every kind there is
+            pass
+        return None
+
+    if found := kept():
+        return found
     try:
         cache.mkdir(exist_ok=True)
-        broken, aspects = [], []
+        with folder_lock(cache):  # of several processes that start at once, one decodes
+            if found := kept():
+                return found
+            _check_room(cache, math.prod(shape))
+            broken, aspects = [], []
 
-        def decode(file):
-            index["checksum"] = _write_array(file, images, root, paths, shape, broken, aspects)
-            index_file.unlink(missing_ok=True)  # never an index beside an array that it does not describe
+            def decode(file):
+                index["checksum"] = _write_array(file, images, root, paths, shape, broken, aspects)
 
-        write_whole(array_file, decode)
-        record = json.dumps(index | {"broken": broken} | ({"aspects": aspects} if images.augment else {}))
-        write_whole(index_file, lambda file: file.write(record.encode()))
-        return _mapped(array_file, shape), broken, aspects
+            write_whole(array_file, decode)
+            record = json.dumps(index | {"broken": broken} | ({"aspects": aspects} if images.augment else {}))
+            write_whole(index_file, lambda file: file.write(record.encode()))
+            return _mapped(array_file, shape), broken, aspects
     except OSError as error:
-        _tell_once(f"The image cache {cache} cannot be written ({error.strerror or error})")
+        reason = error.strerror or str(error)
+    needed, memory = math.prod(shape), devices.memory()
+    if needed > memory:
+        raise InputError(
+            f"the image cache {cache} cannot be written ({reason}), and its {needed / 1e9:,.1f} GB are more than the "
+            f"memory, which has {memory / 1e9:,.1f} GB: make room for it there, or lower --image_size"
+        )
+    _tell_once(f"The image cache {cache} cannot be written ({reason})")
     pixels = np.zeros(shape, np.uint8)
     row, aspects = iter(pixels), []
     broken = _decode(images, root, paths, lambda image: np.copyto(next(row), image), aspects)
     return pixels, broken, aspects
+
+
+def _check_room(cache, needed):
+    """Raises OSError where the disk has not so many bytes: what will not fit is not decoded twice."""
+    disk = shutil.disk_usage(cache)
+    if disk.free < needed and disk.total:  # some network disks say that they have nothing at all
+        raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:,.1f} GB, and the disk has {disk.free / 1e9:,.1f} GB left")
 
 
 def _as_aspects(found):
@@ -346,8 +384,12 @@ def _write_array(file, images, root, paths, shape, broken, aspects):
     return checksum
 
 
-class _Unreadable(InputError):
-    """An image that --skip_broken leaves out."""
+class UnreadableError(InputError):
+    """An image that cannot be read, and will not be the next time; --skip_broken leaves it out."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"cannot read image {path}: {reason}")
+        self.reason = reason
 
 
 def _decode(
@@ -364,15 +406,18 @@ def _decode(
         at.path = path
         try:
             return read_whole(f"{root}/{path}", images)
-        except _Unreadable:
+        except UnreadableError as error:
             if images.skip_broken:
                 return None
-            raise
+            raise InputError(
+                f"cannot read image {root}/{path} of class {os.path.basename(os.path.dirname(f'{root}/{path}'))}: "
+                f"{error.reason}; replace or delete it, or leave out all such images with --skip_broken"
+            ) from error
 
     broken, at = [], threading.local()
     ahead = max(1, min(DECODED_AT_ONCE, BYTES_AT_ONCE // (math.prod(images.stored) * images.channels)))
     with (
-        _warnings_in_a_line(root, at),
+        warnings_in_a_line(at, f" in {root}"),
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(desc="Decoding images", total=len(paths), disable=None, unit=" images") as bar,
     ):
@@ -390,8 +435,11 @@ def _decode(
 
 
 @contextlib.contextmanager
-def _warnings_in_a_line(root: str, at: threading.local) -> Iterator[None]:
-    """Says in one line each thing that Pillow warns of, however many images it is. at.path: what a thread reads."""
+def warnings_in_a_line(at: threading.local, where: str = "", file: TextIO | None = None) -> Iterator[None]:
+    """Says in one line each thing that Pillow warns of, however many images it is.
+
+    at.path: what a thread reads. where: added to it. file: the line is printed there, if not to stdout.
+    """
     warned = defaultdict(list)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -400,7 +448,7 @@ def _warnings_in_a_line(root: str, at: threading.local) -> Iterator[None]:
         yield
     for message, paths in warned.items():
         others = f" and {len(paths) - 1:,} others" if len(paths) > 1 else ""
-        say(f"Pillow warns of {paths[0]}{others} in {root}: {message}")
+        say(f"Pillow warns of {paths[0]}{others}{where}: {message}", file)
 
 
 class _Room:
@@ -460,10 +508,12 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
                     image = image.resize((width, height), Image.LANCZOS)
     except Exception as error:  # on damaged files the decoders raise nearly every kind there is
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise _Unreadable(
-            f"cannot read image {path} of class {os.path.basename(os.path.dirname(path))}: {reason}; "
-            "replace or delete it, or leave out all such images with --skip_broken"
-        ) from error
+        if isinstance(error, OSError) and error.errno in DISK_FAILURES:
+            raise InputError(
+                f"cannot read image {path} ({error.strerror}), which is no fault of the image: see to the disk, and "
+                "give the same command again"
+            ) from error
+        raise UnreadableError(path, reason) from error
     if image.size != (width, height):
         raise InputError(
             f"image {path} is {image.height}x{image.width} pixels, not {height}x{width}: prepare the folder as "

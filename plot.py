@@ -508,7 +508,8 @@ def _drawn(args, what):
 def _tests(path, update_lr):
     """Of results/<row>.json or a run's results.json, one test of each K, with this alpha if one is named.
 
-    It is the last one with K queries a class, as in the original's code, or else the last one.
+    It is the last one with K queries a class, as in the original's code, or else the last one; and the last checkpoint
+    comes before the best on validation.
     """
     way_out = "name a file of results/, or a run's results.json"
     try:
@@ -523,7 +524,12 @@ def _tests(path, update_lr):
     tests = [test for test in tests if test["split"] == "test" and update_lr in (None, test["inner_step_size_alpha"])]
     if not tests:
         raise InputError(f"{path} has no test" + ("" if update_lr is None else f" with alpha {update_lr}"))
-    tests.sort(key=lambda test: test.get("query_examples_a_class_Q") == test["support_examples_a_class_K"])
+
+    def rank(test):
+        own_queries = test.get("query_examples_a_class_Q") == test["support_examples_a_class_K"]
+        return own_queries, not test.get("best_on_validation")
+
+    tests.sort(key=rank)
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())
 
 

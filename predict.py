@@ -25,13 +25,16 @@ import io
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 from tqdm import tqdm
 
@@ -39,7 +42,7 @@ import augment
 import recipe as recipes
 import runs
 from data_generator import DATASETS
-from images import ROOT, class_folders, image_files, read_image
+from images import ROOT, UnreadableError, class_folders, image_files, other_files, read_image, warnings_in_a_line
 from maml import MAML
 from recipe import Recipe
 from utils import InputError, Tasks, Weights, check_choice, printable, say, write_whole, writing, xent
@@ -68,6 +71,9 @@ def trained(folder: Path | str, checkpoint: int | str = -1) -> tuple[Recipe, MAM
     run = runs.Run(folder)
     if not folder.is_dir():
         raise InputError(f"no run folder {folder}: train a model first, or take one of {PUBLISHED}")
+    runs_inside = sorted({path.parent.name for path in folder.glob("*/model*.index")})
+    if runs_inside and not run.iterations():
+        raise InputError(f"{folder} is no run folder, but holds some: give one of them{_some(runs_inside)}")
     prefix = run.checkpoint(checkpoint, "--checkpoint")
     try:
         flags = runs.read_json(folder / "flags.json", dict, "put a copy in its place, or take another run")
@@ -105,7 +111,7 @@ def load(
     if recipe.dataset.images is None:
         raise InputError(f"{run} is a run of the {recipe.data_set}, which has no classes: name a run of images")
     check_choice("normalise_with", normalise_with, NORMALISED)
-    if updates is not None and updates not in UPDATES:
+    if updates is not None and not (isinstance(updates, Integral) and updates in UPDATES):
         raise InputError(f"updates={updates} must be {UPDATES}")
     return Model(recipe, maml, prefix, updates, normalise_with)
 
@@ -137,7 +143,11 @@ class Model:
             labels: the class of each, numbers or strings.
         Raises InputError where images or labels are not as said.
         """
-        pixels, labels = self._pixels(images), list(labels)
+        pixels = self._pixels(images)
+        try:
+            labels = list(labels)
+        except TypeError:
+            raise InputError(f"the labels are of type {type(labels).__name__}: give a list, a label for each") from None
         try:
             classes, way = sorted(set(labels)), self.recipe.way
         except TypeError:  # of a row of a one-hot array, or of a number beside a string
@@ -207,6 +217,8 @@ class Model:
                 f"the images are of type {type(images).__name__}: give a list of paths, or an array"
             ) from None
         if are_paths:
+            if not all(isinstance(image, str | Path) for image in images):
+                raise InputError("the images are paths and other things: give paths alone, or one array")
             return self.read(images)
         try:
             pixels = np.asarray(images)
@@ -242,9 +254,9 @@ class Adapted:
         """Computes the probabilities of images, float32 [n, N]; the columns are `classes`.
 
         Args: images as of Model.adapt, any number; after how many updates, None: all.
-        Raises InputError where images are not as said, or so many updates were not taken.
+        Raises InputError where images are not as said, so many updates were not taken, or they diverged.
         """
-        if updates is not None and not 0 <= updates < len(self.path):
+        if updates is not None and not (isinstance(updates, Integral) and 0 <= updates < len(self.path)):
             raise InputError(f"updates={updates}, but {len(self.path) - 1} were taken: give 0 to {len(self.path) - 1}")
         pixels, weights = self.model._pixels(images), self.path[-1 if updates is None else updates]
         size = CHUNK if self.model.normalise_with == "support" else len(pixels)
@@ -258,7 +270,13 @@ class Adapted:
                 f"{len(pixels):,} images at once need more memory than there is: ask fewer in a call, or normalise "
                 "each with the labelled images alone (normalise_with=support)"
             ) from None
-        return np.concatenate(parts)
+        found = np.concatenate(parts)
+        if not np.isfinite(found).all():
+            raise InputError(
+                "the answers are no numbers, since the updates on the labelled images diverged: give fewer --updates, "
+                "or images that are more like those of the training"
+            )
+        return found
 
 
 def export(model: Model, folder: Path | str) -> None:
@@ -372,8 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"Written: {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
             answer(model, args.labelled, args.unlabelled, args.csv)
-    except BrokenPipeError:  # the reader of what is printed, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads the answers any more, and no table was asked for
+        _print_no_more()
     except (InputError, OSError) as error:
         say(f"predict.py: {error}", sys.stderr)
         sys.exit(1)
@@ -388,27 +406,27 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
     """
     files, paths = labelled_files(model, labelled), unlabelled_files(labelled, unlabelled)
     if table:
-        if table.is_dir():
-            raise InputError(f"--csv={table} is a folder: name a file")
-        runs.check_writable(table.parent, "--csv")
+        _check_table(table)
     read = functools.partial(_read_all, model)
+    # A table is finished though nobody reads the answers any more.
+    printing = _readers_may_leave if table else contextlib.nullcontext
     shown = [one for one in read(list(files), list(files.values())) if one[2] is not None]
     lost = set(files.values()) - {label for _, label, _ in shown}
     if lost:
         raise InputError(f"no image of class {min(lost)} in {labelled} can be read: give it one, or remove the class")
     _warn_of_twins(shown)
     adapted = model.adapt(np.stack([image for *_, image in shown]), [label for _, label, _ in shown])
-    say(
-        f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(shown)} labelled images of "
-        f"{len(adapted.classes)} classes."
-    )
-    if model.maml.network.batch_statistics:
-        way = NORMALISED[model.normalise_with]
-        print(f"Each image is normalised {way}: --normalise_with={model.normalise_with}.")
-
     width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
     most = max(len("class"), *(len(printable(name)) for name in adapted.classes))
-    print(f"\n{'image':{width}}  {'class':{most}}  probability  runner-up")
+    with printing():
+        say(
+            f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(shown)} labelled images "
+            f"of {len(adapted.classes)} classes."
+        )
+        if model.maml.network.batch_statistics:
+            way = NORMALISED[model.normalise_with]
+            print(f"Each image is normalised {way}: --normalise_with={model.normalise_with}.")
+        print(f"\n{'image':{width}}  {'class':{most}}  probability  runner-up", flush=True)
     rows = []
     with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= SLOW else True) as bar:
         size = CHUNK if model.normalise_with == "support" else len(paths)
@@ -419,23 +437,53 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
                 for (path, _), probabilities in zip(some, found, strict=True):
                     best, second = np.argsort(-probabilities, kind="stable")[:2]
                     rows.append([path, adapted.classes[best], probabilities[best], *probabilities])
-                    with tqdm.external_write_mode():
+                    with printing(), tqdm.external_write_mode():
                         print(
                             f"{printable(path):{width}}  {printable(adapted.classes[best]):{most}}"
                             f"  {probabilities[best]:11.4f}"
-                            f"  {printable(adapted.classes[second])} {probabilities[second]:.4f}"
+                            f"  {printable(adapted.classes[second])} {probabilities[second]:.4f}",
+                            flush=True,
                         )
             bar.update(len(paths[first : first + size]))
     if not rows:
         raise InputError("no image of UNLABELLED can be read: give others")
     if table:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", "class", "probability", *adapted.classes])
-        writer.writerows(rows)
+        text = "".join(map(_csv_line, [["image", "class", "probability", *adapted.classes], *rows]))
         # A file's name may be no text: its bytes are written as they are.
-        write_whole(table, lambda file: file.write(text.getvalue().encode(errors="surrogateescape")))
-        say(f"Written: {table}.")
+        write_whole(table, lambda file: file.write(text.encode(errors="surrogateescape")))
+        with printing():
+            say(f"Written: {table}.")
+
+
+def _check_table(table):
+    """Raises InputError where the file of --csv is another thing than a table, or cannot be written."""
+    if table.is_dir():
+        raise InputError(f"--csv={table} is a folder: name a file")
+    if table.exists() and not table.is_file():
+        raise InputError(f"--csv={table} is no regular file: name another, such as answers.csv")
+    if table.suffix.lower() in Image.registered_extensions():  # --csv photo*.png would write over the first of them
+        raise InputError(f"--csv={table} has the ending of an image: name a file for the table, such as answers.csv")
+    runs.check_writable(table.parent, "--csv")
+
+
+def _csv_line(row):
+    """A line of a table, which ends with a newline alone; the writer has to know of carriage returns to quote them."""
+    line = io.StringIO()
+    csv.writer(line).writerow(row)
+    return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+@contextlib.contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Prints no more where the reader of what is printed, such as head, has enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        _print_no_more()
+
+
+def _print_no_more():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def labelled_files(model: Model, folder: str) -> dict[str, str]:
@@ -445,6 +493,7 @@ def labelled_files(model: Model, folder: str) -> dict[str, str]:
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
         say(f"Not used, {loose:,} images in {folder} that lie in no class folder.", sys.stderr)
+    _tell_of_others(folder)
     if len(classes) != way:
         raise InputError(
             f"{folder} has {len(classes)} class folders{_some(sorted(classes))}, but {model.checkpoint} is a model of "
@@ -465,27 +514,42 @@ def unlabelled_files(labelled: str, given: Sequence[str]) -> list[str]:
             raise InputError(f"no image or folder {path}: give images, or folders of images")
         if os.path.commonpath([real, known]) in (real, known):
             raise InputError(f"{path} and {labelled} lie one in the other: keep labelled and other images apart")
-        found = image_files(path) if os.path.isdir(path) else [path]
+        found = [path]
+        if os.path.isdir(path):
+            found = image_files(path)
+            _tell_of_others(path)
         if not found:
             raise InputError(f"no images in {path}: give images, or folders of images")
         paths += found
     return list(dict.fromkeys(paths))
 
 
+def _tell_of_others(folder):
+    """Tells of files that are passed over: a camera's, such as .heic, may be images that Pillow does not read."""
+    if others := other_files(folder):
+        say(
+            f"Not used, {len(others):,} files that by their names are no images Pillow reads{_some(others)}", sys.stderr
+        )
+
+
 def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.ndarray | None]]:
     """(path, label, pixels) of all; the images that cannot be read are named, and have no pixels."""
 
+    broken, at = {}, threading.local()
+
     def read(path):
+        at.path = path
         try:
             return read_image(path, model.images)
-        except InputError:
+        except UnreadableError as error:
+            broken[path] = f"{path} ({error.reason})"
             return None
 
-    with ThreadPoolExecutor(devices.cores()) as pool:
+    with warnings_in_a_line(at, file=sys.stderr), ThreadPoolExecutor(devices.cores()) as pool:
         images = list(pool.map(read, paths))
-    broken = [path for path, image in zip(paths, images, strict=True) if image is None]
     if broken:
-        say(f"Left out, {len(broken):,} images that cannot be read{_some(broken)}", sys.stderr)
+        listed = _some([broken[path] for path in paths if path in broken])
+        say(f"Left out, {len(broken):,} images that cannot be read{listed}", sys.stderr)
     return zip(paths, labels or [None] * len(paths), images, strict=True)
 
 

@@ -7,6 +7,7 @@
                     results.json                            the same, named in plain words
                     test/events.out.tfevents...             the number of a test, for TensorBoard's table of runs
                     computed.json                           on what, and how, the iterations were computed
+                    classes.json                            the classes that were trained on
                     .lock                                   held while a process trains
 
 Any of these may come from a stranger. Only JSON, checkpoints and events are read, and none of them can run code.
@@ -51,6 +52,7 @@ MOST_JSON = 10_000_000  # bytes; ours have some thousands
 WRITTEN = (
     "flags.json",
     "computed.json",
+    "classes.json",
     "results.json",
     "*_ubs*_stepsize*.csv",
     "*_ubs*_stepsize*.pkl",
@@ -167,6 +169,31 @@ class Run:
             text = json.dumps(kept, indent=1)
             with writing(self.folder):
                 write_whole(path, lambda file: file.write(text.encode()))
+
+    def record_classes(self, names: Sequence[str]) -> None:
+        """Records the names of the classes that are trained on, besides those that were before. A line tells of others.
+
+        names: sorted.
+        """
+        before = self.trained_classes() if self.iterations() else []
+        everything = sorted({*before, *names})
+        if before and everything != list(names):
+            say(
+                f"WARNING: in {self.folder} {len(before):,} classes were trained on, and now there are {len(names):,}, "
+                f"{len({*names} - {*before}):,} of them new: from here on the tasks are others than those of one run.",
+                sys.stderr,
+            )
+        if everything != before:
+            text = json.dumps(everything, indent=1)
+            with writing(self.folder):
+                write_whole(self.folder / "classes.json", lambda file: file.write(text.encode()))
+
+    def trained_classes(self) -> list[str]:
+        """The names of the classes that were trained on, sorted; none where the folder has no record of them."""
+        try:
+            return read_json(self.folder / "classes.json", list, "delete it", items=str)
+        except FileNotFoundError:
+            return []
 
     def check_flags(self, flags: Mapping, defaults: Mapping, training: bool = True) -> None:
         """Raises InputError listing the flags in which the folder's run differs from `flags`.
@@ -332,6 +359,9 @@ class ReadOnlyRun(Run):
     def record_computed(self, start: int, computed: Mapping) -> None:
         """Does nothing."""
 
+    def record_classes(self, names: Sequence[str]) -> None:
+        """Does nothing."""
+
     def save(self, model: Model) -> str:
         """Writes nothing. Returns and raises what the chief's does."""
         self._check_finite(model)
@@ -493,11 +523,14 @@ def _check_shapes(prefix, expected, stored):
             )
 
 
-def read_json(path: Path, kind: type, way_out: str) -> list | dict:
-    """A list of dicts, or a dict, in a file that anybody may have written. Raises InputError, or FileNotFoundError."""
+def read_json(path: Path, kind: type, way_out: str, items: type = dict) -> list | dict:
+    """A dict, or a list of `items`, in a file that anybody may have written.
+
+    Raises InputError, or FileNotFoundError.
+    """
     try:
         found = json.loads(read_regular(path, MOST_JSON))
-        if not (isinstance(found, kind) and all(isinstance(one, dict) for one in found if kind is list)):
+        if not (isinstance(found, kind) and all(isinstance(one, items) for one in found if kind is list)):
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
         raise

@@ -218,7 +218,7 @@ def download(published: Published, folder: Path) -> Path:
 
 
 def _md5(path: Path) -> str:
-    digest = hashlib.md5()
+    digest = hashlib.md5(usedforsecurity=False)
     with open_regular(path) as file:
         while block := file.read(2**20):
             digest.update(block)
@@ -392,14 +392,16 @@ def imagenet(source: Path) -> dict[str, File]:
 
 
 def photographs(source: File) -> dict[str, File]:
-    """The .jpg or .jpeg files of a folder or archive, at any depth; two of one name are an error."""
+    """The .jpg or .jpeg files of a folder or archive, at any depth; two that differ by the ending alone are refused."""
     found: dict[str, File] = {}
+    stems: dict[str, File] = {}
     for path, file in files(source).items():
         name = path.rpartition("/")[2]
         if name.startswith(".") or not name.lower().endswith((".jpg", ".jpeg")):
             continue
-        if name in found:
-            fail(f"{found[name]} and {file} have one name: leave only one of them in {source}")
+        other = stems.setdefault(_stem(name), file)
+        if other is not file:
+            fail(f"{other} and {file} have one name: leave only one of them in {source}")
         found[name] = file
     return found
 
@@ -503,12 +505,15 @@ def refuse_missing(classes: Iterable[Class], allow: bool) -> list[Class]:
     return [one for one in classes if one.images]
 
 
-def write_classes(classes: Iterable[Class], out: Path, size: Size, suffix: str, expected: dict[str, int]) -> None:
+def write_classes(
+    classes: Iterable[Class], out: Path, size: Size, suffix: str, expected: dict[str, int], whole: bool = False
+) -> None:
     """Makes <out>/<class folder>/<name><suffix>, RGB, of this Size, and prints the counts.
 
     Images finished before stay; a folder with anything that is not to be replaced is an error, before any work.
     suffix: ".png", or ".jpg" at Pillow's default quality. expected: the published numbers of "train classes",
-    "train images", ..., and of all "images", those that are known.
+    "train images", ..., and of all "images", those that are known. whole: that there are fewer is an error, at the
+    end, since how many a class has was not known before.
     """
 
     def wanted(one: Class) -> Images:
@@ -542,7 +547,8 @@ def write_classes(classes: Iterable[Class], out: Path, size: Size, suffix: str, 
             images = list((out / split).glob(f"[!.]*/*{suffix}"))
             found |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
             found["images"] += len(images)
-        print_counts(found, expected)
+        if print_counts(found, expected) and whole:
+            fail("images of the published ones are missing: add them, or go on with --allow_missing")
 
 
 def replaceable(images: Images, size: Size) -> Callable[[str, Path], bool]:
@@ -574,7 +580,8 @@ def is_source(path: Path, source: File | Pixels | None) -> bool:
 def _is_copy(path: Path, source: File | Pixels) -> bool:
     if isinstance(source, Pixels) or not path.is_file() or is_source(path, source):
         return False
-    return path.stat().st_size <= PHOTOGRAPHS.file and read_bytes(path) == _read(source)
+    size = source.stat().st_size if isinstance(source, Path) else source.size
+    return path.stat().st_size == size <= PHOTOGRAPHS.file and read_bytes(path) == _read(source)
 
 
 def _is_made_of(path: Path, source: File | Pixels, size: Size) -> bool:
@@ -620,10 +627,12 @@ def fail_lost(place: Path) -> NoReturn:
     fail(f"{place} has lost images while others were written: let no other program work there, and start again")
 
 
-def print_counts(found: dict[str, int], expected: dict[str, int]) -> None:
-    """Prints every count beside the published one; that the input has fewer is said aloud, but is no error."""
+def print_counts(found: dict[str, int], expected: dict[str, int]) -> bool:
+    """Prints every count beside the published one. Returns whether there are fewer, which is said aloud."""
     for what, number in expected.items():
         remark = "" if found[what] == number else "  <- not the published number"
         say(f"{what}: {found[what]:,} found, {number:,} expected{remark}")
-    if any(found[what] < number for what, number in expected.items()):
+    fewer = any(found[what] < number for what, number in expected.items())
+    if fewer:
         say("all that was given is there; what is published has more")
+    return fewer

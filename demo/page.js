@@ -14,7 +14,7 @@ function element(tag, properties = {}, ...children) {
 // Asks the server. Of two questions that overlap, the answer to the older one is dropped.
 function asker(path, status) {
   let latest = 0;
-  const ask = async (question, show) => {
+  const ask = async (question, show, failed = () => {}) => {
     const number = ++latest;
     try {
       const began = performance.now();
@@ -26,7 +26,9 @@ function asker(path, status) {
       if (!response.ok) throw new Error(text);
       show(JSON.parse(text), Math.round(performance.now() - began));
     } catch (error) {
-      if (number === latest) status.textContent = `No answer: ${error.message}`;
+      if (number !== latest) return;
+      status.textContent = `No answer: ${error.message}`;
+      failed();
     }
   };
   ask.forget = () => { latest++; };
@@ -76,21 +78,26 @@ class Pad {
         element("button", { textContent: "Clear", onclick: clear, ariaLabel: `clear ${shown}` })));
     this.redraw = sharp(this.canvas, (pen, width, height) => this.draw(pen, width, height));
     keys(this.canvas, undo, clear);
-    let stroke = null;
+    let stroke = null, pointer; // the finger or pen that draws it: a palm beside it draws nothing
     this.canvas.addEventListener("pointerdown", (event) => {
       if (event.button !== 0 || stroke) return;
-      this.canvas.setPointerCapture(event.pointerId);
+      pointer = event.pointerId;
+      this.canvas.setPointerCapture(pointer);
       stroke = [this.place(event)];
       this.strokes.push(stroke);
       this.redraw();
     });
     this.canvas.addEventListener("pointermove", (event) => {
-      if (!stroke) return;
+      if (!stroke || event.pointerId !== pointer) return;
       for (const one of event.getCoalescedEvents?.() ?? [event]) stroke.push(this.place(one));
       this.redraw();
     });
     for (const end of ["pointerup", "pointercancel"]) {
-      this.canvas.addEventListener(end, () => { if (stroke) { stroke = null; this.changed(); } });
+      this.canvas.addEventListener(end, (event) => {
+        if (!stroke || event.pointerId !== pointer) return;
+        stroke = null;
+        this.changed();
+      });
     }
   }
 
@@ -233,6 +240,9 @@ function sinusoid() {
       answer = found;
       const noun = points.length === 1 ? "1 point" : `${points.length} points`;
       status.textContent = `Fitted to ${noun} (${milliseconds} ms).`;
+      redraws.forEach((redraw) => redraw());
+    }, () => {
+      answer = null; // its curves are of other points
       redraws.forEach((redraw) => redraw());
     });
   }

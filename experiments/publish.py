@@ -38,7 +38,9 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}: train and test the run first")
     flags = runs.read_json(folder / "flags.json", dict, "name another run folder")
-    runs.read_json(folder / "results.json", list, "test the run again")
+    tests = runs.read_json(folder / "results.json", list, "test the run again")
+    if all(test.get("checkpoint") != prefix.name for test in tests):
+        raise InputError(f"{folder / 'results.json'} has no test of {prefix.name}: test it first")
     maml = recipe.build(recipe.from_flags(flags))
     run.restore(maml, str(prefix))
     with writing(copy):
@@ -46,6 +48,9 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
         for name in ("flags.json", "results.json"):
             shutil.copyfile(folder / name, copy / name)
         write_weights(maml, copy / prefix.name)
+        for other in copy.glob("model*"):  # of an earlier publication, or a later one would be tested as the latest
+            if other.name.partition(".")[0] != prefix.name:
+                other.unlink()
         write_events(folder, copy)
         if (folder / events.TEST_FOLDER).is_dir():
             write_events(folder / events.TEST_FOLDER, copy / events.TEST_FOLDER)

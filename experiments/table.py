@@ -9,6 +9,7 @@ how.
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -244,7 +245,8 @@ def summary(results: Path) -> str:
             for record, test in tests:
                 of_last = tested.get(protocol.removesuffix(f", {BEST}"), []) if test["best_on_validation"] else []
                 if all(record is not other for other, _ in of_last):
-                    by_theirs[_theirs(row, results, protocol)].append((_reported(test), protocol))
+                    cell = _reported(test) + _cut_short(row, record)
+                    by_theirs[_theirs(row, results, protocol)].append((cell, protocol))
         by_theirs.pop("", None)
         for theirs, cells in by_theirs.items():
             mine, protocols = map("<br>".join, zip(*cells, strict=True))
@@ -253,6 +255,14 @@ def summary(results: Path) -> str:
     if missing:
         lines += ["", f"Not run yet: {'; '.join(missing)}."]
     return "\n".join(lines)
+
+
+def _cut_short(row, record):
+    """Says how far a run went that was not trained for all the iterations of its script."""
+    script = (ROOT / "experiments" / f"{row.script}.sh").read_text()
+    whole = sum(int(number) for number in re.findall(r"--(?:pre|meta)train_iterations=(\d+)", script))
+    done = record["iterations"]
+    return f" (stopped after {done:,} of {whole:,} iterations)" if done < whole else ""
 
 
 def returns(results: Path) -> list[str]:

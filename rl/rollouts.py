@@ -45,7 +45,8 @@ def collect(
     None is cut short: those that run after H steps run to their end, and are followed by none.
     Args: policy(observations [T, count, O]) -> means and log standard deviations of normal actions, [T, count, A] or
     alike in shape; goals [T, G].
-    Source: cbfinn/maml_rl's samplers, which run one or four rollouts at a time until the task has enough transitions.
+    Differs: cbfinn/maml_rl's sampler (vectorized_sampler.py) ends when the finished rollouts have enough transitions,
+    and drops those under way. docs/rl.md has what that changes.
     """
     horizon = environment.horizon
     tasks = np.repeat(goals[:, None], count, 1)

@@ -48,11 +48,14 @@ def omniglot_like(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def miniimagenet_like(tmp_path_factory) -> Path:
-    """A generated folder laid out as MiniImagenet: in each split 6 classes of 24 84x84 images; a class is a colour."""
+    """A generated folder laid out as MiniImagenet: in each split 6 classes of 24 84x84 images; a class is a colour.
+
+    The classes are n00000000 to n00000005 in train, the next six in val, and the next in test.
+    """
     root = tmp_path_factory.mktemp("miniImagenet")
     random = np.random.default_rng(0)
-    for split in ("train", "val", "test"):
-        for label in range(6):
+    for place, split in enumerate(("train", "val", "test")):
+        for label in range(6 * place, 6 * place + 6):
             folder = root / split / f"n{label:08}"
             folder.mkdir(parents=True)
             colour = random.integers(40, 216, 3)

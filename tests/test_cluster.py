@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -243,6 +244,18 @@ def test_other_flags_in_one_process(server, flags, tmp_path):
         processes.end(), f"--update_lr 0.1 in process 1 at {processes.addresses[1]}, 0.4 in process 0: give all"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hosts_with_other_images(server, flags, omniglot, tmp_path):
+    """Each has its data on a disk of its own."""
+    hosts = [tmp_path / "a", tmp_path / "b"]
+    for host in hosts:
+        shutil.copytree(omniglot, host / "data", symlinks=True, ignore=shutil.ignore_patterns(".cache"))
+    min((tmp_path / "b" / "data").glob("*/*")).unlink()
+    flags = [flag for flag in flags if not flag.startswith("--data_path")]
+    flags += ["--data_path=data", f"--logdir={tmp_path / 'logs'}", "--num_classes=2"]
+    assert_one_line(server.start([flags] * 2, cwd=hosts).end(), "in process 0: give all processes the same images")
+    assert not any(tmp_path.rglob("model*.index"))
 
 
 def assert_one_line(ended: list[Ended], message: str) -> None:

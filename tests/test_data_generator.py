@@ -12,9 +12,11 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import permutations, product
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -568,6 +570,49 @@ def test_unwritable_cache_is_told_in_one_line(tiny, monkeypatch, capsys, module,
     assert_same(tiny_tasks(tiny), expected[1])
 
 
+@pytest.mark.parametrize("disk", [0, 2**40], ids=["full", "read-only"])
+def test_images_that_fit_nowhere(tiny, monkeypatch, opened, disk):
+    """Neither on the disk nor in the memory: one line, before all are decoded into it."""
+    monkeypatch.setattr(images.devices, "memory", lambda: 200)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=2**40, free=disk))
+    if disk:
+        monkeypatch.setattr(Path, "mkdir", refuse(OSError(errno.EROFS, "Read-only file system")))
+    line = error_of(tiny)
+    assert f"the image cache {tiny / '.cache'} cannot be written (" in line
+    assert "are more than the memory, which has 0.0 GB: make room for it there, or lower --image_size" in line
+    assert not opened
+
+
+def test_a_full_disk_is_noticed_before_anything_is_decoded(tiny, monkeypatch, opened, capsys):
+    expected = uncached_tasks(tiny)
+    del opened[:]
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=2**40, free=100))
+    assert_same(tiny_tasks(tiny), expected)
+    assert len(opened) == 12  # once, into the memory
+    assert (
+        "cannot be written (it needs 0.0 GB, and the disk has 0.0 GB left): the images are" in capsys.readouterr().out
+    )
+
+
+def test_of_two_starts_at_once_one_decodes(tiny, monkeypatch, opened):
+    expected = uncached_tasks(tiny)
+    del opened[:]
+    decode, second = images._decode, []
+
+    def slow(*arguments):
+        """The second start begins when the first has begun to decode, and has time to do the same."""
+        if not second:
+            second.append(ThreadPoolExecutor().submit(tiny_tasks, tiny))
+            wait(second, timeout=1)
+        return decode(*arguments)
+
+    monkeypatch.setattr(images, "_decode", slow)
+    assert_same(tiny_tasks(tiny), expected)
+    assert_same(second[0].result(), expected)
+    assert len(opened) == 12
+
+
 def test_file_in_the_cache_s_place(tiny, capsys):
     expected = uncached_tasks(tiny)
     (tiny / ".cache").write_text("a file of the user's")
@@ -682,7 +727,7 @@ def test_truncated_image_is_never_taken_for_a_whole_one(tmp_path, ending):
             pixels = read_image(file, images)
         except InputError as error:
             refused += 1
-            assert f"cannot read image {file} of class a:" in str(error)
+            assert f"cannot read image {file}: " in str(error)
             assert "\n" not in str(error)
         else:  # only what follows the pixels was missing
             np.testing.assert_array_equal(pixels.ravel(), whole)
@@ -838,6 +883,31 @@ def test_broken_image_is_told_or_left_out(tiny, capsys, opened, spoil):
     file.unlink()
     assert_same(tiny_tasks(tiny), tasks)
     assert capsys.readouterr().out == ""
+
+
+def test_a_failure_of_the_disk_leaves_no_image_out(tiny, monkeypatch):
+    """Not even with --skip_broken: the image may be read at the next start."""
+    skipping, expected = OWN._replace(skip_broken=True), tiny_tasks(tiny, OWN)
+    shutil.rmtree(tiny / ".cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", refuse(OSError(errno.EIO, "Input/output error")))
+        line = error_of(tiny, skipping)
+    assert "(Input/output error), which is no fault of the image: see to the disk, and give the same command" in line
+    assert_same(tiny_tasks(tiny, skipping), expected)
+
+
+def test_other_classes_have_another_checksum(tiny):
+    """By which several processes of a run know that they draw the same tasks."""
+
+    def checksum():
+        return ImageTasks.from_folder(TINY, tiny, ("train", "test"), 2, 1, 1).checksum()
+
+    found = [checksum(), checksum()]
+    (tiny / "test" / "a").rename(tiny / "test" / "d")
+    found.append(checksum())
+    (tiny / "train" / "b" / "3.png").unlink()
+    found.append(checksum())
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_broken_images_without_a_cache(tiny, capsys):
@@ -1001,6 +1071,17 @@ def blank_omniglot(folder: Path, names) -> Path:
 
 def test_complete_omniglot_has_the_published_split(tmp_path, capsys):
     folder = blank_omniglot(tmp_path / "omniglot", CHARACTERS)
+    classes = ImageTasks.from_folder(OMNIGLOT, folder, SPLITS, 20, 1, 1).classes
+    assert {split: classes[split].names for split in SPLITS} == {split: sorted(PUBLISHED[split]) for split in SPLITS}
+    assert capsys.readouterr().out == ""
+
+
+def test_folders_without_images_split_nothing_anew(tmp_path, capsys):
+    """Such as the __pycache__ of the script that lies there, and what was unpacked and not prepared."""
+    folder = blank_omniglot(tmp_path / "omniglot", CHARACTERS)
+    for name in ("__pycache__", "strokes_background/Greek/character01", "old"):
+        (folder / name).mkdir(parents=True)
+    (folder / "__pycache__" / "resize_images.cpython-311.pyc").write_bytes(b"code")
     classes = ImageTasks.from_folder(OMNIGLOT, folder, SPLITS, 20, 1, 1).classes
     assert {split: classes[split].names for split in SPLITS} == {split: sorted(PUBLISHED[split]) for split in SPLITS}
     assert capsys.readouterr().out == ""

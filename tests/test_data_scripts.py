@@ -592,7 +592,7 @@ def test_cub_from_its_archive(tmp_path, call, monkeypatch):
     rewind = gzip._GzipReader._rewind
     monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: rewinds.append(1) or rewind(self))
 
-    said = call(cub, "--archive", packed, "--out", tmp_path / "out")
+    said = call(cub, "--archive", packed, "--out", tmp_path / "out", "--allow_missing")
 
     assert len(rewinds) == 1  # it is read twice from end to end, not once a class
     assert "train classes: 100 found, 100 expected\n" in said
@@ -603,6 +603,48 @@ def test_cub_from_its_archive(tmp_path, call, monkeypatch):
             with Image.open(tmp_path / "out" / part / label / f"{path.stem}.png") as saved:
                 assert np.array_equal(saved, resized(path))
     assert len(contents(tmp_path / "out")) == 400
+
+
+def test_photographs_that_are_missing_end_with_an_error(tmp_path, call, capsys):
+    """How many a class has is known at the end alone."""
+    raw = birds(tmp_path / "raw")
+    with pytest.raises(SystemExit, match="images of the published ones are missing: add them, or go on with --allow_m"):
+        call(cub, "--archive", raw, "--out", tmp_path / "out")
+    assert "images: 400 found, 11,788 expected  <- not the published number\n" in capsys.readouterr().out
+    assert len(contents(tmp_path / "out")) == 400
+    call(cub, "--archive", raw, "--out", tmp_path / "out", "--allow_missing")
+
+
+def test_a_refusal_does_not_unpack_the_archive_for_each_file(tmp_path, call, monkeypatch):
+    """A packed archive can only be read forwards; squares of an earlier run are in the way of whole photographs."""
+    packed = pack_tar(birds(tmp_path / "raw"), tmp_path / "CUB.tgz")
+    flags = "--archive", packed, "--out", tmp_path / "out", "--allow_missing"
+    call(cub, *flags)
+    rewinds, rewind = [], gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: rewinds.append(1) or rewind(self))
+    with pytest.raises(SystemExit, match="out"):
+        call(cub, *flags, "--short_side=128")
+    assert not rewinds
+
+
+@pytest.mark.parametrize("twin", ["a0.jpeg", "more/a0.jpg"])
+def test_photographs_of_one_name(tmp_path, twin):
+    """They would become one .png."""
+    for name in ("a0.jpg", "a1.jpg", twin):
+        photograph((tmp_path / name).parent, Path(name).name, seed=0)
+    with pytest.raises(SystemExit, match=r"a0\.jpe?g and .*a0\.jpe?g have one name: leave only one of them in"):
+        archive.photographs(tmp_path)
+
+
+def test_what_the_pickles_of_miniimagenet_are_given_as(tmp_path, call, capsys):
+    (tmp_path / "mini-imagenet.tar.gz").touch()
+    with pytest.raises(
+        SystemExit, match=r"mini-imagenet\.tar\.gz is no folder: unpack the pickles, and name the folder"
+    ):
+        call(proc_images, "--pickles", tmp_path / "mini-imagenet.tar.gz")
+    with pytest.raises(SystemExit):
+        call(proc_images, "--pickles", tmp_path, "--csv", tmp_path)
+    assert "the pickles say their classes themselves: leave --csv out" in capsys.readouterr().err
 
 
 def test_cub_without_some_birds_is_told_before_anything_is_written(tmp_path, call):

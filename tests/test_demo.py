@@ -2,7 +2,10 @@
 
 import http.client
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 import demo
+from utils import InputError
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
@@ -52,6 +56,40 @@ def drawings() -> list[list]:
     return [strokes.round(3).tolist(), again.clip(0, 1).round(3).tolist()]
 
 
+def test_a_browser_in_the_terminal_gets_the_page(tmp_path):
+    """It runs until it is left, and wants the page meanwhile."""
+    fetch = "import sys, urllib.request as r; open(sys.argv[1], 'wb').write(r.urlopen(sys.argv[2], timeout=60).read())"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{fetch}" {tmp_path}/page $1\n')
+    browser.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, demo.__file__], env={**os.environ, "BROWSER": f"{browser} %s"}, stdout=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(600):
+            if (tmp_path / "page").is_file() and (tmp_path / "page").stat().st_size:
+                break
+            time.sleep(0.1)
+        assert b"</html>" in (tmp_path / "page").read_bytes()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_the_port_of_http_is_not_in_a_browsers_host():
+    try:
+        server = demo.serve(80)
+    except InputError:
+        pytest.skip("port 80 cannot be had here")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert send(server, "GET", "/", Host="127.0.0.1")[0] == 200
+        assert send(server, "GET", "/", Host="example.org")[0] == 403
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_drawings_are_told_apart(server):
     shown, again = drawings()
     for true, asked in enumerate(again):
@@ -63,7 +101,7 @@ def test_drawings_are_told_apart(server):
         assert np.argmax(rows[-1]) == true
 
 
-def test_ink_lies_as_omniglots(shared):
+def test_ink_lies_as_omniglots():
     """Wherever and however large it is drawn, it lies in the middle, with as much ink as the data have."""
     square = [[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]
     large = demo.ink([square])
@@ -281,6 +319,33 @@ def test_the_sinusoid_in_a_browser(page):
     wait_for(page, "sinusoid-status", "No points yet.")
     page.find_element(By.ID, "sine-example").click()
     wait_for(page, "sinusoid-status", "Fitted to 5 points (")
+
+
+def test_a_fit_that_diverges_in_a_browser(page):
+    """The curves go, since they are of other points."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    plot = page.find_element(By.ID, "plot-MAML")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    painted = (
+        "const {width, height} = arguments[0], copy = new OffscreenCanvas(width, height), pen = copy.getContext('2d');"
+        "pen.drawImage(arguments[0], 0, 0);"
+        "return pen.getImageData(0, 0, width, height).data.filter((value, i) => i % 4 === 3 && value).length"
+    )
+    page.find_element(By.ID, "sine-clear").click()
+    empty = page.execute_script(painted, plot)
+    page.find_element(By.ID, "sine-example").click()
+    wait_for(page, "sinusoid-status", "Fitted to 5 points (")
+    fitted = page.execute_script(painted, plot)
+    page.find_element(By.ID, "sine-clear").click()
+    half_width, half_height = plot.size["width"] / 2 - 3, plot.size["height"] / 2 - 3
+    for right, down in ((half_width, -half_height), (-half_width, half_height)):
+        ActionChains(page).move_to_element_with_offset(plot, right, down).click().perform()
+    assert "the fit diverged" in wait_for(page, "sinusoid-status", "No answer: ")
+    assert page.execute_script(painted, plot) - empty < (fitted - empty) / 4
+    assert {log["message"].partition(" - ")[0][-9:] for log in page.get_log("browser")} == {"/sinusoid"}  # the refusal
+    page.find_element(By.ID, "sine-clear").click()
 
 
 def test_the_page_fits_a_phone(page):

@@ -132,7 +132,7 @@ def test_pages_are_in_step_with_results(page):
     assert text == table.written(page, text, ROOT / "results"), "python experiments/table.py writes it anew"
 
 
-def write_record(folder: Path, name: str, seed: int, *tests: dict, **flags: str) -> None:
+def write_record(folder: Path, name: str, seed: int, *tests: dict, iterations: int = 60000, **flags: str) -> None:
     """results/<name>.json. A test has the keys of its protocol, and columns (updates, mean, median, the paper's)."""
     usual = {"query_examples_a_class_Q": 5, "tasks": 600, "task_seed": 0, "best_on_validation": False}
     usual |= {"metric": "accuracy (share of query examples, 0 to 1)", "training_seed": seed}
@@ -142,7 +142,7 @@ def write_record(folder: Path, name: str, seed: int, *tests: dict, **flags: str)
         columns = [dict(zip(keys, column, strict=True)) | {"ci95": 0.0123} for column in test["results"]]
         return usual | test | {"results": columns}
 
-    record = {"flags": flags, "iterations": 60000, "hours": 1.26, "tests": [whole(test) for test in tests]}
+    record = {"flags": flags, "iterations": iterations, "hours": 1.26, "tests": [whole(test) for test in tests]}
     path = folder / (f"{name}.seed{seed}.json" if seed else f"{name}.json")
     path.write_text(json.dumps(record))
 
@@ -270,12 +270,13 @@ def test_summary_names_what_is_not_run(tmp_path):
     write_record(tmp_path, "omniglot_5way_1shot", 0, last)
     write_record(tmp_path, "omniglot_5way_1shot", 1, last, best)
     write_record(tmp_path, "omniglot_5way_1shot", 2, best)
-    write_record(tmp_path, "omniglot_5way_1shot_fc", 0, best)
+    write_record(tmp_path, "omniglot_5way_1shot_fc", 0, best, iterations=3000)
     *lines, _, missing = table.summary(tmp_path).splitlines()
     assert lines[2:] == [
         "| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2<br>99.0 +- 1.2 | "
         "1<br>1<br>1, best on validation |",
-        "| Omniglot 5-way 1-shot, no convolutions | 89.7 +- 1.1 | 99.0 +- 1.2 | 1, best on validation |",
+        "| Omniglot 5-way 1-shot, no convolutions | 89.7 +- 1.1 | "
+        "99.0 +- 1.2 (stopped after 3,000 of 60,000 iterations) | 1, best on validation |",
     ]
     five_shot = "Omniglot 5-way 5-shot"
     assert f"{five_shot}; {five_shot}, no convolutions; {five_shot}, no convolutions, trained 5-shot; " in missing
@@ -447,6 +448,12 @@ def test_published_model_tests_as_the_run(tmp_path):
         publish.publish(folder, tmp_path / "published")
     run_main(*flags, f"--logdir={tmp_path}/logs", *test)
     copy = publish.publish(folder, tmp_path / "published")
+    with pytest.raises(InputError, match=r"results\.json has no test of model1000: test it first"):
+        publish.publish(folder, tmp_path / "published", iteration=1000)
+    (copy / "model9000.index").touch()  # of an earlier publication
+    (copy / "model9000.data-00000-of-00001").touch()
+    assert publish.publish(folder, tmp_path / "published") == copy
+    assert sorted(path.name for path in copy.glob("model*")) == ["model2000.data-00000-of-00001", "model2000.index"]
     run_main(*flags, f"--logdir={tmp_path}/published", f"--results_dir={tmp_path}/again", *test)
 
     (name,) = [path.name for path in folder.glob("*.csv")]
@@ -500,15 +507,13 @@ def test_published_runs_have_all_that_tensorboard_shows(folder):
     assert tf.io.decode_png(values[picture].tensor.string_val[2]).shape[2] == 3
     ((metric, number),) = numbers_of_the_test(folder).items()
     assert metric == ("loss" if flags["datasource"] == "sinusoid" else "accuracy")
-    found = [
-        column["mean"]
+    (found,) = [  # of the last of the paper's columns
+        [column["mean"] for column in entry["results"] if column["the_papers_number"]][-1]
         for entry in json.loads((folder / "results.json").read_text())
-        for column in entry["results"]
         if entry["support_examples_a_class_K"] == flags["update_batch_size"]
         and entry["inner_step_size_alpha"] == flags["update_lr"]
-        and column["updates"] == (10 if metric == "loss" else 3)
     ]
-    assert number == pytest.approx(*found)
+    assert number == pytest.approx(found)
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +548,7 @@ def test_published_models_give_their_results_again(flags, tmp_path, request):
         run_main(*(f"--{name}={value}" for name, value in (given | protocol).items()))
     for again, entry in zip(json.loads((tmp_path / "results.json").read_text()), entries, strict=True):
         for column, published in zip(again["results"], entry["results"], strict=True):
-            assert column["mean"] == pytest.approx(published["mean"], rel=1e-3)
+            assert column["mean"] == pytest.approx(published["mean"], rel=1e-3, abs=2e-4)
 
 
 def test_the_half_for_machines_without_tensorflow_does_not_import_it():

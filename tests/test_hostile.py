@@ -669,6 +669,16 @@ def test_a_folder_name_of_240_letters_in_the_name_of_a_file():
     assert len(short) < MOST_NAME
 
 
+@pytest.mark.parametrize("content", ["[7]", "{}", "[[]]", "[", None])
+def test_a_strangers_record_of_classes(run, content):
+    if content is None:
+        os.mkfifo(run.folder / "classes.json")
+    else:
+        (run.folder / "classes.json").write_text(content)
+    with pytest.raises(InputError, match=r"classes\.json is damaged \(.*\): delete it$"):
+        run.trained_classes()
+
+
 # -- not regular files ------------------------------------------------------------------------------------------------
 
 

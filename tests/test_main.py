@@ -586,6 +586,32 @@ def test_two_models_of_own_images_tested_on_other_ones(own_run, miniimagenet_lik
     assert len(list((tmp_path / "results").glob("test_ubs1_stepsize0.01_cub_trained-*.csv"))) == 2
 
 
+def test_classes_that_were_trained_on_are_told(own_run, own_images, few_test_tasks, tmp_path):
+    """In training where validation has them, and in a test, which records it; also where the classes changed since."""
+    shutil.rmtree(own_images / "val")
+    shutil.copytree(own_images / "train", own_images / "val")
+    for place in range(2):
+        (own_images / "test" / f"n{12 + place:08}").rename(own_images / "test" / f"n{place:08}")
+    flags = *own_run.flags[:2], f"--data_path={own_images}", *own_run.flags[3:], f"--logdir={tmp_path / 'logs'}"
+    ended = start(*flags)
+    known = "of the {} split have names of classes that are trained on, such as n00000000: if they are the same classes"
+    assert "WARNING: 6 of the 6 classes " + known.format("val") in ended.err
+    assert ended.code == 0
+    folder = only_run(tmp_path / "logs")
+    assert json.loads((folder / "classes.json").read_text()) == [f"n{label:08}" for label in range(6)]
+
+    (own_images / "train" / "n00000000").rename(own_images / "train" / "renamed")
+    ended = start(*flags, "--metatrain_iterations=2")
+    assert f"WARNING: in {folder} 6 classes were trained on, and now there are 6, 1 of them new: " in ended.err
+    assert ended.code == 0
+    assert json.loads((folder / "classes.json").read_text()) == [*(f"n{label:08}" for label in range(6)), "renamed"]
+
+    ended = start(*flags, "--metatrain_iterations=2", "--train=False", "--test_set=True")
+    assert "WARNING: 2 of the 6 classes " + known.format("test") in ended.err
+    (entry,) = json.loads((folder / "results.json").read_text())
+    assert entry["classes_also_trained_on"] == 2
+
+
 def test_a_test_prints_one_table(omniglot_run, own_run, few_test_tasks, tmp_path):
     """A line for every update, beside the original's line; the paper's column only where the paper has the data."""
     flags = "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
@@ -1251,10 +1277,10 @@ def small_miniimagenet(folder: Path, logdir: Path) -> list[str]:
 
 
 def test_a_class_with_too_few_images(own_images, tmp_path):
-    for path in sorted((own_images / "val" / "n00000002").iterdir())[5:]:
+    for path in sorted((own_images / "val" / "n00000008").iterdir())[5:]:
         path.unlink()
     line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
-    assert f"class n00000002 (val) in {own_images} has 5 images, but a task takes 16 of each class" in line
+    assert f"class n00000008 (val) in {own_images} has 5 images, but a task takes 16 of each class" in line
     assert "--update_batch_size or --num_query" in line
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+import plot
 import predict
 import recipe
 import runs
@@ -152,9 +154,12 @@ def test_updates(model, characters):
     assert (len(adapted.path), len(one.path)) == (4, 2)
     np.testing.assert_allclose(adapted.predict(asked, updates=1), one.predict(asked), atol=1e-6)
     assert not np.allclose(adapted.predict(asked, updates=0), one.predict(asked), atol=0.01)
-    for wrong in (-1, 4):
+    for wrong in (-1, 4, 1.5, "1"):
         with pytest.raises(InputError, match=f"updates={wrong}, but 3 were taken: give 0 to 3"):
             adapted.predict(asked, wrong)
+    for wrong in (-1, 201, 1.5, "1"):
+        with pytest.raises(InputError, match=f"updates={wrong} must be 0 or more, and at most 200"):
+            predict.load(PUBLISHED, updates=wrong)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +184,14 @@ def test_updates(model, characters):
         (7, "a", "the images are of type int: give a list of paths, or an array"),
         ({"a.png"}, "a", "the images are of type set: give a list of paths, or an array"),
         (iter(["a.png"]), "a", "the images are of type list_iterator: give a list of paths, or an array"),
-        (["nowhere.png"], "a", "cannot read image nowhere.png"),
+        (["nowhere.png"], "a", r"cannot read image nowhere.png: \[Errno 2\] No such file"),
+        (["nowhere.png", np.zeros((28, 28))], "ab", "the images are paths and other things: give paths alone, or one"),
+        (np.zeros((5, 28, 28), np.uint8), 5, "the labels are of type int: give a list, a label for each"),
     ],
 )
 def test_wrong_images_and_labels(model, images, labels, reason):
     with pytest.raises(InputError, match=reason):
-        model.adapt(images, list(labels))
+        model.adapt(images, list(labels) if isinstance(labels, str) else labels)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +236,8 @@ def test_wrong_folders(characters, capsys, tmp_path):
     for image in (victim := min(empty.iterdir())).iterdir():
         image.unlink()
     (nothing := tmp_path / "nothing").mkdir()
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (photo := tmp_path / "0.PNG").write_bytes(b"not to be lost")
     for arguments, reason in (
         ((one, unlabelled), "one has 1 class folders: a, but "),
         ((six, unlabelled), "is a model of 5 classes: no model of 6 is at hand, train one with --num_classes=6"),
@@ -240,11 +249,28 @@ def test_wrong_folders(characters, capsys, tmp_path):
         ((labelled, tmp_path / "absent"), "absent: give images, or folders of images"),
         ((labelled, nothing), "no images in "),
         ((labelled, unlabelled, f"--csv={nothing}"), "nothing is a folder: name a file"),
+        ((labelled, unlabelled, f"--csv={pipe}"), "pipe is no regular file: name another, such as answers.csv"),
+        ((labelled, unlabelled, f"--csv={photo}"), "0.PNG has the ending of an image: name a file for the table"),
         ((labelled, unlabelled, "--checkpoint=newest"), "--checkpoint=newest must be an iteration, -1 for the latest"),
         ((labelled, unlabelled, "--updates=-1"), "updates=-1 must be 0 or more, and at most 200"),
         ((labelled, unlabelled, "--updates=201"), "updates=201 must be 0 or more, and at most 200"),
     ):
         assert reason in refusal(capsys, PUBLISHED, *arguments)
+    assert photo.read_bytes() == b"not to be lost"
+
+
+@pytest.mark.parametrize("table", [None, "a.csv"])
+def test_a_reader_that_has_enough(characters, tmp_path, table):
+    """Such as head. The command ends well, and the table is whole."""
+    command = [sys.executable, predict.__file__, PUBLISHED, characters / "labelled", characters / "unlabelled"]
+    command += [f"--csv={tmp_path / table}"] if table else []
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, b"")
+    if table:
+        assert len((tmp_path / table).read_text().splitlines()) == 86
 
 
 def test_images_that_cannot_be_read_are_left_out(characters, capsys, tmp_path):
@@ -258,13 +284,58 @@ def test_images_that_cannot_be_read_are_left_out(characters, capsys, tmp_path):
     good = next((characters / "unlabelled").glob("*/*"))
     out, err = command(capsys, PUBLISHED, labelled, broken, good)
     assert f"Not used, 1 images in {labelled} that lie in no class folder.\n" in err
-    assert f"Left out, 1 images that cannot be read: {some[0] / 'broken.png'}\n" in err
-    assert f"Left out, 1 images that cannot be read: {broken}\n" in err
+    for path in (some[0] / "broken.png", broken):
+        reason = f"cannot identify image file '{path}'"
+        assert f"Left out, 1 images that cannot be read: {path} ({reason})\n" in err
     assert f"\n{good} " in out and "\n{broken} " not in out
     assert "no image of UNLABELLED can be read" in refusal(capsys, PUBLISHED, labelled, broken)
     for image in some[0].iterdir():
         image.write_text("no image")
     assert f"no image of class {some[0].name} in {labelled} can be read" in refusal(capsys, PUBLISHED, labelled, good)
+
+
+def test_files_that_are_no_images_are_told(characters, capsys, tmp_path):
+    """A phone's .heic would be images, but not to Pillow."""
+    for name in ("labelled", "unlabelled"):
+        shutil.copytree(characters / name, tmp_path / name)
+    one = min((tmp_path / "labelled").iterdir())
+    (one / "IMG_1.HEIC").touch()
+    (tmp_path / "unlabelled" / "IMG_2.HEIC").touch()
+    (tmp_path / "unlabelled" / "notes.txt").touch()
+    _, err = command(capsys, PUBLISHED, tmp_path / "labelled", tmp_path / "unlabelled")
+    said = "files that by their names are no images Pillow reads"
+    assert err == (
+        f"Not used, 1 {said}: {one / 'IMG_1.HEIC'}\n"
+        f"Not used, 2 {said}: {tmp_path}/unlabelled/IMG_2.HEIC, {tmp_path}/unlabelled/notes.txt\n"
+    )
+
+
+def test_what_pillow_warns_of_is_one_line(characters, capsys, monkeypatch):
+    transpose = predict.read_image.__globals__["ImageOps"].exif_transpose
+
+    def warn(image, **named):
+        warnings.warn("Corrupt EXIF data", UserWarning, stacklevel=1)
+        transpose(image, **named)
+
+    monkeypatch.setattr(predict.read_image.__globals__["ImageOps"], "exif_transpose", warn)
+    asked = sorted((characters / "unlabelled").glob("*/*"))[:3]
+    _, err = command(capsys, PUBLISHED, characters / "labelled", *asked)
+    assert " and 2 others: Corrupt EXIF data\n" in err
+    assert all(line.startswith("Pillow warns of ") for line in err.splitlines())
+
+
+def test_updates_that_diverge_are_no_answer(characters, tmp_path):
+    """Else the first class would be the answer to all."""
+    folder = tmp_path / "cls_5.mbs_25.ubs_1.numstep1.updatelr0.01hidden4nonorm"
+    trained = recipe.Recipe(data_set="cifarfs", inner_lr=1e30, filters=4, norm=None)
+    run, maml = runs.Run(folder), recipe.build(trained)
+    maml.step.assign(1)
+    with run.locked():
+        run.record(recipe.to_flags(trained))
+        run.save(maml)
+    adapted = _adapted(predict.load(folder, updates=10), characters)
+    with pytest.raises(InputError, match=r"no numbers, since the updates .* diverged: give fewer --updates"):
+        adapted.predict(sorted((characters / "unlabelled").glob("*/*"))[:3])
 
 
 def test_the_same_image_in_two_classes(characters, capsys, tmp_path):
@@ -310,6 +381,12 @@ def test_grey_images_for_a_model_of_colours(characters, tmp_path):
         np.testing.assert_array_equal(grey, found[0])
 
 
+def test_a_folder_of_runs_is_no_run(characters, capsys):
+    line = refusal(capsys, predict.PUBLISHED, characters / "labelled", characters / "unlabelled")
+    assert f"{predict.PUBLISHED} is no run folder, but holds some: give one of them: cls_5.mbs_25." in line
+    assert PUBLISHED.name in line
+
+
 def test_a_run_without_a_checkpoint(characters, capsys, tmp_path):
     run = tmp_path / "runs" / "mine"  # runs beside it would be named
     run.mkdir(parents=True)
@@ -319,12 +396,16 @@ def test_a_run_without_a_checkpoint(characters, capsys, tmp_path):
 
 
 def test_a_file_name_that_is_no_text(characters, capsys, tmp_path):
-    name = b"\xff\n.png".decode(errors="surrogateescape")
-    shutil.copy(next((characters / "unlabelled").glob("*/*")), tmp_path / name)
-    table = tmp_path / "a.csv"
-    out, _ = command(capsys, PUBLISHED, characters / "labelled", tmp_path / name, f"--csv={table}")
+    name, table = b"\xff\n.png".decode(errors="surrogateescape"), tmp_path / "a.csv"
+    one = next((characters / "unlabelled").glob("*/*"))
+    for other in (name, "with\rreturn.png"):
+        (path := tmp_path / one.parent.name / other).parent.mkdir(exist_ok=True)
+        shutil.copy(one, path)
+    out, _ = command(capsys, PUBLISHED, characters / "labelled", tmp_path / one.parent.name, f"--csv={table}")
     assert "\\udcff\\n.png" in out
     assert b"\xff\n.png" in table.read_bytes()
+    names, counts = plot.confusions(table)
+    assert counts[names.index(one.parent.name)].sum() == 2
 
 
 def test_models_that_would_do(model, tmp_path):

@@ -50,7 +50,7 @@ def main() -> None:
     # In the archive's order, since the packed file is read forwards.
     order = {label: i for i, label in enumerate(images)}
     classes.sort(key=lambda one: order[one.folder.rpartition("/")[2]])
-    archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED)
+    archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED, whole=not args.allow_missing)
 
 
 if __name__ == "__main__":

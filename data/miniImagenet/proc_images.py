@@ -133,6 +133,8 @@ def classes_of_pickles(folder: Path) -> list[archive.Class]:
     Each is a dict: image_data, uint8 [n, 84, 84, 3], and class_dict, a list of indices for each wnid. The images
     are named by their index.
     """
+    if not folder.is_dir():
+        archive.fail(f"{folder} is no folder: unpack the pickles, and name the folder that they are in")
     images: dict[str, archive.Images] = {}
     for split in archive.SPLITS:
         path = folder / f"mini-imagenet-cache-{split}.pkl"
@@ -183,6 +185,8 @@ def main() -> None:
         parser.error(
             "the pickles have images of 84x84 pixels, of which --short_side makes no photographs: leave it out"
         )
+    if args.pickles and args.csv:
+        parser.error("the pickles say their classes themselves: leave --csv out")
     if args.pickles:
         classes = classes_of_pickles(args.pickles)
     else:

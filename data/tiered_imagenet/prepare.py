@@ -50,7 +50,7 @@ def main() -> None:
         for folder, wnid in listed.items()
         if wnid in places
     ]
-    archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED)
+    archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED, whole=not args.allow_missing)
 
 
 if __name__ == "__main__":
