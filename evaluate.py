@@ -119,9 +119,15 @@ def _chunk_size(maml, count, share):
     return maml.tasks_at_once * min(CHUNK * maml.parallel_tasks, -(-share // maml.tasks_at_once))
 
 
+def check_same_classes(data: SinusoidTasks | ImageTasks, workers: Cluster) -> None:
+    """Raises InputError where processes have other classes, or other numbers of images, and would draw other tasks."""
+    if isinstance(data, ImageTasks) and workers.size > 1:
+        workers.check_alike({"the classes with the checksum": data.checksum()}, "give all processes the same images")
+
+
 def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterable[str]) -> int:
     """Counts the classes of a split that were trained on, by their names. A line tells of them where there are any."""
-    if not isinstance(data, ImageTasks):
+    if not isinstance(data, ImageTasks) or split not in data.classes:
         return 0
     trained, names = set(trained), data.classes[split].names
     known = [name for name in names if name in trained]

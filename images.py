@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -34,8 +34,9 @@ BYTES_AT_ONCE = 2**28  # the same in bytes
 MOST_INDEX = 10**8  # bytes of a cache's index, which names the broken images
 MOST_SIDE = 10**6  # pixels: to resize one side takes 48 bytes for each of its pixels, so 48 MB here
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million, Pillow's own limit for one image; here for all threads together
-# What --skip_broken does not pass over, since the image may be read at the next start.
-DISK_FAILURES = {getattr(errno, name) for name in "EIO ESTALE ETIMEDOUT EMFILE ENFILE".split() if hasattr(errno, name)}
+# Why the system does not open a file, where that stays so until the file changes. Of other reasons the next start may
+# find nothing: the disk was away, or too many files were open.
+LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 class Images(NamedTuple):
@@ -290,7 +291,8 @@ def _cached(
         return found
     try:
         cache.mkdir(exist_ok=True)
-        with folder_lock(cache):  # of several processes that start at once, one decodes
+        # Of several processes that start at once, one decodes.
+        with folder_lock(cache, waiting=f"Another process writes to {cache}: waiting for it."):
             if found := kept():
                 return found
             _check_room(cache, math.prod(shape))
@@ -309,7 +311,7 @@ def _cached(
     if needed > memory:
         raise InputError(
             f"the image cache {cache} cannot be written ({reason}), and its {needed / 1e9:,.1f} GB are more than the "
-            f"memory, which has {memory / 1e9:,.1f} GB: make room for it there, or lower --image_size"
+            f"memory, which has {memory / 1e9:,.1f} GB: make room there, and let it be written, or lower --image_size"
         )
     _tell_once(f"The image cache {cache} cannot be written ({reason})")
     pixels = np.zeros(shape, np.uint8)
@@ -385,10 +387,10 @@ def _write_array(file, images, root, paths, shape, broken, aspects):
 
 
 class UnreadableError(InputError):
-    """An image that cannot be read, and will not be the next time; --skip_broken leaves it out."""
+    """An image that cannot be read by a fault of its own; --skip_broken leaves it out."""
 
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"cannot read image {path}: {reason}")
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
         self.reason = reason
 
 
@@ -417,7 +419,7 @@ def _decode(
     broken, at = [], threading.local()
     ahead = max(1, min(DECODED_AT_ONCE, BYTES_AT_ONCE // (math.prod(images.stored) * images.channels)))
     with (
-        warnings_in_a_line(at, f" in {root}"),
+        warnings_in_a_line(at, say, f" in {root}"),
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(desc="Decoding images", total=len(paths), disable=None, unit=" images") as bar,
     ):
@@ -435,10 +437,10 @@ def _decode(
 
 
 @contextlib.contextmanager
-def warnings_in_a_line(at: threading.local, where: str = "", file: TextIO | None = None) -> Iterator[None]:
-    """Says in one line each thing that Pillow warns of, however many images it is.
+def warnings_in_a_line(at: threading.local, tell: Callable[[str], object], where: str = "") -> Iterator[None]:
+    """Tells in one line each thing that Pillow warns of, however many images it is.
 
-    at.path: what a thread reads. where: added to it. file: the line is printed there, if not to stdout.
+    at.path: what a thread reads. tell: what prints a line. where: stands behind the path.
     """
     warned = defaultdict(list)
     with warnings.catch_warnings():
@@ -448,7 +450,7 @@ def warnings_in_a_line(at: threading.local, where: str = "", file: TextIO | None
         yield
     for message, paths in warned.items():
         others = f" and {len(paths) - 1:,} others" if len(paths) > 1 else ""
-        say(f"Pillow warns of {paths[0]}{others}{where}: {message}", file)
+        tell(f"Pillow warns of {paths[0]}{others}{where}: {message}")
 
 
 class _Room:
@@ -508,12 +510,13 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
                     image = image.resize((width, height), Image.LANCZOS)
     except Exception as error:  # on damaged files the decoders raise nearly every kind there is
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and error.errno in DISK_FAILURES:
+        if isinstance(error, OSError) and error.errno not in {None, *LASTING}:  # Pillow's own have no number
             raise InputError(
-                f"cannot read image {path} ({error.strerror}), which is no fault of the image: see to the disk, and "
-                "give the same command again"
+                f"cannot read image {path} ({error.strerror}), which is no fault of the image: see to the disk, or to "
+                "the limit of open files, and give the same command again"
             ) from error
-        raise UnreadableError(path, reason) from error
+        message = f"cannot read image {path}: {reason}; replace it, or leave it out"
+        raise UnreadableError(message, reason) from error
     if image.size != (width, height):
         raise InputError(
             f"image {path} is {image.height}x{image.width} pixels, not {height}x{width}: prepare the folder as "

@@ -631,8 +631,7 @@ def test_run(recipe: Recipe, workers: Cluster) -> None:
     say(f"Restoring model weights from {prefix}")
     workers.ready()
     workers.check_alike({"the checkpoint": Path(prefix).name}, "give all processes one --logdir that they share")
-    if recipe.dataset.images:
-        workers.check_alike({"the classes with the checksum": data.checksum()}, "give all processes the same images")
+    evaluate.check_same_classes(data, workers)
     evaluate.test(maml, data, trained, protocol, run, prefix, results, workers)
     workers.leave()
 

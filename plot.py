@@ -508,8 +508,8 @@ def _drawn(args, what):
 def _tests(path, update_lr):
     """Of results/<row>.json or a run's results.json, one test of each K, with this alpha if one is named.
 
-    It is the last one with K queries a class, as in the original's code, or else the last one; and the last checkpoint
-    comes before the best on validation.
+    It is the one of the latest checkpoint with K queries a class, as in the original's code, or else the latest; of
+    several, the last one.
     """
     way_out = "name a file of results/, or a run's results.json"
     try:
@@ -527,7 +527,7 @@ def _tests(path, update_lr):
 
     def rank(test):
         own_queries = test.get("query_examples_a_class_Q") == test["support_examples_a_class_K"]
-        return own_queries, not test.get("best_on_validation")
+        return own_queries, test.get("iteration", 0)
 
     tests.sort(key=rank)
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())

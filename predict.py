@@ -30,11 +30,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 from tqdm import tqdm
 
@@ -55,6 +55,7 @@ NORMALISED = {
 UPDATES = recipes.RANGES["num_updates"]._replace(least=0)  # 0: the meta-learned weights as they are
 CHUNK = 64  # images that are read and answered at once, where each is normalised by itself
 SLOW = 200  # images; from so many on there is a progress bar
+COLUMNS = ("image", "class", "probability")  # of a table of answers; the classes follow
 
 
 # -- the library -------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def trained(folder: Path | str, checkpoint: int | str = -1) -> tuple[Recipe, MAM
     run = runs.Run(folder)
     if not folder.is_dir():
         raise InputError(f"no run folder {folder}: train a model first, or take one of {PUBLISHED}")
-    runs_inside = sorted({path.parent.name for path in folder.glob("*/model*.index")})
+    runs_inside = sorted({path.parent.name for path in folder.glob("[!.]*/model*.index")})
     if runs_inside and not run.iterations():
         raise InputError(f"{folder} is no run folder, but holds some: give one of them{_some(runs_inside)}")
     prefix = run.checkpoint(checkpoint, "--checkpoint")
@@ -390,8 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"Written: {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
             answer(model, args.labelled, args.unlabelled, args.csv)
-    except BrokenPipeError:  # nobody reads the answers any more, and no table was asked for
-        _print_no_more()
+    except BrokenPipeError:  # nobody reads the answers any more
+        _print_no_more(sys.stdout)
+        sys.exit(1 if args.csv else 0)
     except (InputError, OSError) as error:
         say(f"predict.py: {error}", sys.stderr)
         sys.exit(1)
@@ -409,7 +411,7 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
         _check_table(table)
     read = functools.partial(_read_all, model)
     # A table is finished though nobody reads the answers any more.
-    printing = _readers_may_leave if table else contextlib.nullcontext
+    printing = functools.partial(_reader_may_leave, sys.stdout) if table else contextlib.nullcontext
     shown = [one for one in read(list(files), list(files.values())) if one[2] is not None]
     lost = set(files.values()) - {label for _, label, _ in shown}
     if lost:
@@ -448,7 +450,7 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
     if not rows:
         raise InputError("no image of UNLABELLED can be read: give others")
     if table:
-        text = "".join(map(_csv_line, [["image", "class", "probability", *adapted.classes], *rows]))
+        text = "".join(map(_csv_line, [[*COLUMNS, *adapted.classes], *rows]))
         # A file's name may be no text: its bytes are written as they are.
         write_whole(table, lambda file: file.write(text.encode(errors="surrogateescape")))
         with printing():
@@ -461,8 +463,11 @@ def _check_table(table):
         raise InputError(f"--csv={table} is a folder: name a file")
     if table.exists() and not table.is_file():
         raise InputError(f"--csv={table} is no regular file: name another, such as answers.csv")
-    if table.suffix.lower() in Image.registered_extensions():  # --csv photo*.png would write over the first of them
-        raise InputError(f"--csv={table} has the ending of an image: name a file for the table, such as answers.csv")
+    if table.exists():  # --csv photo*.png names photographs, and the first of them would be lost
+        begin = ",".join(COLUMNS).encode()
+        with table.open("rb") as file:
+            if file.read(len(begin)) not in (b"", begin):
+                raise InputError(f"--csv={table} is another file than a table of answers: name another")
     runs.check_writable(table.parent, "--csv")
 
 
@@ -474,16 +479,21 @@ def _csv_line(row):
 
 
 @contextlib.contextmanager
-def _readers_may_leave() -> Iterator[None]:
+def _reader_may_leave(stream: TextIO) -> Iterator[None]:
     """Prints no more where the reader of what is printed, such as head, has enough."""
     try:
         yield
     except BrokenPipeError:
-        _print_no_more()
+        _print_no_more(stream)
 
 
-def _print_no_more():
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _print_no_more(stream):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _remark(line):
+    with _reader_may_leave(sys.stderr):
+        say(line, sys.stderr)
 
 
 def labelled_files(model: Model, folder: str) -> dict[str, str]:
@@ -492,7 +502,7 @@ def labelled_files(model: Model, folder: str) -> dict[str, str]:
         raise InputError(f"no folder {folder} of labelled images: give one with a folder of images for each class")
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
-        say(f"Not used, {loose:,} images in {folder} that lie in no class folder.", sys.stderr)
+        _remark(f"Not used, {loose:,} images in {folder} that lie in no class folder.")
     _tell_of_others(folder)
     if len(classes) != way:
         raise InputError(
@@ -527,9 +537,7 @@ def unlabelled_files(labelled: str, given: Sequence[str]) -> list[str]:
 def _tell_of_others(folder):
     """Tells of files that are passed over: a camera's, such as .heic, may be images that Pillow does not read."""
     if others := other_files(folder):
-        say(
-            f"Not used, {len(others):,} files that by their names are no images Pillow reads{_some(others)}", sys.stderr
-        )
+        _remark(f"Not used, {len(others):,} files that by their names are no images Pillow reads{_some(others)}")
 
 
 def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.ndarray | None]]:
@@ -545,11 +553,11 @@ def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.n
             broken[path] = f"{path} ({error.reason})"
             return None
 
-    with warnings_in_a_line(at, file=sys.stderr), ThreadPoolExecutor(devices.cores()) as pool:
+    with warnings_in_a_line(at, _remark), ThreadPoolExecutor(devices.cores()) as pool:
         images = list(pool.map(read, paths))
     if broken:
         listed = _some([broken[path] for path in paths if path in broken])
-        say(f"Left out, {len(broken):,} images that cannot be read{listed}", sys.stderr)
+        _remark(f"Left out, {len(broken):,} images that cannot be read{listed}")
     return zip(paths, labels or [None] * len(paths), images, strict=True)
 
 
@@ -559,7 +567,7 @@ def _warn_of_twins(shown):
     for path, label, image in shown:
         other, its_label = seen.setdefault(hashlib.sha256(image.tobytes()).digest(), (path, label))
         if its_label != label:
-            say(f"WARNING: {path} and {other} are the same image.", sys.stderr)
+            _remark(f"WARNING: {path} and {other} are the same image.")
 
 
 def _iteration(text):

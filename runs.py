@@ -171,20 +171,17 @@ class Run:
                 write_whole(path, lambda file: file.write(text.encode()))
 
     def record_classes(self, names: Sequence[str]) -> None:
-        """Records the names of the classes that are trained on, besides those that were before. A line tells of others.
-
-        names: sorted.
-        """
+        """Records the names of the classes that are trained on, besides those that were. A line tells of others."""
         before = self.trained_classes() if self.iterations() else []
-        everything = sorted({*before, *names})
-        if before and everything != list(names):
+        new, gone = {*names} - {*before}, {*before} - {*names}
+        if before and (new or gone):
             say(
-                f"WARNING: in {self.folder} {len(before):,} classes were trained on, and now there are {len(names):,}, "
-                f"{len({*names} - {*before}):,} of them new: from here on the tasks are others than those of one run.",
+                f"WARNING: of the {len(before):,} classes that were trained on in {self.folder}, {len(gone):,} are not "
+                f"there now, and {len(new):,} are new: the tasks are others than those of one run.",
                 sys.stderr,
             )
-        if everything != before:
-            text = json.dumps(everything, indent=1)
+        if new:
+            text = json.dumps(sorted({*before, *names}), indent=1)
             with writing(self.folder):
                 write_whole(self.folder / "classes.json", lambda file: file.write(text.encode()))
 
@@ -193,6 +190,9 @@ class Run:
         try:
             return read_json(self.folder / "classes.json", list, "delete it", items=str)
         except FileNotFoundError:
+            return []
+        except InputError as error:  # nothing but warnings depends on it
+            say(f"WARNING: {error}", sys.stderr)
             return []
 
     def check_flags(self, flags: Mapping, defaults: Mapping, training: bool = True) -> None:
@@ -357,9 +357,6 @@ class ReadOnlyRun(Run):
         """Does nothing."""
 
     def record_computed(self, start: int, computed: Mapping) -> None:
-        """Does nothing."""
-
-    def record_classes(self, names: Sequence[str]) -> None:
         """Does nothing."""
 
     def save(self, model: Model) -> str:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import devices
 from cluster import Cluster
 from data_generator import ImageTasks, SinusoidTasks
-from evaluate import evaluate, known_classes
+from evaluate import check_same_classes, evaluate, known_classes
 from events import Events, curve_scalars, task_picture
 from maml import MAML
 from recipe import Recipe, to_flags
@@ -114,8 +114,7 @@ def train(
         {"Step": start, "weights with the checksum": _checksum(maml)},
         "give all processes one --logdir that they share, and one kind of machine",
     )
-    if images:
-        workers.check_alike({"the classes with the checksum": data.checksum()}, "give all processes the same images")
+    check_same_classes(data, workers)
     if start <= total:  # else the folder has more than this recipe says
         run.record(to_flags(recipe))
     schedule = Schedule.of(total, settings.save_interval, validates=images is not None)
@@ -127,10 +126,9 @@ def train(
         return True
 
     run.record_computed(start, devices.computed())
-    if images and workers.chief:
-        names = data.classes["train"].names
-        run.record_classes(names)
-        known_classes(data, settings.val_split, names)
+    if isinstance(data, ImageTasks) and workers.chief:
+        run.record_classes(data.classes["train"].names)
+        known_classes(data, settings.val_split, run.trained_classes())
     say(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")

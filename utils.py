@@ -233,13 +233,20 @@ def lock(file: BinaryIO | int, wait: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Waits for others that hold it. Where the system or the disk has no locks, there is none."""
+def folder_lock(folder: Path, waiting: str = "") -> Iterator[None]:
+    """Waits for others that hold it, and says so if it may take long. Where the system has no locks, there is none.
+
+    waiting: the line that it says then.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             held = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, held)
-            lock(held, wait=True)
+            try:
+                lock(held, wait=not waiting)
+            except BlockingIOError:
+                say(waiting)
+                lock(held, wait=True)
         yield
 
 

@@ -392,7 +392,7 @@ def imagenet(source: Path) -> dict[str, File]:
 
 
 def photographs(source: File) -> dict[str, File]:
-    """The .jpg or .jpeg files of a folder or archive, at any depth; two that differ by the ending alone are refused."""
+    """The .jpg or .jpeg files of a folder or archive, at any depth; two of one name, ending aside, are an error."""
     found: dict[str, File] = {}
     stems: dict[str, File] = {}
     for path, file in files(source).items():

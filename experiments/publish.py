@@ -41,16 +41,17 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
     tests = runs.read_json(folder / "results.json", list, "test the run again")
     if all(test.get("checkpoint") != prefix.name for test in tests):
         raise InputError(f"{folder / 'results.json'} has no test of {prefix.name}: test it first")
+    others = [other for other in runs.Run(copy).iterations() if f"model{other}" != prefix.name]
+    if others:  # the latest of them would be tested, beside results that are not its own
+        raise InputError(f"{copy} has another checkpoint, model{others[-1]}: remove it, or give another --to")
     maml = recipe.build(recipe.from_flags(flags))
     run.restore(maml, str(prefix))
     with writing(copy):
         copy.mkdir(parents=True, exist_ok=True)
-        for name in ("flags.json", "results.json"):
-            shutil.copyfile(folder / name, copy / name)
+        for name in ("flags.json", "results.json", "classes.json"):
+            if (folder / name).is_file():  # there is no list of classes where there are none
+                shutil.copyfile(folder / name, copy / name)
         write_weights(maml, copy / prefix.name)
-        for other in copy.glob("model*"):  # of an earlier publication, or a later one would be tested as the latest
-            if other.name.partition(".")[0] != prefix.name:
-                other.unlink()
         write_events(folder, copy)
         if (folder / events.TEST_FOLDER).is_dir():
             write_events(folder / events.TEST_FOLDER, copy / events.TEST_FOLDER)

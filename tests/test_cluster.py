@@ -254,8 +254,13 @@ def test_hosts_with_other_images(server, flags, omniglot, tmp_path):
     min((tmp_path / "b" / "data").glob("*/*")).unlink()
     flags = [flag for flag in flags if not flag.startswith("--data_path")]
     flags += ["--data_path=data", f"--logdir={tmp_path / 'logs'}", "--num_classes=2"]
-    assert_one_line(server.start([flags] * 2, cwd=hosts).end(), "in process 0: give all processes the same images")
+    message = "in process 0: give all processes the same images"
+    assert_one_line(server.start([flags] * 2, cwd=hosts).end(), message)
     assert not any(tmp_path.rglob("model*.index"))
+    (alone,) = server.start([[*flags, "--metatrain_iterations=1"]], cwd=hosts[:1]).end()
+    assert alone.code == 0
+    flags += ["--metatrain_iterations=1", "--train=False", "--test_tasks=4"]
+    assert_one_line(server.start([flags] * 2, cwd=hosts).end(), message)
 
 
 def assert_one_line(ended: list[Ended], message: str) -> None:

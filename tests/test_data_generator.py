@@ -579,7 +579,7 @@ def test_images_that_fit_nowhere(tiny, monkeypatch, opened, disk):
         monkeypatch.setattr(Path, "mkdir", refuse(OSError(errno.EROFS, "Read-only file system")))
     line = error_of(tiny)
     assert f"the image cache {tiny / '.cache'} cannot be written (" in line
-    assert "are more than the memory, which has 0.0 GB: make room for it there, or lower --image_size" in line
+    assert "are more than the memory, which has 0.0 GB: make room there, and let it be written, or lower" in line
     assert not opened
 
 
@@ -595,7 +595,7 @@ def test_a_full_disk_is_noticed_before_anything_is_decoded(tiny, monkeypatch, op
     )
 
 
-def test_of_two_starts_at_once_one_decodes(tiny, monkeypatch, opened):
+def test_of_two_starts_at_once_one_decodes(tiny, monkeypatch, opened, capsys):
     expected = uncached_tasks(tiny)
     del opened[:]
     decode, second = images._decode, []
@@ -611,6 +611,7 @@ def test_of_two_starts_at_once_one_decodes(tiny, monkeypatch, opened):
     assert_same(tiny_tasks(tiny), expected)
     assert_same(second[0].result(), expected)
     assert len(opened) == 12
+    assert capsys.readouterr().out == f"Another process writes to {tiny / '.cache'}: waiting for it.\n"
 
 
 def test_file_in_the_cache_s_place(tiny, capsys):
@@ -885,14 +886,16 @@ def test_broken_image_is_told_or_left_out(tiny, capsys, opened, spoil):
     assert capsys.readouterr().out == ""
 
 
-def test_a_failure_of_the_disk_leaves_no_image_out(tiny, monkeypatch):
+@pytest.mark.parametrize("name", ["EIO", "ENOTCONN", "EMFILE"])
+def test_a_failure_of_the_disk_leaves_no_image_out(tiny, monkeypatch, name):
     """Not even with --skip_broken: the image may be read at the next start."""
     skipping, expected = OWN._replace(skip_broken=True), tiny_tasks(tiny, OWN)
     shutil.rmtree(tiny / ".cache")
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", refuse(OSError(errno.EIO, "Input/output error")))
+        number = getattr(errno, name)
+        patch.setattr(Image, "open", refuse(OSError(number, os.strerror(number))))
         line = error_of(tiny, skipping)
-    assert "(Input/output error), which is no fault of the image: see to the disk, and give the same command" in line
+    assert f"({os.strerror(number)}), which is no fault of the image: see to the disk, or to the limit of" in line
     assert_same(tiny_tasks(tiny, skipping), expected)
 
 

@@ -58,15 +58,19 @@ def drawings() -> list[list]:
 
 def test_a_browser_in_the_terminal_gets_the_page(tmp_path):
     """It runs until it is left, and wants the page meanwhile."""
-    fetch = "import sys, urllib.request as r; open(sys.argv[1], 'wb').write(r.urlopen(sys.argv[2], timeout=60).read())"
+    fetch = (
+        "import sys, urllib.request as r;"
+        "page = r.build_opener(r.ProxyHandler({})).open(sys.argv[2], timeout=60).read();"
+        "open(sys.argv[1], 'wb').write(page)"
+    )
     browser = tmp_path / "browser"
-    browser.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{fetch}" {tmp_path}/page $1\n')
+    browser.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{fetch}" "{tmp_path}/page" "$1"\n')
     browser.chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, demo.__file__], env={**os.environ, "BROWSER": f"{browser} %s"}, stdout=subprocess.DEVNULL
     )
     try:
-        for _ in range(600):
+        for _ in range(1800):
             if (tmp_path / "page").is_file() and (tmp_path / "page").stat().st_size:
                 break
             time.sleep(0.1)
@@ -300,6 +304,24 @@ def test_characters_in_a_browser(page):
     wait_for(page, "characters-status", "Still to draw: ?.")
     page.find_elements(By.XPATH, "//button[text()='Clear']")[1].click()
     wait_for(page, "characters-status", "Still to draw: B, ?.")
+
+
+def test_a_palm_beside_the_pen_in_a_browser(page):
+    """A second finger neither draws nor ends the stroke of the first."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    pad = page.find_element(By.ID, "pad-asked")
+    ActionChains(page).move_to_element(pad).click_and_hold().move_by_offset(5, 9).perform()
+    before, drawn = text(page, "characters-status"), page.execute_script("return arguments[0].toDataURL()", pad)
+    for kind in ("pointermove", "pointerup", "pointercancel"):
+        place = "pointerId: 99, clientX: 9, clientY: 9"
+        palm = f"new PointerEvent('{kind}', {{{place}, coalescedEvents: [new PointerEvent('{kind}', {{{place}}})]}})"
+        page.execute_script(f"arguments[0].dispatchEvent({palm})", pad)
+    assert page.execute_script("return arguments[0].toDataURL()", pad) == drawn
+    assert text(page, "characters-status") == before
+    ActionChains(page).release().perform()
+    assert wait_for(page, "characters-status", "Still to draw: A, B, C, D, E.") != before
 
 
 def test_the_sinusoid_in_a_browser(page):

@@ -450,10 +450,14 @@ def test_published_model_tests_as_the_run(tmp_path):
     copy = publish.publish(folder, tmp_path / "published")
     with pytest.raises(InputError, match=r"results\.json has no test of model1000: test it first"):
         publish.publish(folder, tmp_path / "published", iteration=1000)
-    (copy / "model9000.index").touch()  # of an earlier publication
-    (copy / "model9000.data-00000-of-00001").touch()
+    later = [copy / f"model9000.{ending}" for ending in ("index", "data-00000-of-00001")]
+    for path in later:
+        path.touch()
+    with pytest.raises(InputError, match="has another checkpoint, model9000: remove it, or give another --to"):
+        publish.publish(folder, tmp_path / "published")
+    for path in later:
+        path.unlink()
     assert publish.publish(folder, tmp_path / "published") == copy
-    assert sorted(path.name for path in copy.glob("model*")) == ["model2000.data-00000-of-00001", "model2000.index"]
     run_main(*flags, f"--logdir={tmp_path}/published", f"--results_dir={tmp_path}/again", *test)
 
     (name,) = [path.name for path in folder.glob("*.csv")]

@@ -670,13 +670,16 @@ def test_a_folder_name_of_240_letters_in_the_name_of_a_file():
 
 
 @pytest.mark.parametrize("content", ["[7]", "{}", "[[]]", "[", None])
-def test_a_strangers_record_of_classes(run, content):
+def test_a_strangers_record_of_classes(run, capsys, content):
+    """It is warned of, and training makes it anew."""
     if content is None:
         os.mkfifo(run.folder / "classes.json")
     else:
         (run.folder / "classes.json").write_text(content)
-    with pytest.raises(InputError, match=r"classes\.json is damaged \(.*\): delete it$"):
-        run.trained_classes()
+    assert run.trained_classes() == []
+    assert re.fullmatch(r"WARNING: .*classes\.json is damaged \(.*\): delete it\n", capsys.readouterr().err)
+    run.record_classes(["a", "b"])
+    assert run.trained_classes() == ["a", "b"]
 
 
 # -- not regular files ------------------------------------------------------------------------------------------------

@@ -602,11 +602,14 @@ def test_classes_that_were_trained_on_are_told(own_run, own_images, few_test_tas
 
     (own_images / "train" / "n00000000").rename(own_images / "train" / "renamed")
     ended = start(*flags, "--metatrain_iterations=2")
-    assert f"WARNING: in {folder} 6 classes were trained on, and now there are 6, 1 of them new: " in ended.err
+    changed = f"classes that were trained on in {folder}, 1 are not there now, and {{}} are new: the tasks are others"
+    assert f"WARNING: of the 6 {changed.format(1)}" in ended.err
+    assert "WARNING: 6 of the 6 classes " + known.format("val") in ended.err  # the one, too, that is gone from train
     assert ended.code == 0
+    assert f"WARNING: of the 7 {changed.format(0)}" in start(*flags, "--metatrain_iterations=3").err
     assert json.loads((folder / "classes.json").read_text()) == [*(f"n{label:08}" for label in range(6)), "renamed"]
 
-    ended = start(*flags, "--metatrain_iterations=2", "--train=False", "--test_set=True")
+    ended = start(*flags, "--metatrain_iterations=3", "--train=False", "--test_set=True")
     assert "WARNING: 2 of the 6 classes " + known.format("test") in ended.err
     (entry,) = json.loads((folder / "results.json").read_text())
     assert entry["classes_also_trained_on"] == 2

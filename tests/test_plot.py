@@ -104,7 +104,7 @@ def test_the_axis_of_updates_is_as_long_as_the_test(updates):
 def test_the_last_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
     """Of those on the test classes with the alpha that is named, in order of time; with Q = K, if one is.
 
-    The best on validation is drawn where nothing else is.
+    Of another checkpoint, such as the best on validation, only where the latest is not tested.
     """
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, *_: drawn.append(figure))
@@ -122,7 +122,7 @@ def test_the_last_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
     )
     command(monkeypatch, "updates", f"MAML={path}", "--output", "figure")
     np.testing.assert_allclose(lines(drawn.pop().axes[0])["MAML"][1], [20])
-    path.write_text(json.dumps([test | {"best_on_validation": mean > 0} for mean, test in enumerate(tests)]))
+    path.write_text(json.dumps([test | {"iteration": 9 - place} for place, test in enumerate(tests)]))
     command(monkeypatch, "updates", f"MAML={path}", "--update_lr=0.4", "--output", "figure")
     np.testing.assert_allclose(lines(drawn.pop().axes[0])["MAML"][1], [10])
 

@@ -237,7 +237,7 @@ def test_wrong_folders(characters, capsys, tmp_path):
         image.unlink()
     (nothing := tmp_path / "nothing").mkdir()
     os.mkfifo(pipe := tmp_path / "pipe")
-    (photo := tmp_path / "0.PNG").write_bytes(b"not to be lost")
+    (photo := tmp_path / "0.HEIC").write_bytes(b"not to be lost")
     for arguments, reason in (
         ((one, unlabelled), "one has 1 class folders: a, but "),
         ((six, unlabelled), "is a model of 5 classes: no model of 6 is at hand, train one with --num_classes=6"),
@@ -250,7 +250,7 @@ def test_wrong_folders(characters, capsys, tmp_path):
         ((labelled, nothing), "no images in "),
         ((labelled, unlabelled, f"--csv={nothing}"), "nothing is a folder: name a file"),
         ((labelled, unlabelled, f"--csv={pipe}"), "pipe is no regular file: name another, such as answers.csv"),
-        ((labelled, unlabelled, f"--csv={photo}"), "0.PNG has the ending of an image: name a file for the table"),
+        ((labelled, unlabelled, f"--csv={photo}"), "0.HEIC is another file than a table of answers: name another"),
         ((labelled, unlabelled, "--checkpoint=newest"), "--checkpoint=newest must be an iteration, -1 for the latest"),
         ((labelled, unlabelled, "--updates=-1"), "updates=-1 must be 0 or more, and at most 200"),
         ((labelled, unlabelled, "--updates=201"), "updates=201 must be 0 or more, and at most 200"),
@@ -260,15 +260,20 @@ def test_wrong_folders(characters, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("table", [None, "a.csv"])
-def test_a_reader_that_has_enough(characters, tmp_path, table):
+@pytest.mark.parametrize("both", [False, True], ids=["of stdout", "of stderr too"])
+def test_a_reader_that_has_enough(characters, tmp_path, table, both):
     """Such as head. The command ends well, and the table is whole."""
-    command = [sys.executable, predict.__file__, PUBLISHED, characters / "labelled", characters / "unlabelled"]
+    shutil.copytree(characters / "unlabelled", tmp_path / "asked")
+    (tmp_path / "asked" / "zz.png").write_text("no image")  # which is told at the end
+    command = [sys.executable, predict.__file__, PUBLISHED, characters / "labelled", tmp_path / "asked"]
     command += [f"--csv={tmp_path / table}"] if table else []
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if both else subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=environment) as process:
         process.stdout.close()
-        err = process.stderr.read()
-    assert (process.returncode, err) == (0, b"")
+        err = b"" if both else process.stderr.read()
+    assert process.returncode == 0
+    assert all(line.startswith(b"Left out, 1 images") for line in err.splitlines())
     if table:
         assert len((tmp_path / table).read_text().splitlines()) == 86
 

@@ -14,7 +14,7 @@ import recipe
 import runs
 import train
 from cluster import Cluster
-from data_generator import SinusoidTasks
+from data_generator import DATASETS, ImageTasks, SinusoidTasks
 from recipe import Recipe
 from utils import Curve, Stop, mean_xent, xent
 
@@ -113,3 +113,17 @@ def test_training_is_called_without_main_and_stopped_from_outside(from_thread, t
     assert finished == [False]
     assert run.iterations()[-1] == int(maml.step) - 1
     assert "Stopped by the user after iteration " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["an object of the caller's", "images of one split alone"])
+def test_data_that_are_not_mains(own, omniglot_like, tmp_path):
+    """Whatever draws tasks will do, and what a short training does not need may be missing."""
+    one = Recipe(data_set="omniglot", filters=2, metatrain_steps=2, meta_batch=1, way=5, shot=1)
+    images = DATASETS["omniglot"].images._replace(split_list=None, split_sizes=(20, 10, 10))
+    data = ImageTasks.from_folder(images, omniglot_like, ("train",), 5, 1, 1)
+    if own:
+        data = types.SimpleNamespace(draw=data.draw, way=5, shot=1, query=1)
+    run = runs.Run(tmp_path / one.run_name)
+    with run.locked():
+        assert train.train(one, run, recipe.build(one), data, train.Settings(log=False))
+    assert len(run.trained_classes()) == (0 if own else 20)
