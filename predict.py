@@ -461,9 +461,10 @@ def _check_table(table):
     """Raises InputError where the file of --csv is another thing than a table, or cannot be written."""
     if table.is_dir():
         raise InputError(f"--csv={table} is a folder: name a file")
-    if table.exists() and not table.is_file():
-        raise InputError(f"--csv={table} is no regular file: name another, such as answers.csv")
-    if table.exists():  # --csv photo*.png names photographs, and the first of them would be lost
+    if table.exists():
+        if not table.is_file():
+            raise InputError(f"--csv={table} is no regular file: name another, such as answers.csv")
+        # --csv photo*.png names photographs, of which the first would be lost.
         begin = ",".join(COLUMNS).encode()
         with table.open("rb") as file:
             if file.read(len(begin)) not in (b"", begin):
