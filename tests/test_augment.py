@@ -29,7 +29,7 @@ def photographs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("photographs")
     for split in ("train", "val", "test"):
         for label in range(5):
-            folder = root / split / f"class{label}"
+            folder = root / split / f"{split}{label}"
             folder.mkdir(parents=True)
             for number, (width, height) in enumerate([(60, 40), (40, 60), (50, 50), (90, 30), (64, 48), (33, 32)]):
                 pixels = np.zeros((height, width, 3), np.uint8)
@@ -111,7 +111,7 @@ def test_colours_are_normalised_by_imagenets_mean_and_deviation():
 
 def test_a_crop_is_the_box_of_the_photograph(photographs):
     """Red and green tell where a pixel was: in the middle at test, whatever the photograph's shape."""
-    for path in sorted((photographs / "train" / "class0").iterdir()):
+    for path in sorted((photographs / "train" / "train0").iterdir()):
         with Image.open(path) as image:
             width, height = image.size
         crop = read_image(path, IMAGES._replace(any_size=True)).astype(float)
