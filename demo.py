@@ -146,6 +146,13 @@ def _points(given, most, low, high):
     return given
 
 
+def _own_hosts(port: str) -> set[str]:
+    """What a browser on this machine calls the page's host."""
+    names = {"127.0.0.1", "localhost"}
+    # A browser leaves out http's own port.
+    return {f"{name}:{port}" for name in names} | (names if port == "80" else set())
+
+
 class Site:
     """The page's files and its two questions, as a WSGI application."""
 
@@ -157,7 +164,6 @@ class Site:
         rules = [Rule(path, endpoint=path, methods=["GET"]) for path in self.files]
         rules += [Rule(path, endpoint=path, methods=["POST"]) for path in questions]
         self.map = Map(rules)
-        self.hosts: set[str] = set()  # the names by which this page may be asked for, with the port
 
     def __call__(self, environ, start_response):
         request = Request(environ)
@@ -173,7 +179,8 @@ class Site:
 
     def respond(self, request: Request) -> Response:
         """Answers a request. Raises HTTPException where it is not one of ours."""
-        if request.headers.get("Host") not in self.hosts:  # another name that leads here, such as a stranger's page has
+        # A name that a stranger gave to this machine's address leads here, too.
+        if request.headers.get("Host") not in _own_hosts(request.environ["SERVER_PORT"]):
             raise Forbidden("This page is for this machine alone.")
         path, _ = self.map.bind_to_environ(request.environ).match()
         if path in self.files:
@@ -217,10 +224,6 @@ def serve(port: int = 0) -> BaseWSGIServer:
     with listening:
         server = make_server("127.0.0.1", port, site, True, request_handler=Quiet, fd=listening.fileno())
     server.daemon_threads = True
-    names = ("127.0.0.1", "localhost")
-    site.hosts = {f"{name}:{server.port}" for name in names}
-    if server.port == 80:  # a browser leaves out http's own port
-        site.hosts |= set(names)
     return server
 
 

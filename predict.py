@@ -493,6 +493,7 @@ def _print_no_more(stream):
 
 
 def _remark(line):
+    """Says what is no answer where the answers are not. Whoever reads it may leave before the end."""
     with _reader_may_leave(sys.stderr):
         say(line, sys.stderr)
 

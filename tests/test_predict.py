@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageOps
 
 import plot
 import predict
@@ -316,13 +316,13 @@ def test_files_that_are_no_images_are_told(characters, capsys, tmp_path):
 
 
 def test_what_pillow_warns_of_is_one_line(characters, capsys, monkeypatch):
-    transpose = predict.read_image.__globals__["ImageOps"].exif_transpose
+    transpose = ImageOps.exif_transpose
 
     def warn(image, **named):
         warnings.warn("Corrupt EXIF data", UserWarning, stacklevel=1)
         transpose(image, **named)
 
-    monkeypatch.setattr(predict.read_image.__globals__["ImageOps"], "exif_transpose", warn)
+    monkeypatch.setattr(ImageOps, "exif_transpose", warn)
     asked = sorted((characters / "unlabelled").glob("*/*"))[:3]
     _, err = command(capsys, PUBLISHED, characters / "labelled", *asked)
     assert " and 2 others: Corrupt EXIF data\n" in err
