@@ -14,7 +14,7 @@ published_omniglot = logs/published/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batch
 
 help:
 	@echo 'make sinusoid  train and test the 10-shot sinusoid, and compare its errors with the original'
-	@echo 'make figures   draw the pictures of README.md and docs/ into figures/'
+	@echo 'make figures   draw the figures of README.md and docs/, but for rl and a screenshot'
 	@echo 'make docs      write the tables of README.md and docs/ from results/'
 	@echo 'make test      lint, and run all tests'
 	@echo 'make clean     remove the environment and the caches of the tools; runs and data stay'

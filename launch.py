@@ -7,12 +7,14 @@ Each line that a process prints has its number before it. Process 0 is the chief
 writes its folder. Ctrl-C and SIGTERM are handed on: all stop after the same step, saved. Where one process dies the
 others end too; the same command goes on from the last checkpoint, and with --restarts=K it is given again by itself,
 up to K times. Where a process ends with an error of its own, such as a wrong flag or a full disk, it is not. The exit
-code is that of the first process that ended with one; 75 says only that another is gone.
+code is that of the first process that ended with an error of its own. It is 75 where there is none: all that failed
+ended because another was gone.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,7 +37,7 @@ def gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)  # the parts of a GPU (MIG) have lines of their own
 
 
 def environments(processes: int, names: list[str]) -> list[dict[str, str]]:

@@ -190,7 +190,9 @@ flags.DEFINE_integer(
     "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
 )
 flags.DEFINE_bool(
-    "tensor_float_32", False, "Let a GPU round what it multiplies to 10 bits. It is faster, and meta-gradients are off."
+    "tensor_float_32",
+    False,
+    "Let a GPU round what it multiplies to 10 bits. It is faster, and meta-gradients are less exact.",
 )
 flags.DEFINE_bool(
     "deterministic", False, "Have a GPU compute the same bits every time, as a CPU does anyway. It may be slower."
@@ -250,13 +252,12 @@ flags.DEFINE_enum(
 flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
 
 
-MOST_THREADS = max(64, 16 * devices.cores())
 RANGES = recipes.RANGES | {
     "val_tasks": recipes.EXAMPLES,
     "test_tasks": recipes.EXAMPLES,
     "save_interval": Range(1, recipes.ITERATIONS.most),
-    "threads": Range(0, MOST_THREADS),
-    "op_threads": Range(1, MOST_THREADS),
+    "threads": Range(0, devices.MOST_THREADS),
+    "op_threads": Range(1, devices.MOST_THREADS),
     "tasks_at_once": Range(0, recipes.RANGES["meta_batch_size"].most),
     "eval_seed": recipes.SEED,
     "test_updates": recipes.RANGES["num_updates"]._replace(also=(-1,)),
@@ -419,7 +420,7 @@ def tested_data_set(recipe: Recipe) -> Dataset:
             "leave it out"
         )
     other = data_set(FLAGS.test_datasource, "test_datasource", FLAGS["test_data_path"])
-    any_size = other.images.any_size or other.images.size != own.size
+    any_size = other.images.any_size or FLAGS.image_size is not None or other.images.size != own.size
     images = other.images._replace(size=own.size, channels=own.channels, invert=own.invert, any_size=any_size)
     images = images._replace(augment=own.augment, any_size=any_size or own.augment)
     return other._replace(images=images._replace(split_sizes=own.split_sizes))

@@ -363,17 +363,21 @@ def trained(folder: Path, update_lr: float | None = None) -> MAML:
 
 
 def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) -> tuple[list[str], Tasks, np.ndarray]:
-    """Draws a test task of a run's data set, and lets the run's model answer it, by the protocol of the paper's tests.
+    """Draws a test task of a run's data set, and lets the run's model answer it, with QUERIES query images a class.
+
+    Under batch norm they are normalised together, as in the paper's tests.
 
     Args: the run folder; K; the number of the task; where the data set lies, None: where training has it.
     Returns the names of the classes; the task, its images as they look; the probabilities of its query images.
     """
     model = predict.load(folder, normalise_with="batch")
     images = model.recipe.dataset.images
-    images = images._replace(any_size=images.any_size or model.recipe.image_size is not None)  # as in training
+    # As in training, which may have resized the images of a folder that was named.
+    any_size = images.any_size or model.recipe.image_size is not None or data_path is not None
     if not (data_path or images.folder):
         raise InputError(f"{folder} does not say where its images lie: name their folder with --data_path")
     lies_in = data_path or ROOT / images.folder
+    images = images._replace(any_size=any_size)
     data = ImageTasks.from_folder(images, lies_in, ("test",), model.recipe.way, shot, QUERIES)
     task = Tasks(*(part[0] for part in data.draw(0, "test", number, 1)))
     weights = model.maml.adapt(model.maml.weights, task, model.updates)[-1]
@@ -447,7 +451,7 @@ def main() -> None:
         (
             "task",
             "a test task of images: its support images, and what the model of a run folder takes its query images for, "
-            "by the protocol of the paper's tests; it needs the run's data set",
+            f"{QUERIES} of each class, which batch norm normalises together; it needs the run's data set",
         ),
         (
             "confusion",

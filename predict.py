@@ -102,8 +102,8 @@ def load(
     Args:
         run: the run folder, ours or the original's.
         checkpoint: the iteration, -1 for the latest, or "best" on validation.
-        updates: gradient updates on the labelled images, 0 to 200; None: as many as the paper tests with, else as in
-            training.
+        updates: gradient updates on the labelled images, 0 to 200; None: the last of Recipe.paper_updates, or as in
+            training where it has none.
         normalise_with: with what an image is normalised under batch norm. "support": the labelled images alone, so that
             an answer does not depend on what else is asked. "batch": all images of a call of predict, as in the paper.
     Raises InputError where there is no such model, it is not one of images, or an argument is none of these.
@@ -362,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("unlabelled", metavar="UNLABELLED", nargs="*", help="images, or folders of images")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all probabilities there, one image a row")
     parser.add_argument(
-        "--updates", type=int, metavar="J", help="updates on the labelled images (as many as the paper tests with)"
+        "--updates", type=int, metavar="J", help="updates on the labelled images (as in published tests)"
     )
     parser.add_argument(
         "--checkpoint", default="-1", help="an iteration; -1: the latest; best: the best on validation (-1)"

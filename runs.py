@@ -365,6 +365,10 @@ class ReadOnlyRun(Run):
         return self.prefix(int(model.step) - 1)
 
 
+# Keys of results.json that only the entry of a test away from its defaults has. An entry without them is another's.
+ONLY_AWAY_FROM_DEFAULTS = ("query_normalised_with", "query_shares", "updates_at_test")
+
+
 def write_results(
     folder: Path, name: str, values: np.ndarray, entry: Mapping, known: Mapping, paper_updates: tuple[int, ...]
 ) -> None:
@@ -406,7 +410,8 @@ def write_results(
             earlier = read_json(path, list, "move it away, or give another --results_dir")
         except FileNotFoundError:
             earlier = []
-        kept = [one for one in earlier if any(one.get(key) != value for key, value in entry.items())]
+        told_by = {*entry, *ONLY_AWAY_FROM_DEFAULTS}
+        kept = [one for one in earlier if any(one.get(key) != entry.get(key) for key in told_by)]
         results = json.dumps([*kept, {**entry, **known, "results": updates}], indent=1).encode()
         write_whole(path, lambda file: file.write(results))
 

@@ -3,7 +3,7 @@
   Train  python rl/main.py --env=point --iterations=100 --logdir=logs/rl/point
   Test   the same command plus --train=False
 
-docs/rl.md has every command, and the returns beside the authors'.
+experiments/rl_*.sh have every command, and docs/rl.md has the returns beside the authors'.
 """
 
 import json
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import runs
 from events import Events
+from recipe import EXAMPLES, ITERATIONS, Range
 from rl.environments import ENVIRONMENTS, Environment
 from rl.policy import gaussian
 from rl.trpo import BACKTRACKS, MetaTRPO
@@ -74,10 +75,14 @@ flags.DEFINE_integer(
     "threads", 0, "Tasks computed side by side, a core each; 0: as many as there are cores.", flag_values=FLAGS
 )
 
-for _name in ("meta_batch_size", "num_rollouts", "save_interval"):
-    flags.register_validator(_name, lambda value: value >= 1, "must be 1 or more", flag_values=FLAGS)
-for _name in ("iterations", "threads"):
-    flags.register_validator(_name, lambda value: value >= 0, "must be 0 or more", flag_values=FLAGS)
+for _name, _range in {
+    "iterations": ITERATIONS,
+    "meta_batch_size": EXAMPLES,
+    "num_rollouts": EXAMPLES,
+    "save_interval": ITERATIONS._replace(least=1),
+    "threads": Range(0, devices.MOST_THREADS),
+}.items():
+    flags.register_validator(_name, _range.__contains__, f"must be {_range}", flag_values=FLAGS)
 for _name in ("update_lr", "meta_step_size"):
     flags.register_validator(
         _name, lambda value: value is None or 0 < value < math.inf, "must be a number above 0", flag_values=FLAGS

@@ -481,6 +481,16 @@ def test_launch_starts_a_cluster(tmp_path):
     ]
 
 
+def test_launch_finds_the_gpus_among_their_parts(tmp_path, monkeypatch):
+    """As nvidia-smi lists a host whose first GPU is divided (MIG)."""
+    lines = "GPU 0: A kind (UUID: GPU-1)", "  MIG 3g.40gb Device  0: (UUID: MIG-2)", "GPU 1: A kind (UUID: GPU-3)"
+    (tmp_path / "nvidia-smi").write_text("\n".join(["#!/bin/sh", "cat <<end", *lines, "end", ""]))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launcher.gpus() == ["0", "1"]
+
+
 def test_launch_needs_a_number_without_a_gpu(tmp_path):
     ended = launch(tmp_path, "")
     assert (ended.code, ended.err) == (

@@ -32,6 +32,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData as Plu
 import devices
 import main
 import networks
+import plot
 import runs
 import train
 from data_generator import DATASETS, ImageTasks, SinusoidTasks
@@ -525,9 +526,8 @@ def test_another_shot_and_step_size_at_test(omniglot_run, few_test_tasks, tmp_pa
 
 def test_another_number_of_updates_at_test(omniglot_run, few_test_tasks, tmp_path):
     flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
-    run(*flags)
-    for updates in (2, 12):
-        run(*flags, f"--test_updates={updates}")
+    for given in (["--test_updates=2"], [], ["--test_updates=12"]):
+        run(*flags, *given)
     usual, few, many = (
         read_pickle(tmp_path / f"test_ubs1_stepsize0.4{name}.pkl") for name in ("", "_updates2", "_updates12")
     )
@@ -535,9 +535,9 @@ def test_another_number_of_updates_at_test(omniglot_run, few_test_tasks, tmp_pat
     np.testing.assert_allclose(few, usual[:, :3], atol=1e-6)
     np.testing.assert_allclose(many[:, :11], usual, atol=1e-6)
     entries = json.loads((tmp_path / "results.json").read_text())
-    assert [entry.get("updates_at_test") for entry in entries] == [None, 2, 12]
+    assert [entry.get("updates_at_test") for entry in entries] == [2, None, 12]
     marked = [[column["updates"] for column in entry["results"] if column["the_papers_number"]] for entry in entries]
-    assert marked == [[3], [], [3]]
+    assert marked == [[], [3], [3]]
     assert "--test_updates=0: must be 1 or more, and at most 200, or -1" in refusal(*flags, "--test_updates=0")
 
 
@@ -1303,6 +1303,19 @@ def test_an_image_of_another_size(own_images, tmp_path):
     assert "or have all images resized with --image_size" in line
     flags = *small_miniimagenet(own_images, tmp_path / "logs"), "--metatrain_iterations=0"
     assert "Nothing left to do" in run(*flags, "--image_size=84")
+
+
+def test_other_images_of_another_size_at_test(own_images, miniimagenet_like, few_test_tasks, tmp_path):
+    """They are refused, and --image_size is the way out, also where it is the data set's own and names no other run."""
+    for image in sorted((own_images / "test").glob("*/*.jpg"))[::7]:
+        Image.new("RGB", (80, 64)).save(image)
+    flags = small_miniimagenet(miniimagenet_like, tmp_path / "logs")
+    run(*flags)
+    flags += "--train=False", "--test_set=True", "--test_datasource=cub", f"--test_data_path={own_images}"
+    assert "or have all images resized with --image_size" in refusal(*flags)
+    assert f"Images of {own_images}, read as 84x84x3: test 6 classes, 144 images." in run(*flags, "--image_size=84")
+    names, task, _ = plot.answered_task(only_run(tmp_path / "logs"), 1, 0, own_images)
+    assert len(names) == 5 and task.query_x.shape == (25, 84, 84, 3)
 
 
 def test_another_folder_is_another_run(own_run, miniimagenet_like, tmp_path):

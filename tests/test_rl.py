@@ -508,6 +508,8 @@ def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, mo
     [
         (["--env=ant"], "value should be one of"),
         (["--meta_batch_size=0"], "must be 1 or more"),
+        (["--num_rollouts=10000000"], "must be 1 or more, and at most 1,000,000"),
+        (["--threads=1000000"], "must be 0 or more, and at most "),
         (["--update_lr=-1"], "must be a number above 0"),
         (["--meta_step_size=nan"], "must be a number above 0"),
         (["--iteration=3"], "Unknown command line flag 'iteration'"),

@@ -700,12 +700,16 @@ def test_a_diverged_task_leaves_json_that_any_reader_takes(tmp_path):
 
 def test_results_replace_their_own_entry_alone(tmp_path):
     others = [ENTRY | {"split": "val"}, ENTRY | {"checkpoint": "model999"}, ENTRY | {"support_examples_a_class_K": 5}]
+    # A test at its defaults has none of these keys, and is another test all the same.
+    others += [ENTRY | {"updates_at_test": 5}, ENTRY | {"query_shares": "dirichlet"}]
+    others += [ENTRY | {"query_normalised_with": "support"}]
     for entry in (others[0], ENTRY, *others[1:]):
         runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, entry, {}, ())
     runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES / 2, ENTRY, {}, ())
     found = json.loads((tmp_path / "results.json").read_text())
-    assert [{name: entry[name] for name in ENTRY} for entry in found] == [*others, ENTRY]
-    assert [entry["results"][2]["mean"] for entry in found] == pytest.approx([0.65, 0.65, 0.65, 0.325])
+    means = [entry.pop("results")[2]["mean"] for entry in found]
+    assert found == [*others, ENTRY]
+    assert means == pytest.approx([0.65] * 6 + [0.325])
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json",
         "test_ubs1_stepsize0.4.csv",
