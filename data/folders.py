@@ -104,7 +104,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def moved_in(place: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `place`, which takes its place, and all that was there, after the block.
+    """Yields an empty folder beside `place`. After the block it replaces `place`; what was there is deleted.
 
     After an error in the block `place` is as it was. Killed at any point, `place` holds, after `recover`,
     either all that it held before or all that is new.

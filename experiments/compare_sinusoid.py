@@ -2,16 +2,19 @@
 
     python experiments/compare_sinusoid.py logs/sine/<run>/results.json
 
-Both are mean squared errors over 600 test tasks; the line of 0 updates is of the support set. The original's numbers,
-and how they were made, are in results/published.json.
+Both are mean squared errors over 600 test tasks; the line of 0 updates is of the support set. A pretrained network and
+an oracle are beside the original's. Its numbers, and how they were made, are in results/published.json.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "published.json"
 TEST = {"support_examples_a_class_K": 10, "query_examples_a_class_Q": 10, "inner_step_size_alpha": 0.001}
+# The row of published.json for what the name of a run folder has.
+BASELINES = {r"oracle": "sinusoid_oracle", r"\.pretrain(?!\d)": "sinusoid_pretrained"}
 
 
 def main() -> None:
@@ -27,7 +30,9 @@ def main() -> None:
         parser.exit(1, f"{path} is no results.json of a run: test the run with --train=False --test_set=True\n")
     if not tested:
         parser.exit(1, f"{path} has no 10-shot test; test the run with --train=False --test_set=True first\n")
-    known = TEST | {"row": "sinusoid_maml", "reported_by": "original code"}
+    run = str(tested[-1].get("run"))
+    row = next((row for name, row in BASELINES.items() if re.search(name, run)), "sinusoid_maml")
+    known = TEST | {"row": row, "reported_by": "original code"}
     (original,) = [entry for entry in json.loads(PUBLISHED.read_text()) if known.items() <= entry.items()]
     print("Mean squared error, 600 test tasks\n")
     print("updates   this run             the original")

@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,7 +143,12 @@ def machine() -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the code, with +changes where a tracked .py file differs from it; None outside a git clone."""
+    """The commit of the code, with +changes where a tracked .py file differs from it.
+
+    None outside a git clone, and where git is not installed.
+    """
+    if not shutil.which("git"):
+        return None
 
     def git(*arguments):
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
@@ -164,9 +170,11 @@ def parse(arguments: list[str]) -> tuple[Path, list[str], list[list[str]]]:
     parser.add_argument("script", type=Path, help="a script of experiments/, which gives the row its name")
     parser.add_argument("flags", nargs="*", help="flags of main.py, as above")
     script = parser.parse_args(arguments[:1]).script.resolve()  # what follows is main.py's, a --help too
-    if script.parent != ROOT / "experiments" or script.suffix != ".sh" or not script.is_file():
-        scripts = ", ".join(sorted(path.name for path in (ROOT / "experiments").glob("*.sh")))
-        parser.error(f"{arguments[0]} is no script of experiments/: call one of those, {scripts}")
+    scripts = ROOT / "experiments"
+    known = sorted(set(scripts.glob("*.sh")) - set(scripts.glob("rl_*")))  # which rl/row.py records
+    if script not in known:
+        names = ", ".join(path.name for path in known)
+        parser.error(f"{arguments[0]} is no script of experiments/ for main.py: call one of those, {names}")
     training, tests = parts(arguments[1:])
     if not tests:
         parser.error("no test, so there is nothing to record: begin one with --")

@@ -138,13 +138,16 @@ def ours(row: Row, results: Path) -> dict[str, list[tuple[Json, Json]]]:
 
 def _protocol_order(row, test):
     query = test["query_examples_a_class_Q"]
-    return query != row.shot, query, test["tasks"], test["task_seed"], test["best_on_validation"]
+    normalised = "query_normalised_with" in test
+    return query != row.shot, query, test["tasks"], test["task_seed"], normalised, test["best_on_validation"]
 
 
 def _protocol(test):
     parts = [str(test["query_examples_a_class_Q"])]
     if test.get("query_shares"):
         parts.append(f"on average, in {test['query_shares']} shares")
+    if test.get("query_normalised_with"):
+        parts.append(f"each normalised with the {test['query_normalised_with']} set")
     if (test["tasks"], test["task_seed"]) != (TASKS, TASK_SEED):
         parts.append(f"{test['tasks']:,} tasks of seed {test['task_seed']}")
     if test.get("updates_at_test"):
@@ -282,7 +285,7 @@ def returns(results: Path) -> list[str]:
 def _returned_by(record):
     done = record["flags"]["iterations"]
     returned = _returned(*zip(*((one["mean"], one["ci95"]) for one in record["results"]), strict=True))
-    return returned if done == 100 else f"{returned} (stopped after {done} of 100)"
+    return returned if done >= 100 else f"{returned} (stopped after {done} of 100)"
 
 
 def _returned(means, halves):

@@ -3,7 +3,7 @@
   Train  python rl/main.py --env=point --iterations=100 --logdir=logs/rl/point
   Test   the same command plus --train=False
 
-experiments/rl_*.sh have every command, and docs/rl.md has the returns beside the authors'.
+experiments/rl_*.sh have the commands of docs/rl.md, which has the returns beside the authors'.
 """
 
 import json
@@ -237,7 +237,7 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
         iterations = int(learner.step)
     runs.check_writable(run.folder, "--logdir")
     goals = environment.goals(np.random.RandomState(TEST_GOALS_SEED), TEST_GOALS)
-    random = np.random.default_rng((0, 0, 1))  # training's end in 0
+    random = np.random.default_rng((0, 0, 1))  # in training the third number is 0
     count = TEST_TRANSITIONS // environment.horizon
     sizes = [] if FLAGS.baseline == "oracle" else [1] + [LATER_UPDATES] * (TEST_UPDATES - 1)
     curve = list(learner.curve(environment, goals, count, sizes, random))

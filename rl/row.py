@@ -45,12 +45,13 @@ def record(script: Path, arguments: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    row.leave_stops_to_programs()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="the script of experiments/ that calls this program")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of rl/main.py")
     args = parser.parse_args()
-    if not (ROOT / "experiments" / args.script.name).is_file():
-        parser.error(f"{args.script} is no script of experiments/: call one of experiments/rl_*.sh")
-    print("Recorded in", record(args.script, args.flags))
+    script = args.script.resolve()
+    if script not in (ROOT / "experiments").glob("rl_*.sh"):
+        parser.error(f"{args.script} is not one of experiments/rl_*.sh: call one of those")
+    os.chdir(ROOT)
+    row.leave_stops_to_programs()
+    print("Recorded in", record(script, args.flags))

@@ -210,7 +210,8 @@ def test_a_line_for_each_protocol(tmp_path):
     write_record(tmp_path, "row", 0, test(0.999, **one), test(0.996), test(0.5, inner_step_size_alpha=0.1))
     other_tasks = one | {"tasks": 2000, "task_seed": 1}
     write_record(tmp_path, "row", 1, test(0.995), test(0.998, **other_tasks), test(0.997, best_on_validation=True))
-    write_record(tmp_path, "row", 2, test(0.8, query_examples_a_class_Q=15, updates_at_test=5, query_shares="drawn"))
+    uneven = {"query_examples_a_class_Q": 15, "updates_at_test": 5, "query_shares": "drawn"}
+    write_record(tmp_path, "row", 2, test(0.8, **uneven), test(0.9, query_normalised_with="support"))
     published_numbers(
         tmp_path,
         ("row", 5, 0.4, "null", "paper", "accuracy in %", '[{"updates": 3, "mean": 99.9, "ci95": 0.1}]'),
@@ -229,6 +230,14 @@ def test_a_line_for_each_protocol(tmp_path):
             f"seed 0: 99.6 +- 1.2{cost}<br>seed 1: 99.5 +- 1.2{cost}",
         ],
         ["", "MAML", "99.9 +- 0.1", "99.5 +- 0.2", "5, best on validation", f"seed 1: 99.7 +- 1.2{cost}"],
+        [
+            "",
+            "MAML",
+            "99.9 +- 0.1",
+            "99.5 +- 0.2",
+            "5, each normalised with the support set",
+            f"seed 2: 90.0 +- 1.2{cost}",
+        ],
         ["", "MAML", "99.9 +- 0.1", "", "1", f"seed 0: 99.9 +- 1.2{cost}"],
         ["", "MAML", "99.9 +- 0.1", "", "1, 2,000 tasks of seed 1", f"seed 1: 99.8 +- 1.2{cost}"],
         [
@@ -301,12 +310,11 @@ def test_times_of_a_step_as_the_benchmarks_write_them(tmp_path):
     assert "Ours: `python x.py`, today, here, all." in lines
 
 
-def test_every_number_of_others_has_its_place_and_source():
-    rows = [(one.script, one.shot, one.alpha, dict(one.flags)) for one in TABLES]
+def test_every_number_of_others_has_its_place_and_source(tmp_path):
     for entry in json.loads((ROOT / "results" / "published.json").read_text()):
-        place = (entry["row"], entry["support_examples_a_class_K"], entry["inner_step_size_alpha"])
-        flags = [flags for *row, flags in rows if tuple(row) == place]
-        assert any(entry.get("flags", {}).items() <= one.items() for one in flags), "no table shows it"
+        (tmp_path / "published.json").write_text(json.dumps([entry]))
+        cells = [table.published(one, who, tmp_path) for one in TABLES for who in ("paper", "original code")]
+        assert any(cells), "no table shows it"
         assert entry["source"]
 
 
@@ -333,9 +341,13 @@ def test_help_does_nothing_else(program, monkeypatch, capsys):
         ([], "the following arguments are required"),
         (
             ["nowhere.sh", "--norm=None", "--"],
-            "nowhere.sh is no script of experiments/: call one of those, cifarfs_1shot.sh",
+            "nowhere.sh is no script of experiments/ for main.py: call one of those, cifarfs_1shot.sh",
         ),
-        (["experiments/row.py", "--"], "experiments/row.py is no script of experiments/"),
+        (["experiments/row.py", "--"], "experiments/row.py is no script of experiments/ for main.py"),
+        (
+            ["experiments/rl_point_maml.sh", "--"],
+            "experiments/rl_point_maml.sh is no script of experiments/ for main.py",
+        ),
         (["experiments/sinusoid_maml.sh", "--norm=None"], "no test, so there is nothing to record: begin one with --"),
     ],
 )
@@ -364,11 +376,25 @@ def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
     assert len(lines) == 3 + 11
     assert lines[3:5] == ["      0   1.000 +- 0.010      3.100", "      1   0.500 +- 0.010      0.431"]
     assert lines[-2:] == ["      9   diverged            0.145", "     10   0.091 +- 0.010      0.142"]
+    name = "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001"
+    for run, original in (
+        (f"{name}nonorm.pretrain.seed1", "3.090"),
+        (f"{name}oraclenonorm", "0.003"),
+        (f"{name}nonorm.pretrain1000", "3.100"),
+    ):
+        path.write_text(json.dumps([test | {"run": run, "results": columns}]))
+        runpy.run_path(str(ROOT / "experiments" / "compare_sinusoid.py"), run_name="__main__")
+        assert capsys.readouterr().out.splitlines()[3].split() == ["0", "1.000", "+-", "0.010", original]
     for damaged in ("{", "[1]"):
         path.write_text(damaged)
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / "experiments" / "compare_sinusoid.py"), run_name="__main__")
         assert "is no results.json of a run: test the run" in capsys.readouterr().err
+
+
+def test_a_row_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert row.commit() is None
 
 
 def test_record_of_a_run(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -585,6 +586,18 @@ def test_what_is_recorded(recorder, monkeypatch, tmp_path, flags, seed):
     assert {"row": "rl_x", "flags": {}, "results": [], "hours": 0}.items() <= json.loads(path.read_text()).items()
     tested = ("rl/main.py", *flags, f"--logdir={tmp_path}", "--train=False")
     assert called == ([tested] if "random" in flags[0] else [tested[:-1], tested])
+
+
+@pytest.mark.parametrize("script", ["experiments/omniglot_5way_1shot.sh", "rl_point_maml.sh"])
+def test_a_script_of_another_program_is_refused(script, monkeypatch, capsys):
+    """Before its record is replaced by one of another form."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["rl/row.py", script, "--help"])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(ROOT / "rl" / "row.py"), run_name="__main__")
+    assert refused.value.code == 2
+    assert f"{script} is not one of experiments/rl_*.sh: call one of those" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--iteration=3"], ["iterations=3"]])
