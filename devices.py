@@ -93,7 +93,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-MOST_THREADS = max(64, 16 * cores())  # that a flag can ask for
+MOST_THREADS = max(64, 16 * cores())  # the most that a flag can ask for
 
 
 def memory() -> int:

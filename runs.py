@@ -365,7 +365,7 @@ class ReadOnlyRun(Run):
         return self.prefix(int(model.step) - 1)
 
 
-# Keys of results.json that only the entry of a test away from its defaults has. An entry without them is another's.
+# Keys that an entry of results.json has only where the test was not at its defaults. Without one it is another test's.
 ONLY_AWAY_FROM_DEFAULTS = ("query_normalised_with", "query_shares", "updates_at_test")
 
 

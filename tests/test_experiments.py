@@ -392,6 +392,17 @@ def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
         assert "is no results.json of a run: test the run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("done", "told"), [(66, " (stopped after 66 of 100)"), (100, ""), (200, "")])
+def test_a_longer_reinforcement_learning_run_was_not_stopped(done, told, tmp_path):
+    columns = [{"mean": float(j), "ci95": 0.5} for j in range(4)]
+    record = json.dumps({"flags": {"iterations": done}, "results": columns})
+    (tmp_path / "rl_point_maml.json").write_text(record)
+    theirs = {"point": {"maml": {"mean": [0.0] * 4, "ci95": [0.5] * 4}}}
+    (tmp_path / "rl_authors.json").write_text(json.dumps(theirs))
+    (line,) = table.returns(tmp_path)
+    assert line.endswith(f"| 0.0 / 1.0 / 2.0 / 3.0 +- 0.5 / 0.5 / 0.5 / 0.5{told} | |")
+
+
 def test_a_row_without_git_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert row.commit() is None
