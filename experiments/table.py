@@ -65,6 +65,7 @@ IMAGES = [
     Row("MiniImagenet 5-way 5-shot", "MAML", "miniimagenet_5shot", 5, 0.01),
     Row("MiniImagenet 5-way 5-shot", "first order", "miniimagenet_5shot_first_order", 5, 0.01),
     Row("CIFAR-FS 5-way 1-shot", "MAML", "cifarfs_1shot", 1, 0.01),
+    Row("CIFAR-FS 5-way 1-shot", "trained on 100 images a class", "cifarfs_1shot_reduced", 1, 0.01),
 ]
 METHOD = {"adapt": "all", "learn_update_lr": "none"}  # the flags that make another method of MAML, as MAML has them
 ANIL, SIZES, META_SGD = {"adapt": "head"}, {"learn_update_lr": "step"}, {"learn_update_lr": "weight"}
