@@ -96,11 +96,28 @@ def cores() -> int:
 MOST_THREADS = max(64, 16 * cores())  # the most that a flag can ask for
 
 
-def memory() -> int:
-    """Counts the bytes of this machine's memory."""
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2**63  # Windows does not say it here
+def memory(root: Path = Path("/")) -> int:
+    """Counts the bytes of memory that this process may use, whatever is in use.
+
+    It is the machine's, or less where a container or a batch system such as Slurm sets a limit (cgroups(7)).
+    """
+    if not hasattr(os, "sysconf"):
+        return 2**63  # Windows does not say it here
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):  # Linux alone has control groups
+        for line in (root / "proc/self/cgroup").read_text(errors="replace").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:  # version 2
+                mount, file = root / "sys/fs/cgroup", "memory.max"
+            elif "memory" in controllers.split(","):  # version 1
+                mount, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            else:
+                continue
+            folder = mount / group.lstrip("/")
+            for one in (folder, *folder.parents):  # the limit of a group holds for all groups in it
+                with contextlib.suppress(OSError, ValueError):  # many have no file, or "max" in it
+                    limits.append(int((one / file).read_text()))
+    return min(limits)
 
 
 def processor() -> str:

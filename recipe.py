@@ -377,7 +377,7 @@ def _check_memory(recipe, numbers):
         listed = " ".join(f"--{flag}={getattr(recipe, FIELDS[flag].name)}" for flag in flags)
         raise InputError(
             f"this takes {needed / 2**30:,.0f} GB of memory or more, most of it for {max(numbers, key=numbers.get)}, "
-            f"and the machine has {memory / 2**30:,.0f} GB: lower what is large of {listed}"
+            f"and this process may use {memory / 2**30:,.0f} GB: lower what is large of {listed}"
         )
 
 

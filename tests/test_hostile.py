@@ -503,16 +503,36 @@ def test_a_slip_of_a_flag_is_refused_before_any_work(flag, tmp_path):
 def test_what_would_fill_the_memory_is_refused_before_any_work(flags, most, monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "memory", lambda: 16 * 2**30)
     line = refusal(f"--logdir={tmp_path / 'logs'}", *flags)
-    assert re.search(rf"takes [\d,]+ GB of memory or more, most of it for {most}, and the machine has 16 GB", line)
+    assert re.search(rf"takes [\d,]+ GB of memory or more, most of it for {most}, and this process may use 16 GB", line)
     assert all(flag in line for flag in flags if re.search(r"=\d", flag))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "files"),
+    [
+        ("0::/\n", {"memory.max": "8192\n"}),
+        ("0::/slurm/job_7/step_0\n", {"slurm/job_7/memory.max": "8192\n", "slurm/job_7/step_0/memory.max": "max\n"}),
+        ("9:cpuset:/\n4:memory:/docker/4f:2\n0::/\n", {"memory/memory.limit_in_bytes": "8192\n"}),
+        ("4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "8192", "memory/memory.limit_in_bytes": str(2**63)}),
+    ],
+    ids=["container", "Slurm", "container, version 1", "group, version 1"],
+)
+def test_a_limit_of_memory_counts_as_the_memory(groups, files, tmp_path):
+    """Past it the system ends the process without a word, however much the machine has."""
+    for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": files[name] for name in files}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert devices.memory(tmp_path) == 8192
+    shutil.rmtree(tmp_path / "sys")
+    assert devices.memory(tmp_path) == devices.memory(tmp_path / "none") > 2**30  # the machine's
 
 
 def test_a_strangers_flags_fill_no_memory(tmp_path, monkeypatch):
     """Where a model is built of a flags.json, as plot.py and publish.py do."""
     monkeypatch.setattr(devices, "memory", lambda: 16 * 2**30)
     stranger = recipe.from_flags({"datasource": "miniimagenet", "num_filters": 10**4})
-    with pytest.raises(InputError, match="most of it for weights, and the machine has 16 GB: lower what is large of"):
+    with pytest.raises(InputError, match="most of it for weights, and this process may use 16 GB: lower"):
         recipe.build(stranger)
 
 
