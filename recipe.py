@@ -318,7 +318,7 @@ def _network(recipe):
 
 
 def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) -> None:
-    """Raises InputError where a step of training certainly needs more memory than the machine has. Computes nothing.
+    """Raises InputError where a step of training certainly needs more memory than there is. Computes nothing.
 
     Counted are two blocks of tasks, since one is drawn while the steps on the other are taken; weights with Adam's
     moments, a gradient for each task that is computed at once, and their sum in float64; and the layers' outputs, which
