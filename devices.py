@@ -97,9 +97,10 @@ MOST_THREADS = max(64, 16 * cores())  # the most that a flag can ask for
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Counts the bytes of memory that this process may use, whatever is in use.
+    """Counts the bytes of memory that this process may use.
 
     It is the machine's, or less where a container or a batch system such as Slurm sets a limit (cgroups(7)).
+    root: where the system's own files lie.
     """
     if not hasattr(os, "sysconf"):
         return 2**63  # Windows does not say it here
