@@ -5,6 +5,7 @@ Programs import this module before all others, since TensorFlow reads its settin
 
 import contextlib
 import importlib.util
+import math
 import os
 import platform
 import subprocess
@@ -88,9 +89,40 @@ with _without_notices():
     tf.config.list_physical_devices()
 
 
-def cores() -> int:
-    """Counts the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of the control groups (cgroups(7), Linux alone) that this process is in, for one controller.
+
+    A group's limit holds for all groups in it, so their folders come, too; many have no file of a limit.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            folder = root / "sys/fs/cgroup" / group.lstrip("/")
+        elif controller in controllers.split(","):  # version 1
+            folder = root / "sys/fs/cgroup" / controller / group.lstrip("/")
+        else:
+            continue
+        yield from (folder, *folder.parents)
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Counts the processor cores that this process may use.
+
+    They are the machine's, or fewer where a container or a batch system gives it fewer, or a share of their time.
+    root: where the system's own files lie.
+    """
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for group in _groups("cpu", root):
+        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # version 2, version 1
+            with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit, and so does -1
+                time, period = map(int, " ".join((group / file).read_text() for file in files).split())
+                if time > 0:
+                    most = min(most, math.ceil(time / period))
+    return most
 
 
 MOST_THREADS = max(64, 16 * cores())  # the most that a flag can ask for
@@ -99,25 +131,16 @@ MOST_THREADS = max(64, 16 * cores())  # the most that a flag can ask for
 def memory(root: Path = Path("/")) -> int:
     """Counts the bytes of memory that this process may use.
 
-    It is the machine's, or less where a container or a batch system such as Slurm sets a limit (cgroups(7)).
+    It is the machine's, or less where a container or a batch system such as Slurm sets a limit.
     root: where the system's own files lie.
     """
     if not hasattr(os, "sysconf"):
         return 2**63  # Windows does not say it here
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError):  # Linux alone has control groups
-        for line in (root / "proc/self/cgroup").read_text(errors="replace").splitlines():
-            _, controllers, group = line.split(":", 2)
-            if not controllers:  # version 2
-                mount, file = root / "sys/fs/cgroup", "memory.max"
-            elif "memory" in controllers.split(","):  # version 1
-                mount, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            else:
-                continue
-            folder = mount / group.lstrip("/")
-            for one in (folder, *folder.parents):  # the limit of a group holds for all groups in it
-                with contextlib.suppress(OSError, ValueError):  # many have no file, or "max" in it
-                    limits.append(int((one / file).read_text()))
+    for group in _groups("memory", root):
+        for file in ("memory.max", "memory.limit_in_bytes"):  # version 2, version 1
+            with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
+                limits.append(int((group / file).read_text()))
     return min(limits)
 
 

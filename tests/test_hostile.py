@@ -508,6 +508,13 @@ def test_what_would_fill_the_memory_is_refused_before_any_work(flags, most, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def write_control_groups(root, groups, files):
+    """As Linux shows them: the groups of a process, and their files of limits."""
+    for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": files[name] for name in files}}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("groups", "files"),
     [
@@ -520,12 +527,32 @@ def test_what_would_fill_the_memory_is_refused_before_any_work(flags, most, monk
 )
 def test_a_limit_of_memory_counts_as_the_memory(groups, files, tmp_path):
     """Past it the system ends the process without a word, however much the machine has."""
-    for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{name}": files[name] for name in files}}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_control_groups(tmp_path, groups, files)
     assert devices.memory(tmp_path) == 8192
     shutil.rmtree(tmp_path / "sys")
     assert devices.memory(tmp_path) == devices.memory(tmp_path / "none") > 2**30  # the machine's
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
+        ("0::/pod/one\n", {"pod/cpu.max": "50000 100000\n", "pod/one/cpu.max": "300000 100000\n"}, 1),
+        (
+            "3:cpuacct,cpu:/docker/4f\n0::/\n",
+            {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            3,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+    ids=["container", "no limit", "pod", "container, version 1", "no limit, version 1"],
+)
+def test_a_limit_of_processor_time_counts_as_the_cores(groups, files, cores, monkeypatch, tmp_path):
+    """A container with two of a host's 64 cores must not compute 64 tasks at once, nor take the memory for them."""
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    write_control_groups(tmp_path, groups, files)
+    assert devices.cores(tmp_path) == cores
 
 
 def test_a_strangers_flags_fill_no_memory(tmp_path, monkeypatch):
