@@ -488,6 +488,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(program, tmp_path, monkeypat
     assert np.array_equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts"))
 
 
+def test_threads_change_no_number(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(main.devices, "start", lambda *threads: None)  # TensorFlow takes its settings once
+    for threads in (1, 3):
+        program(*TINY, "--iterations=2", f"--threads={threads}", f"--logdir={tmp_path / str(threads)}")
+    assert np.array_equal(final_weights(tmp_path / "1"), final_weights(tmp_path / "3"))
+
+
 @pytest.mark.parametrize("baseline", ["pretrained", "oracle"])
 def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, monkeypatch, baseline):
     program(*TINY, "--iterations=1", f"--baseline={baseline}", f"--logdir={tmp_path}")
