@@ -89,8 +89,8 @@ with _without_notices():
     tf.config.list_physical_devices()
 
 
-def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the control groups (cgroups(7), Linux alone) that this process is in, for one controller.
+def _control_groups(controller: str, root: Path) -> Iterator[Path]:
+    """Lists the folders of the control groups (cgroups(7), Linux alone) that this process is in, for one controller.
 
     A group's limit holds for all groups in it, so their folders come, too; many have no file of a limit.
     """
@@ -112,16 +112,17 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 def cores(root: Path = Path("/")) -> int:
     """Counts the processor cores that this process may use.
 
-    They are the machine's, or fewer where a container or a batch system gives it fewer, or a share of their time.
+    They are the machine's, or fewer where a container or a batch system allows fewer, or a share of their time,
+    rounded up.
     root: where the system's own files lie.
     """
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for group in _groups("cpu", root):
+    for group in _control_groups("cpu", root):
         for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # version 2, version 1
             with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit, and so does -1
-                time, period = map(int, " ".join((group / file).read_text() for file in files).split())
-                if time > 0:
-                    most = min(most, math.ceil(time / period))
+                quota, period = map(int, " ".join((group / file).read_text() for file in files).split())
+                if quota > 0:
+                    most = min(most, math.ceil(quota / period))
     return most
 
 
@@ -137,7 +138,7 @@ def memory(root: Path = Path("/")) -> int:
     if not hasattr(os, "sysconf"):
         return 2**63  # Windows does not say it here
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for group in _groups("memory", root):
+    for group in _control_groups("memory", root):
         for file in ("memory.max", "memory.limit_in_bytes"):  # version 2, version 1
             with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
                 limits.append(int((group / file).read_text()))
