@@ -10,13 +10,14 @@ sinusoid_run = logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 published = logs/published/cls_5.mbs_25.ubs_10.numstep1
 published_omniglot = logs/published/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm
 
-.PHONY: help sinusoid figures docs test clean
+.PHONY: help sinusoid figures docs test verify-bits clean
 
 help:
 	@echo 'make sinusoid  train and test the 10-shot sinusoid, and compare its errors with the original'
 	@echo 'make figures   draw the figures of README.md and docs/, but for rl and a screenshot'
 	@echo 'make docs      write the tables of README.md and docs/ from results/'
 	@echo 'make test      lint, and run all tests'
+	@echo 'make verify-bits  train each network for a few steps and compare the bits of its weights with the record'
 	@echo 'make clean     remove the environment and the caches of the tools; runs and data stay'
 	@echo
 	@echo 'make PYTHON=python3.12 sinusoid  names the Python that $(VENV) is made with'
@@ -46,6 +47,9 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m tach check
 	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
+
+verify-bits: $(VENV)/installed
+	$(VENV)/bin/python experiments/verify_bits.py
 
 # The stamps are written last, so that an environment whose installation was cut short is made again from nothing.
 $(VENV)/installed: requirements.txt

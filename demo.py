@@ -27,6 +27,8 @@ from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
 import predict
+import runs
+from maml import inner_step
 from utils import InputError, Tasks
 
 PAGE = Path(__file__).resolve().parent / "demo"
@@ -73,7 +75,8 @@ class Characters:
             raise BadRequest(f"labelled is not a list of {self.model.recipe.way} drawings")
         support, query = np.stack([ink(drawing) for drawing in labelled]), ink(asked)[None]
         adapted = self.model.adapt(support, range(len(support)))
-        return {"probabilities": [adapted.predict(query, updates)[0].tolist() for updates in range(len(adapted.path))]}
+        updates = range(len(adapted.trajectory))
+        return {"probabilities": [adapted.predict(query, j)[0].tolist() for j in updates]}
 
 
 class Sinusoid:
@@ -83,17 +86,17 @@ class Sinusoid:
         self.x = np.linspace(-5, 5, 101, dtype=np.float32)[:, None]
         self.fits = {}
         for label, name in SINUSOIDS.items():
-            _, maml, _ = predict.trained(predict.PUBLISHED / name)
-            maml.inner_lr = STEP_SIZE
+            _, maml, _ = runs.load(predict.PUBLISHED / name)
             points = tf.TensorSpec([None, 1])
             self.fits[label] = tf.function(self._fit(maml), autograph=False).get_concrete_function(points, points)
         self.answer({"points": [[0, 0]]})
 
     def _fit(self, maml):
         def fit(x, y):
-            weights = {name: tf.convert_to_tensor(weight) for name, weight in maml.weights.items()}
-            path = maml.adapt(weights, Tasks(x, y, x, y), max(SHOWN))
-            return [maml.network.apply(path[updates], tf.constant(self.x))[:, 0] for updates in SHOWN]
+            inner, trajectory = maml.inner._replace(alpha=STEP_SIZE), [maml.values()]
+            for j in range(max(SHOWN)):
+                trajectory.append(inner_step(inner, trajectory[-1], Tasks(x, y, x, y), j))
+            return [inner.network.apply(trajectory[updates], tf.constant(self.x))[:, 0] for updates in SHOWN]
 
         return fit
 

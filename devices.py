@@ -28,6 +28,8 @@ for line in sys.stdin.buffer:
         sys.stderr.buffer.flush()
 """
 
+VECTOR_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx")  # best first
+
 
 def _make_ready() -> None:
     """Makes the program independent of what the process was started with.
@@ -153,6 +155,19 @@ def processor() -> str:
         if lines:
             return lines[0].partition(": ")[2]
     return platform.processor()
+
+
+def instruction_set() -> str:
+    """Return the newest vector instructions of this processor that choose TensorFlow's kernels, such as avx512_vnni."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text(errors="replace").split()) if info.exists() else set()
+    return next((name for name in VECTOR_INSTRUCTIONS if name in flags), platform.machine())
+
+
+def onednn() -> bool:
+    """Tell whether TensorFlow computes with oneDNN: as its variable says, or by default on processors with VNNI."""
+    setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "").lower()
+    return setting in ("1", "true") if setting else instruction_set().endswith("_vnni")
 
 
 def gpus() -> list[str]:

@@ -38,7 +38,7 @@ class Protocol(NamedTuple):
     class_split: str | None = None  # "64,16,20" where the folders do not say which classes are which
     tasks: int = 600  # the paper's
     task_seed: int = 0
-    query_norm: str = "batch"  # with what a query image is normalised: see MAML.evaluate
+    query_norm: str = "batch"  # with what a query image is normalised: see maml.adaptation_curve
     updates: int = -1  # inner steps; -1: TEST_UPDATES, or as many as in training where those are more
     query_shares: str = "balanced"  # how the queries are shared among the classes: see ImageTasks
 
@@ -92,7 +92,7 @@ def evaluate(
         updates: inner steps.
         seed: of the tasks.
         stopped: asked before every chunk of tasks whether to stop.
-        query_norm: with what a query image is normalised, see MAML.evaluate.
+        query_norm: with what a query image is normalised, see maml.adaptation_curve.
         workers: the processes that take turns in evaluating chunks, if there are several.
     Returns a Curve of arrays: losses [count, 1 + updates] and accuracies alike, or [count, 0] where there are no
     classes. None where it was stopped.
@@ -114,9 +114,10 @@ def _chunk_size(maml, count, share):
 
     count: of all tasks. share: of those that this process computes.
     """
-    if maml.tasks_at_once == 0:
+    cores, group, *_ = maml.layout
+    if group == 0:
         return min(count, GROUP)  # whatever the share: groups of other sizes have other roundings
-    return maml.tasks_at_once * min(CHUNK * maml.parallel_tasks, -(-share // maml.tasks_at_once))
+    return group * min(CHUNK * cores, -(-share // group))
 
 
 def check_same_classes(data: SinusoidTasks | ImageTasks, workers: Cluster) -> None:

@@ -42,6 +42,7 @@ from cluster import Cluster
 from data_generator import DATASETS, QUERY_SHARES, Dataset, ImageTasks, SinusoidTasks
 from images import ROOT
 from maml import MAML, QUERY_NORMS
+from parallel import Layout
 from recipe import Range, Recipe
 from utils import InputError, say, stopping_on_signals
 
@@ -444,14 +445,13 @@ def open_data(
     return data
 
 
-def layout(workers: Cluster | None = None) -> tuple[int, int]:
-    """How many groups of tasks are computed side by side, and how many tasks are in a group (0: all).
-
-    A group fills a GPU, and its memory may hold no second one.
-    """
+def layout(workers: Cluster | None = None) -> Layout:
+    """Return the placement of tasks that the flags ask for. A GPU computes one group at a time, which may fill it."""
+    workers = workers or Cluster()
+    all_sum = workers.all_sum if workers.size > 1 else None
     if devices.gpus():
-        return FLAGS["threads"].value or 1, FLAGS["tasks_at_once"].value
-    return side_by_side(workers or Cluster()), FLAGS["tasks_at_once"].value or 1
+        return Layout(FLAGS["threads"].value or 1, FLAGS["tasks_at_once"].value, all_sum)
+    return Layout(side_by_side(workers), FLAGS["tasks_at_once"].value or 1, all_sum)
 
 
 def side_by_side(workers: Cluster) -> int:
@@ -537,7 +537,7 @@ def fit_picture(maml: MAML, shot: int) -> np.ndarray | None:
     except ImportError:
         return None
     task = SinusoidTasks(shot, shot, oracle=True).draw(FLAGS.eval_seed, "test", 0, 1)
-    return plot.pixels(plot.sinusoid_figure({"This run": maml}, [task]))
+    return plot.pixels(plot.sinusoid_figure({"This run": (maml.inner, maml.values())}, [task]))
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -546,15 +546,15 @@ def fit_picture(maml: MAML, shot: int) -> np.ndarray | None:
 def train_run(recipe: Recipe, workers: Cluster) -> None:
     """Trains the run of a recipe. Exits with the signal's code where a signal stopped it."""
     run, dataset = run_folder(FLAGS, runs.Run if workers.chief else runs.ReadOnlyRun), trained_data_set(recipe)
-    share, at_once = workers.share(recipe.meta_batch), layout(workers)[1]
+    share, at_once = workers.share(recipe.meta_batch), layout(workers).group
     if at_once and share % at_once:
         shared = f", shared by {workers.size} processes" if workers.size > 1 else ""
         raise InputError(
             f"--tasks_at_once={at_once} does not divide --meta_batch_size={recipe.meta_batch}{shared}: give a number "
             "that does"
         )
-    recipes.check_training(dataclasses.replace(recipe, meta_batch=share), *layout(workers))
-    maml = recipes.build(recipe, *layout(workers), workers.all_sum if workers.size > 1 else None)
+    recipes.check_training(dataclasses.replace(recipe, meta_batch=share), layout(workers))
+    maml = recipes.build(recipe, layout(workers))
     if maml.network.steps_a_call > 1 and workers.size > 1:
         raise InputError(
             f"the network of --datasource={recipe.data_set} is so small that {workers.size} processes would be slower "
@@ -621,10 +621,10 @@ def test_run(recipe: Recipe, workers: Cluster) -> None:
         query_shares=FLAGS.query_shares,
     )
     asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query)
-    groups, at_once = layout(workers)
+    groups, at_once, *_ = layout(workers)
     recipes.check_test(asked, min(groups * at_once or evaluate.GROUP, FLAGS.test_tasks))
     data = open_data(dataset, (protocol.split,), asked, training=False, query_shares=FLAGS.query_shares)
-    maml = recipes.build(recipe, *layout(workers))
+    maml = recipes.build(recipe, layout(workers))
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
     else:

@@ -12,18 +12,52 @@ the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and ga
 import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
 
 import special_grads
-from utils import InputError, Network, Weights, check_choice
+from utils import InputError, Weights, check_choice
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
 TORCH_EPSILON = 1e-5  # of PyTorch's batch norm
 ADAPTED = ("all", "head", "body")  # what the inner loop changes: see adapting
+LEARNED_STEP_SIZES = ("none", "weight", "step")  # see with_step_sizes
 STEPS_A_CALL = 100  # of a network so small that starting an operation costs more than the operation
+
+
+class Network(NamedTuple):
+    """One model: its initial weights, its outputs, and which weights the inner loop adapts.
+
+    The first two are enough. The rest says what the inner loop does with it, or how it is computed fast.
+    """
+
+    init: Callable[[int], Weights]  # seed -> float32 weights
+    apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O] of one task
+    adapted: tuple[str, ...] | None = None  # names that the inner loop changes; None: all. Ours leave out the norms'
+    tf1_names: dict[str, str] | None = None  # our name -> the variable's name in checkpoints of the original
+    step_size: Callable[[Weights, str, int | tf.Tensor], tf.Tensor] | None = None  # weights, name, j; None: alpha
+    prepare: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, inputs -> what inner_apply takes
+    inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply in the inner loop, if not the same
+    batch_statistics: bool = False  # under batch norm: an output depends on the other inputs of its batch
+    takes_groups: bool = False  # apply computes a group of G tasks, too: weights, inputs, outputs with a leading axis G
+    steps_a_call: int = 1  # outer steps in one compiled program, all tasks in one operation; above 1 for tiny networks
+    head: tuple[str, ...] = ()  # names of the last layer's weights; the others are the body's
+    body: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, inputs -> features
+    last_layer: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, features -> outputs
+
+    def features(self, weights: Weights, x: tf.Tensor) -> tf.Tensor:
+        """Return what the inner loop takes: the features of a body that it leaves alone (ANIL), or the inputs."""
+        return self.prepare(weights, x) if self.prepare else x
+
+    def outputs(self, weights: Weights, features: tf.Tensor) -> tf.Tensor:
+        """Return the outputs of those features."""
+        return (self.inner_apply or self.apply)(weights, features)
+
+    def keys(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the name of each weight in a checkpoint: the original's, or its own if the original has none."""
+        return {name: (self.tf1_names or {}).get(name, name) for name in names}
 
 
 class Weight(NamedTuple):
@@ -66,19 +100,74 @@ def network(
 
 
 def adapting(network: Network, what: str) -> Network:
-    """The network, of whose adapted weights the inner loop changes only a part.
+    """Return the network with only a part of its adapted weights left to the inner loop.
 
-    what: 'all', as MAML; 'head', the last layer alone, as ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020); 'body', all
-    but the last layer, as BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
-    Raises InputError where `what` is none of ADAPTED, or the network does not say which of its weights are which.
+    what: 'all', MAML; 'head', the last layer alone, as in ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020): the features
+    are then computed once per task; 'body', all but the last layer, as in BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
+    Raise InputError for another value, or if the network does not name its last layer.
     """
     check_choice("adapt", what, ADAPTED)
     if what == "all":
         return network
     if network.adapted is None or not set(network.head) & set(network.adapted):
-        raise InputError(f"adapt={what!r}: this network does not name its last layer: give it `adapted` and `head`")
-    in_head = what == "head"
-    return network._replace(adapted=tuple(name for name in network.adapted if (name in network.head) == in_head))
+        raise InputError(f"adapt={what}: this network does not name its last layer; set its `adapted` and `head`")
+    if what == "body":
+        return network._replace(adapted=tuple(name for name in network.adapted if name not in network.head))
+    adapted = tuple(name for name in network.adapted if name in network.head)
+    return network._replace(adapted=adapted, prepare=network.body, inner_apply=network.last_layer)
+
+
+def with_step_sizes(network: Network, kind: str, alpha: float, steps: int) -> Network:
+    """Return the network with its inner step sizes among its weights, as step_size_<name>, each initially alpha.
+
+    They are meta-learned, not adapted. kind: 'none': alpha stays a constant; 'weight': one per element of each adapted
+    weight, the same at every step (Meta-SGD, Li, Zhou, Chen, Li 2017); 'step': one per adapted weight and step (MAML++,
+    Antoniou, Edwards, Storkey, ICLR 2019), of which the last serves all later steps.
+    Raise InputError for another value.
+    """
+    check_choice("learn_inner_lr", kind, LEARNED_STEP_SIZES)
+    if kind == "none":
+        return network
+    adapted = network.adapted or tuple(network.init(0))
+
+    def init(seed: int) -> Weights:
+        weights = network.init(seed)
+        shapes = {name: weights[name].shape if kind == "weight" else [steps] for name in adapted}
+        dtypes = {name: weights[name].dtype for name in adapted}
+        return weights | {f"step_size_{name}": tf.fill(shapes[name], tf.cast(alpha, dtypes[name])) for name in adapted}
+
+    def step_size(weights: Weights, name: str, j: int | tf.Tensor) -> tf.Tensor:
+        sizes = weights[f"step_size_{name}"]
+        if kind == "weight":
+            return sizes
+        size = sizes[..., min(j, steps - 1) if isinstance(j, int) else tf.minimum(j, steps - 1)]  # [], or [G]
+        ones = [1] * (weights[name].shape.rank - size.shape.rank)
+        return tf.reshape(size, [*size.shape, *ones])
+
+    return network._replace(init=init, adapted=adapted, step_size=step_size)
+
+
+def support_normalized(
+    network: Network, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor, group_axes: int = 0
+) -> tf.Tensor:
+    """Return the outputs [n, O] of query inputs, each of which is normalized alone with the support set.
+
+    An output then does not depend on the other queries, as it does if all queries are one batch (the paper's way).
+    Only batch norm makes a difference. Its statistics differ for every query, so each takes a batch of N * K + 1.
+    Args: weights after the inner steps; support_x [N * K, *D]; query_x [n, *D]; with group_axes=1, all with a leading
+    axis G, and so is the result.
+    """
+    if not network.batch_statistics:
+        return network.apply(weights, query_x)
+
+    def output(x):
+        batch = tf.concat([support_x, tf.expand_dims(x, group_axes)], group_axes)
+        return network.apply(weights, batch)[..., -1, :]
+
+    def swapped(x):
+        return tf.transpose(x, [1, 0, *range(2, x.shape.rank)]) if group_axes else x
+
+    return swapped(tf.map_fn(output, swapped(query_x), fn_output_signature=query_x.dtype))
 
 
 def conv4(
@@ -127,7 +216,7 @@ def conv4(
         group = group_size(weights["b5"])
         x = side_by_side(x, group)
         for layer in layers:
-            x = special_grads.conv(x, weights[f"conv{layer}"], stride=1 if max_pool else 2)
+            x = conv(x, weights[f"conv{layer}"], stride=1 if max_pool else 2)
             x = _normalized(x, weights, layer, norm)
             if max_pool:  # before the ReLU: the two commute, and the ReLU is left a quarter of the work
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
@@ -417,7 +506,7 @@ def _affine_layer(layer: str, shape: tuple[int, int, int, int]) -> dict[str, Wei
 
 def _affine(x: tf.Tensor, weights: Weights, layer: str) -> tf.Tensor:
     """A convolution and its batch norm, of one task or of a group side by side."""
-    x = special_grads.conv(x, weights[f"conv{layer}"], stride=1)
+    x = conv(x, weights[f"conv{layer}"], stride=1)
     beta, gamma = (tf.reshape(weights[f"{name}{layer}"], [-1]) for name in ("beta", "gamma"))
     return special_grads.batch_norm(x, beta, gamma, TORCH_EPSILON)
 
@@ -431,6 +520,54 @@ def _torch_linear(inputs: int, way: int) -> dict[str, Weight]:
 def _linear(weights: Weights, x: tf.Tensor) -> tf.Tensor:
     """The last layer of the convolutional networks."""
     return _plus(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
+
+
+def conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
+    """Convolves with SAME padding: one task's images, or a group's, of which each task has filters of its own.
+
+    Args: x [n, height, width, C] and filters [k, k, C, F] of any size k; or, of G tasks side by side,
+        x [n, height, width, G * C] and filters [G, k, k, C, F]; stride, 1 or 2.
+    Returns [n, height / stride, width / stride, F], rounded up, or G * F channels.
+
+    A group's convolution is a matrix product with a batch axis G, on the k * k shifted slices of its images. That takes
+    k * k times the memory of the images, but only matrix products, forward and in both gradients. `grouped_conv` takes
+    no more memory, but grouped convolutions are slow on many GPUs, and XLA computes the input gradient of one with
+    stride 2 on an input padded with zeros inside, which is four times the products.
+    """
+    if filters.shape.rank == 4:
+        return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
+    return grouped_conv(x, filters, stride) if GROUPED_CONV else sliced_conv(x, filters, stride)
+
+
+# Which form a group's convolution has. No GPU has timed the two; the reasons for this one stand above.
+GROUPED_CONV = False
+
+
+def grouped_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
+    """Computes conv of a group as one grouped convolution. Shapes as in conv."""
+    group, height, width, inputs, outputs = filters.shape
+    filters = tf.reshape(tf.transpose(filters, [1, 2, 3, 0, 4]), [height, width, inputs, group * outputs])
+    return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
+
+
+def sliced_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
+    """Computes conv of a group as a batched matrix product on shifted slices. Shapes as in conv."""
+    group, *kernel, inputs, outputs = filters.shape
+    n, size = x.shape[0], x.shape[1:3]
+    out = [-(-extent // stride) for extent in size]
+    padding = [
+        max((count - 1) * stride + taps - extent, 0) for count, taps, extent in zip(out, kernel, size, strict=True)
+    ]
+    x = tf.pad(x, [[0, 0], *([pad // 2, pad - pad // 2] for pad in padding), [0, 0]])
+    slices = [
+        x[:, i : i + stride * (out[0] - 1) + 1 : stride, j : j + stride * (out[1] - 1) + 1 : stride]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    x = tf.reshape(tf.stack(slices, 3), [n * out[0] * out[1], len(slices), group, inputs])
+    x = tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [group, -1, len(slices) * inputs])
+    x = tf.linalg.matmul(x, tf.reshape(filters, [group, len(slices) * inputs, outputs]))
+    return tf.reshape(tf.transpose(x, [1, 0, 2]), [n, *out, group * outputs])
 
 
 def group_size(bias: tf.Tensor) -> int | None:

@@ -13,7 +13,6 @@ import devices  # noqa: F401, isort: skip (it comes first, since it imports Tens
 
 import argparse
 import csv
-import dataclasses
 import io
 import re
 import sys
@@ -40,8 +39,8 @@ import recipe
 import runs
 from data_generator import ImageTasks, SinusoidTasks
 from images import ROOT
-from maml import MAML
-from utils import InputError, Tasks, printable, read_regular, say, write_whole, writing
+from maml import InnerLoop, adapt, inner_step, prepare
+from utils import InputError, Tasks, Weights, printable, read_regular, say, write_whole, writing
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"
@@ -74,10 +73,10 @@ SMOOTHED = 1 / 20  # of the run, in a running mean
 
 
 @matplotlib.rc_context(STYLE)
-def sinusoid_figure(models: Mapping[str, MAML], tasks: Sequence[Tasks]) -> Figure:
+def sinusoid_figure(models: Mapping[str, tuple[InnerLoop, Weights]], tasks: Sequence[Tasks]) -> Figure:
     """Paper, figure 2: the true curve, the support points, and the fit before and after 1 and 10 updates.
 
-    models: label -> model, one column of panels each.
+    models: label -> inner loop and meta-learned weights, one column of panels each.
     tasks: one row of panels each, T = 1, drawn with oracle=True: the true curve is that of their amplitude and phase.
     """
     figure = Figure(figsize=(4.2 * len(models), 0.6 + 2.4 * len(tasks)), layout="constrained")
@@ -86,15 +85,16 @@ def sinusoid_figure(models: Mapping[str, MAML], tasks: Sequence[Tasks]) -> Figur
     for row, task in zip(axes, tasks, strict=True):
         amplitude, phase = task.support_x[0, 0, 1:]
         known = np.concatenate([grid, np.full_like(grid, amplitude), np.full_like(grid, phase)], axis=1)
-        for panel, maml in zip(row, models.values(), strict=True):
-            inputs = maml.weights["w1"].shape[0]  # 3 for an oracle, else 1
+        for panel, (inner, theta) in zip(row, models.values(), strict=True):
+            inputs = theta["w1"].shape[0]  # 3 for an oracle, else 1
             support = Tasks(*(tf.constant(part[0]) for part in task))
             support = support._replace(support_x=support.support_x[:, :inputs])
-            weights = {name: tf.convert_to_tensor(value) for name, value in maml.weights.items()}
-            path = maml.adapt(weights, support, max(UPDATES))
+            support, trajectory = prepare(inner, theta, support), [theta]
+            for j in range(max(UPDATES)):
+                trajectory.append(inner_step(inner, trajectory[-1], support, j))
             panel.plot(grid, amplitude * np.sin(grid - phase), color=GREY, linewidth=5, label="true curve")
             for updates, (label, colour, line) in UPDATES.items():
-                fit = maml.network.apply(path[updates], tf.constant(known[:, :inputs]))
+                fit = inner.network.apply(trajectory[updates], tf.constant(known[:, :inputs]))
                 panel.plot(grid, fit, line, color=colour, linewidth=1.8, label=label)
             x, y = task.support_x[0, :, 0], task.support_y[0, :, 0]
             panel.plot(x, y, "o", color="black", markersize=5, label="support points")
@@ -342,9 +342,9 @@ def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
             )
 
 
-def trained(folder: Path, update_lr: float | None = None) -> MAML:
+def trained(folder: Path, update_lr: float | None = None) -> tuple[InnerLoop, Weights]:
     """The model in a run folder, its inner step size replaced if given; learned step sizes are never replaced."""
-    trained_with = recipe.from_flags(_flags(folder))
+    trained_with, maml, _ = runs.load(folder)
     if trained_with.data_set != "sinusoid":
         raise InputError(f"{folder} is a run of {trained_with.data_set}: name one of the sinusoid")
     if update_lr is not None:
@@ -355,11 +355,8 @@ def trained(folder: Path, update_lr: float | None = None) -> MAML:
                 f"--update_lr={update_lr} changes nothing in {folder}, whose step sizes are learned "
                 f"(--learn_update_lr={trained_with.learn_inner_lr}): leave it out, or draw that run by itself"
             )
-        trained_with = dataclasses.replace(trained_with, inner_lr=update_lr)
-    maml = recipe.build(trained_with)
-    run = runs.Run(folder)
-    run.restore(maml, run.checkpoint())
-    return maml
+        return maml.inner._replace(alpha=update_lr), maml.values()
+    return maml.inner, maml.values()
 
 
 def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) -> tuple[list[str], Tasks, np.ndarray]:
@@ -380,8 +377,8 @@ def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) 
     images = images._replace(any_size=any_size)
     data = ImageTasks.from_folder(images, lies_in, ("test",), model.recipe.way, shot, QUERIES)
     task = Tasks(*(part[0] for part in data.draw(0, "test", number, 1)))
-    weights = model.maml.adapt(model.maml.weights, task, model.updates)[-1]
-    probabilities = tf.nn.softmax(model.maml.network.apply(weights, task.query_x)).numpy()
+    weights = adapt(model.inner, model.maml.values(), task, model.updates)
+    probabilities = tf.nn.softmax(model.inner.network.apply(weights, task.query_x)).numpy()
     task = data.colours(task)
     if images.invert:
         task = task._replace(support_x=1 - task.support_x, query_x=1 - task.query_x)

@@ -41,9 +41,9 @@ from tqdm import tqdm
 import augment
 import recipe as recipes
 import runs
-from data_generator import DATASETS
 from images import ROOT, UnreadableError, class_folders, image_files, other_files, read_image, warnings_in_a_line
-from maml import MAML
+from maml import MAML, inner_step, prepare
+from networks import support_normalized
 from recipe import Recipe
 from utils import InputError, Tasks, Weights, check_choice, printable, say, write_whole, writing, xent
 
@@ -61,39 +61,6 @@ COLUMNS = ("image", "class", "probability")  # of a table of answers; the classe
 # -- the library -------------------------------------------------------------------------------------------------------
 
 
-def trained(folder: Path | str, checkpoint: int | str = -1) -> tuple[Recipe, MAML, str]:
-    """Loads the model of a run folder, of any data set.
-
-    Args: the run folder, ours or the original's; the iteration of the checkpoint, -1 (the latest) or "best".
-    Returns the recipe of its training, the model, and the prefix of the checkpoint.
-    Raises InputError where there is no such model.
-    """
-    folder = Path(folder)
-    run = runs.Run(folder)
-    if not folder.is_dir():
-        raise InputError(f"no run folder {folder}: train a model first, or take one of {PUBLISHED}")
-    runs_inside = sorted({path.parent.name for path in folder.glob("[!.]*/model*.index")})
-    if runs_inside and not run.iterations():
-        raise InputError(f"{folder} is no run folder, but holds some: give one of them{_some(runs_inside)}")
-    prefix = run.checkpoint(checkpoint, "--checkpoint")
-    try:
-        flags = runs.read_json(folder / "flags.json", dict, "put a copy in its place, or take another run")
-        possible = [recipes.from_flags(flags)]
-    except FileNotFoundError:
-        possible = [recipes.from_run_name(folder.resolve().name, data_set) for data_set in DATASETS]
-    for recipe in possible:  # that name does not say the data set; the shapes of the weights do
-        maml = recipes.build(recipe, parallel_tasks=devices.cores())
-        try:
-            run.restore(maml, prefix)
-            return recipe, maml, prefix
-        except runs.DamagedError:
-            raise
-        except InputError:
-            if recipe is possible[-1]:
-                raise
-    raise AssertionError("there is at least one data set")
-
-
 def load(
     run: Path | str, *, checkpoint: int | str = -1, updates: int | None = None, normalise_with: str = "support"
 ) -> "Model":
@@ -108,7 +75,7 @@ def load(
             an answer does not depend on what else is asked. "batch": all images of a call of predict, as in the paper.
     Raises InputError where there is no such model, it is not one of images, or an argument is none of these.
     """
-    recipe, maml, prefix = trained(run, checkpoint)
+    recipe, maml, prefix = runs.load(run, checkpoint)
     if recipe.dataset.images is None:
         raise InputError(f"{run} is a run of the {recipe.data_set}, which has no classes: name a run of images")
     check_choice("normalise_with", normalise_with, NORMALISED)
@@ -127,7 +94,7 @@ class Model:
             updates = (recipe.paper_updates or (recipe.inner_steps,))[-1]
         self.updates = updates
         self.images = recipe.dataset.images._replace(any_size=True)
-        maml.loss = self._loss
+        self.inner = maml.inner._replace(loss=self._loss)
         self._images_spec = tf.TensorSpec([None, *self.images.size, self.images.channels])
         self._weights_spec = {name: tf.TensorSpec(weight.shape) for name, weight in maml.weights.items()}
 
@@ -163,10 +130,10 @@ class Model:
             )
         support_x = self.inputs(pixels)
         support_y = tf.one_hot([classes.index(label) for label in labels], way)
-        path = [{name: tf.convert_to_tensor(weight) for name, weight in self.maml.weights.items()}]
-        for _ in range(self.updates):
-            path.append(self._one_update(path[-1], support_x, support_y))
-        return Adapted(self, classes, support_x, path)
+        trajectory = [self.maml.values()]
+        for j in range(self.updates):
+            trajectory.append(self._one_update(trajectory[-1], support_x, support_y, tf.constant(j)))
+        return Adapted(self, classes, support_x, trajectory)
 
     def _loss(self, logits, labels):
         """The recipe's, with as many labelled images of a class as there are."""
@@ -182,19 +149,20 @@ class Model:
     def probabilities(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
         """Computes the probability of each class, [n, N], with the weights after the updates."""
         if self.normalise_with == "support":
-            return tf.nn.softmax(self.maml.scores(weights, support_x, query_x))
-        return tf.nn.softmax(self.maml.network.apply(weights, query_x))
+            return tf.nn.softmax(support_normalized(self.inner.network, weights, support_x, query_x))
+        return tf.nn.softmax(self.inner.network.apply(weights, query_x))
 
     @functools.cached_property
     def _one_update(self):
-        """The graph of (weights, support_x, support_y) -> weights."""
+        """The graph of (weights, support_x, support_y, j) -> weights after one more inner step; j were taken before."""
 
-        def update(weights, support_x, support_y):
-            return self.maml.adapt(weights, Tasks(support_x, support_y, support_x, support_y), 1)[-1]
+        def update(weights, support_x, support_y, j):
+            task = Tasks(support_x, support_y, support_x, support_y)
+            return inner_step(self.inner, weights, prepare(self.inner, weights, task), j)
 
         labels_spec = tf.TensorSpec([None, self.recipe.way])
         return tf.function(update, autograph=False).get_concrete_function(
-            self._weights_spec, self._images_spec, labels_spec
+            self._weights_spec, self._images_spec, labels_spec, tf.TensorSpec([], tf.int32)
         )
 
     @functools.cached_property
@@ -247,9 +215,9 @@ class Model:
 class Adapted:
     """A model that has learnt the classes of some labelled images."""
 
-    def __init__(self, model: Model, classes: list, support_x: tf.Tensor, path: list[Weights]):
-        """Takes what Model.adapt makes. path: the weights before and after each update."""
-        self.model, self.classes, self.support_x, self.path = model, classes, support_x, path
+    def __init__(self, model: Model, classes: list, support_x: tf.Tensor, trajectory: list[Weights]):
+        """Takes what Model.adapt makes. trajectory: the weights before and after each update."""
+        self.model, self.classes, self.support_x, self.trajectory = model, classes, support_x, trajectory
 
     def predict(self, images: object, updates: int | None = None) -> np.ndarray:
         """Computes the probabilities of images, float32 [n, N]; the columns are `classes`.
@@ -257,9 +225,10 @@ class Adapted:
         Args: images as of Model.adapt, any number; after how many updates, None: all.
         Raises InputError where images are not as said, so many updates were not taken, or they diverged.
         """
-        if updates is not None and not (isinstance(updates, Integral) and 0 <= updates < len(self.path)):
-            raise InputError(f"updates={updates}, but {len(self.path) - 1} were taken: give 0 to {len(self.path) - 1}")
-        pixels, weights = self.model._pixels(images), self.path[-1 if updates is None else updates]
+        if updates is not None and not (isinstance(updates, Integral) and 0 <= updates < len(self.trajectory)):
+            taken = len(self.trajectory) - 1
+            raise InputError(f"updates={updates}, but {taken} were taken: give 0 to {taken}")
+        pixels, weights = self.model._pixels(images), self.trajectory[-1 if updates is None else updates]
         size = CHUNK if self.model.normalise_with == "support" else len(pixels)
         try:
             parts = [
@@ -306,8 +275,8 @@ def export(model: Model, folder: Path | str) -> None:
         tf.debugging.assert_positive(tf.reduce_sum(labels, 0), f"support_y has each of the classes 0 to {way - 1}")
         support, query = model.inputs(support_x), model.inputs(query_x)
         weights = {name: tf.convert_to_tensor(weight) for name, weight in module.weights.items()}
-        for _ in range(model.updates):
-            weights = model._one_update(weights, support, labels)
+        for j in range(model.updates):
+            weights = model._one_update(weights, support, labels, tf.constant(j))
         return {"probabilities": model._answers(weights, support, query)}
 
     def concrete(dtype):
@@ -425,7 +394,7 @@ def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path |
             f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(shown)} labelled images "
             f"of {len(adapted.classes)} classes."
         )
-        if model.maml.network.batch_statistics:
+        if model.inner.network.batch_statistics:
             way = NORMALISED[model.normalise_with]
             print(f"Each image is normalised {way}: --normalise_with={model.normalise_with}.")
         print(f"\n{'image':{width}}  {'class':{most}}  probability  runner-up", flush=True)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -12,8 +12,9 @@ import tensorflow as tf
 import devices
 from data_generator import DATASETS, Dataset
 from images import Images
-from maml import LEARNED_STEP_SIZES, MAML
-from networks import ADAPTED, NETWORKS, adapting
+from maml import MAML, InnerLoop
+from networks import ADAPTED, LEARNED_STEP_SIZES, NETWORKS, adapting, with_step_sizes
+from parallel import Layout
 from utils import InputError, accuracy, mean_xent, mse, printable, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
@@ -259,35 +260,27 @@ def to_flags(recipe: Recipe) -> dict[str, Any]:
 DEFAULTS = to_flags(Recipe())
 
 
-def build(
-    recipe: Recipe,
-    parallel_tasks: int = 1,
-    tasks_at_once: int = 1,
-    all_sum: Callable[[tf.Tensor], tf.Tensor] | None = None,
-) -> MAML:
-    """Makes the model with its initial weights.
+def build(recipe: Recipe, layout: Layout = Layout()) -> MAML:  # noqa: B008  a constant
+    """Return the model with its initial weights.
 
-    Args:
-        recipe: with the K and alpha of what it is built for, which at a test may be others than in training.
-        parallel_tasks, tasks_at_once, all_sum: see MAML.
-    Raises InputError where its images are too small for its network, or its weights too many for the memory.
+    recipe: with the K and alpha of what it is built for, which may differ between training and test.
+    Raise InputError if its images are too small for its network, or its weights too many for the memory.
     """
     row, network = recipe.dataset, _network(recipe)
     _check_memory(recipe, {"weights": 5 * _size(_weights(network))})
     return MAML(
-        network,
-        _loss(recipe),
+        InnerLoop(
+            with_step_sizes(network, recipe.learn_inner_lr, recipe.inner_lr, recipe.inner_steps),
+            _loss(recipe),
+            alpha=recipe.inner_lr,
+            steps=recipe.inner_steps,
+            first_order=recipe.first_order,
+        ),
         accuracy if row.images else None,
-        inner_lr=recipe.inner_lr,
-        inner_steps=recipe.inner_steps,
         meta_lr=recipe.meta_lr,
-        first_order=recipe.first_order,
-        learn_inner_lr=recipe.learn_inner_lr,
         clip=row.clip if recipe.network == "paper" else None,
         seed=recipe.seed,
-        parallel_tasks=parallel_tasks,
-        tasks_at_once=tasks_at_once,
-        all_sum=all_sum,
+        layout=layout,
     )
 
 
@@ -317,7 +310,7 @@ def _network(recipe):
 # -- what would fill the memory ----------------------------------------------------------------------------------------
 
 
-def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) -> None:
+def check_training(recipe: Recipe, layout: Layout) -> None:
     """Raises InputError where a step of training certainly needs more memory than there is. Computes nothing.
 
     Counted are two blocks of tasks, since one is drawn while the steps on the other are taken; weights with Adam's
@@ -325,8 +318,8 @@ def check_training(recipe: Recipe, parallel_tasks: int, tasks_at_once: int = 1) 
     second derivatives need of every update.
     """
     network = _network(recipe)
-    together = network.steps_a_call > 1 or tasks_at_once == 0
-    at_once = recipe.meta_batch if together else min(recipe.meta_batch, parallel_tasks * tasks_at_once)
+    together = network.steps_a_call > 1 or layout.group == 0
+    at_once = recipe.meta_batch if together else min(recipe.meta_batch, layout.cores * layout.group)
     held = 1 if recipe.first_order or recipe.adapt == "head" else recipe.inner_steps
     _check_tasks(
         recipe,

@@ -30,6 +30,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
+import devices
+import recipe
+from data_generator import DATASETS
+from maml import MAML
+from parallel import Layout
+from recipe import Recipe
 from utils import (
     InputError,
     folder_lock,
@@ -46,8 +52,7 @@ from utils import (
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations", "iterations")
-SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"  # of the name of each variable in a checkpoint
-VALIDATION = f"validation{SUFFIX}"  # what a checkpoint calls its Validation
+COUNTERS = ("step", "updates", "pretrain/updates", "validation")  # keys of a checkpoint besides weights and moments
 MOST_JSON = 10_000_000  # bytes; ours have some thousands
 WRITTEN = (
     "flags.json",
@@ -60,13 +65,11 @@ WRITTEN = (
 
 
 class Model(Protocol):
-    """What a checkpoint needs to know of a model. MAML is one."""
+    """What a checkpoint needs to know about a model. MAML is one."""
 
-    weights: dict[str, tf.Variable]
     step: tf.Variable  # outer steps done
-    variables: Sequence[tf.Variable]  # all that a step changes
-    state: dict[str, object]  # the same as trackable objects, by the names that a checkpoint gives them
-    tf1_names: dict[str, str]  # name of a weight -> the variable's name in checkpoints of the original
+    keys: dict[str, str]  # name of a weight -> its key in a checkpoint
+    state: dict[str, tf.Variable]  # all that a step changes, by its key in a checkpoint
 
 
 class Validation(NamedTuple):
@@ -245,16 +248,9 @@ class Run:
         """
         iteration = int(model.step) - 1
         self._check_finite(model)
-        _by_key(model)  # which raises where something would not be read back
-        beside, prefix = self.folder / ".saving", self.prefix(iteration)
-        validation = tf.Variable(self.validation, dtype=tf.float64)
         with writing(self.folder):
-            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed here
             # Differs: the original saves the weights alone, so that a resumed run begins with fresh moments.
-            tf.train.Checkpoint(**model.state, validation=validation).write(str(beside / "model"))
-            move_in(beside / "model.data-00000-of-00001", self._data(iteration))
-            move_in(beside / "model.index", Path(prefix + ".index"))
-            beside.rmdir()
+            write_checkpoint(Path(prefix := self.prefix(iteration)), {**model.state, "validation": self.validation})
             for old in self.iterations()[:-KEPT_CHECKPOINTS]:
                 if old != self.validation.best:
                     os.unlink(self.prefix(old) + ".index")
@@ -262,7 +258,7 @@ class Run:
         return prefix
 
     def _check_finite(self, model):
-        if not all(np.isfinite(variable).all() for variable in model.variables):
+        if not all(np.isfinite(variable).all() for variable in model.state.values()):
             raise self.diverged(f"after iteration {int(model.step) - 1} the weights, or Adam's moments, are not finite")
 
     def diverged(self, what: str) -> InputError:
@@ -344,6 +340,38 @@ class Run:
                     "so it is tested with the --num_classes of its training"
                 )
         return f"; {self.folder.parent} has runs in {', '.join(dict.fromkeys(siblings))}: give the flags of one of them"
+
+
+def load(folder: Path | str, iteration: int | str = -1) -> tuple[Recipe, MAML, str]:
+    """Open a trained run, ours or the original's: return its recipe, its model, and the prefix of the checkpoint.
+
+    iteration: of the checkpoint; -1, the latest, or "best" on validation.
+    Raise InputError if there is no such model.
+    """
+    folder = Path(folder)
+    run = Run(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder; train a model first, or choose one in logs/published")
+    runs_inside = sorted({path.parent.name for path in folder.glob("[!.]*/model*.index")})
+    if runs_inside and not run.iterations():
+        raise InputError(f"{folder}: is not a run folder, but contains some; choose one of {', '.join(runs_inside)}")
+    prefix = run.checkpoint(iteration, "--checkpoint")
+    try:
+        flags = read_json(folder / "flags.json", dict, "put a copy in its place, or take another run")
+        possible = [recipe.from_flags(flags)]
+    except FileNotFoundError:
+        possible = [recipe.from_run_name(folder.resolve().name, data_set) for data_set in DATASETS]
+    for trained in possible:  # the original's folder name does not say the data set; the shapes of the weights do
+        maml = recipe.build(trained, Layout(devices.cores()))
+        try:
+            run.restore(maml, prefix)
+            return trained, maml, prefix
+        except DamagedError:
+            raise
+        except InputError:
+            if trained is possible[-1]:
+                raise
+    raise AssertionError("there is at least one data set")
 
 
 class ReadOnlyRun(Run):
@@ -433,63 +461,87 @@ def check_writable(folder: Path, flag: str) -> None:
         ) from None
 
 
-def _read_into(prefix, reader, model):
-    """Reads the weights and, if they are there, the optimizers and the step. Returns the Validation.
+def write_checkpoint(prefix: Path, tensors: Mapping[str, object]) -> None:
+    """Write tensors by their keys to <prefix>.index and .data-00000-of-00001, the index last.
 
-    Nothing is read before its shape and dtype are known to be right, and nothing of the model changes before all is
-    read. Text is never read, since one that says it is enormous ends the process. So tf.train.Checkpoint.read is not
-    used: it reads a description of Python's objects, which is text.
+    TensorFlow 1's Saver reads the file.
     """
-    stored, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-    ours = "_CHECKPOINTABLE_OBJECT_GRAPH" in stored
-    if ours:
-        names = {name: f"weights/{name}{SUFFIX}" for name in model.weights}
-        weights = {key: shape for key, shape in stored.items() if re.fullmatch(f"weights/[^/]*{SUFFIX}", key)}
-    else:
-        names, weights = model.tf1_names, stored
-    _check_shapes(prefix, {names[name]: weight.shape for name, weight in model.weights.items()}, weights)
-    variables = _by_key(model) if ours else {names[name]: weight for name, weight in model.weights.items()}
-    for key, variable in variables.items():
-        expected, found = (list(variable.shape), variable.dtype), (stored.get(key), dtypes.get(key))
-        if found != expected:
-            raise ValueError(f"{key} has the shape and dtype {found}, not {expected}")
-    values = {key: reader.get_tensor(key) for key in variables}
+    beside = prefix.parent / ".saving"
+    shutil.rmtree(beside, ignore_errors=True)  # from a process that was killed here
+    tf.raw_ops.SaveV2(
+        prefix=str(beside / prefix.name),
+        tensor_names=list(tensors),
+        shape_and_slices=[""] * len(tensors),
+        tensors=[tf.constant(t, tf.float64) if isinstance(t, tuple) else t for t in tensors.values()],
+    )
+    for ending in (".data-00000-of-00001", ".index"):
+        move_in(beside / (prefix.name + ending), Path(f"{prefix}{ending}"))
+    beside.rmdir()
+
+
+def _read_into(prefix, reader, model):
+    """Read the weights into the model and, if they are there, moments and step. Return the Validation.
+
+    No value is read before its shape and dtype are known to be right, and the model does not change before all are
+    read. Text is never read: a file that claims to hold a huge one would end the process.
+    """
+    shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+    state, stored_key = model.state, _stored_keys(reader, model)
+    names = {stored_key(key): name for name, key in model.keys.items()}
+    found = {names.get(key, key): shape for key, shape in _weights_in(shapes).items()}
+    _check_shapes(prefix, {name: list(state[key].shape) for name, key in model.keys.items()}, found)
+    trained = stored_key("step") in shapes  # else weights alone: the original's, or a published model
+    wanted = state if trained else {key: state[key] for key in model.keys.values()}
+    for key, variable in wanted.items():
+        found = shapes.get(stored_key(key)), dtypes.get(stored_key(key))
+        if found != (list(variable.shape), variable.dtype):
+            raise ValueError(f"{key} has shape and dtype {found}, not {(list(variable.shape), variable.dtype)}")
+    values = {key: reader.get_tensor(stored_key(key)) for key in wanted}
     validation = _validation(prefix, reader)
-    if ours:
+    if trained:
         _check_counts(prefix, values, validation)
-    for key, variable in variables.items():
+    for key, variable in wanted.items():
         variable.assign(values[key])
     return validation
 
 
-def _by_key(model):
-    """The variables of a model's state, by the names that tf.train.Checkpoint gives them in a file."""
-    found = {}
+def _weights_in(shapes):
+    """Return the shapes of the weights among those of all variables in a checkpoint."""
+    if OBJECT_GRAPH in shapes:
+        return {key: shape for key, shape in shapes.items() if key.startswith("weights/")}
+    return {
+        key: shape for key, shape in shapes.items() if key not in COUNTERS and not key.endswith(("/Adam", "/Adam_1"))
+    }
 
-    def add(path, part):
-        if isinstance(part, tf.Variable):
-            if not any(part is variable for variable in found.values()):  # the optimizers hold the weights too
-                found[path + SUFFIX] = part
-        elif isinstance(part, list | tuple):
-            add(path, dict(zip(map(str, range(len(part))), part, strict=True)))
-        elif isinstance(part, Mapping | tf.Module):
-            for name, child in (part if isinstance(part, Mapping) else vars(part)).items():
-                if not name.startswith("_"):
-                    add(f"{path}/{name}", child)
 
-    for name, part in model.state.items():
-        add(name, part)
-    modules = [part for part in model.state.values() if isinstance(part, tf.Module)]
-    tracked = [variable for part in modules for variable in part.variables]
-    missed = [variable.name for variable in tracked if not any(variable is one for one in found.values())]
-    if missed:
-        raise TypeError(f"these variables are in no part of the state that is read back: {missed}")
-    return found
+# Until November 2026, tf.train.Checkpoint wrote run folders, with this key and with names of Python objects.
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+
+def _stored_keys(reader, model=None):
+    """Return a function from a key to the key in this checkpoint, which is another one in older run folders."""
+    if not reader.has_tensor(OBJECT_GRAPH):
+        return lambda key: key
+    names = {key: name for name, key in model.keys.items()} if model else {}
+
+    def older(key):
+        optimizer = "pretrain_optimizer" if key.startswith("pretrain/") else "meta_optimizer"
+        key = key.removeprefix("pretrain/")
+        weight, _, second = key.rpartition("/Adam")
+        if key in names:
+            key = f"weights/{names[key]}"
+        elif weight:
+            key = f"{optimizer}/{'v' if second else 'm'}/{names[weight]}"
+        elif key == "updates":
+            key = f"{optimizer}/updates"
+        return f"{key}/.ATTRIBUTES/VARIABLE_VALUE"
+
+    return older
 
 
 def _check_counts(prefix, values, validation):
     """Raises ValueError where the step is not that of the checkpoint's name, or a count is none."""
-    iteration, step = _iteration(prefix), values[f"step{SUFFIX}"]
+    iteration, step = _iteration(prefix), values["step"]
     if step != iteration + 1:
         raise ValueError(f"it is the state after {step} steps, and its name says {iteration + 1}")
     for key, value in values.items():
@@ -505,12 +557,12 @@ def _iteration(prefix):
 
 
 def _validation(prefix, reader):
-    if not reader.has_tensor(VALIDATION):  # the original's, or an early one of ours
+    key = _stored_keys(reader)("validation")
+    if not reader.has_tensor(key):  # the original's, or an early one of ours
         return Validation(last=_iteration(prefix))
-    shape, dtype = reader.get_variable_to_shape_map()[VALIDATION], reader.get_variable_to_dtype_map()[VALIDATION]
-    if shape != [4] or dtype != tf.float64:
-        raise ValueError(f"{VALIDATION} is not four numbers")
-    last, best, accuracy, tasks = reader.get_tensor(VALIDATION).tolist()
+    if (reader.get_variable_to_shape_map()[key], reader.get_variable_to_dtype_map()[key]) != ([4], tf.float64):
+        raise ValueError("validation is not four numbers")
+    last, best, accuracy, tasks = reader.get_tensor(key).tolist()
     return Validation(int(last), int(best), accuracy, int(tasks))
 
 

@@ -129,54 +129,6 @@ def _project_once(g, x, statistics):
     return s * (g - mean_g - h * mean_gh), mean_g, mean_gh
 
 
-def conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """Convolves with SAME padding: one task's images, or a group's, of which each task has filters of its own.
-
-    Args: x [n, height, width, C] and filters [k, k, C, F] of any size k; or, of G tasks side by side,
-        x [n, height, width, G * C] and filters [G, k, k, C, F]; stride, 1 or 2.
-    Returns [n, height / stride, width / stride, F], rounded up, or G * F channels.
-
-    A group's convolution is a matrix product with a batch axis G, on the k * k shifted slices of its images. That takes
-    k * k times the memory of the images, but only matrix products, forward and in both gradients. `grouped_conv` takes
-    no more memory, but grouped convolutions are slow on many GPUs, and XLA computes the input gradient of one with
-    stride 2 on an input padded with zeros inside, which is four times the products.
-    """
-    if filters.shape.rank == 4:
-        return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
-    return grouped_conv(x, filters, stride) if GROUPED_CONV else sliced_conv(x, filters, stride)
-
-
-# Which form a group's convolution has. No GPU has timed the two; the reasons for this one stand above.
-GROUPED_CONV = False
-
-
-def grouped_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """Computes conv of a group as one grouped convolution. Shapes as in conv."""
-    group, height, width, inputs, outputs = filters.shape
-    filters = tf.reshape(tf.transpose(filters, [1, 2, 3, 0, 4]), [height, width, inputs, group * outputs])
-    return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
-
-
-def sliced_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """Computes conv of a group as a batched matrix product on shifted slices. Shapes as in conv."""
-    group, *kernel, inputs, outputs = filters.shape
-    n, size = x.shape[0], x.shape[1:3]
-    out = [-(-extent // stride) for extent in size]
-    padding = [
-        max((count - 1) * stride + taps - extent, 0) for count, taps, extent in zip(out, kernel, size, strict=True)
-    ]
-    x = tf.pad(x, [[0, 0], *([pad // 2, pad - pad // 2] for pad in padding), [0, 0]])
-    slices = [
-        x[:, i : i + stride * (out[0] - 1) + 1 : stride, j : j + stride * (out[1] - 1) + 1 : stride]
-        for i in range(kernel[0])
-        for j in range(kernel[1])
-    ]
-    x = tf.reshape(tf.stack(slices, 3), [n * out[0] * out[1], len(slices), group, inputs])
-    x = tf.reshape(tf.transpose(x, [2, 0, 1, 3]), [group, -1, len(slices) * inputs])
-    x = tf.linalg.matmul(x, tf.reshape(filters, [group, len(slices) * inputs, outputs]))
-    return tf.reshape(tf.transpose(x, [1, 0, 2]), [n, *out, group * outputs])
-
-
 @tf.custom_gradient
 def matmul(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
     """Multiplies x [..., n, inputs] and w [..., inputs, outputs], in compiled programs of tiny networks, to any order.

@@ -17,7 +17,7 @@ from cluster import Cluster
 from data_generator import ImageTasks, SinusoidTasks
 from evaluate import check_same_classes, evaluate, known_classes
 from events import Events, curve_scalars, task_picture
-from maml import MAML
+from maml import MAML, adapt
 from recipe import Recipe, to_flags
 from runs import Run
 from utils import Curve, InputError, Stop, Tasks, say
@@ -379,12 +379,13 @@ def tell(line: str) -> None:
 
 def _checksum(maml):
     """Of all that a step changes."""
-    return format(functools.reduce(lambda crc, one: zlib.crc32(one.numpy().tobytes(), crc), maml.variables, 0), "08x")
+    crc = functools.reduce(lambda crc, one: zlib.crc32(one.numpy().tobytes(), crc), maml.state.values(), 0)
+    return format(crc, "08x")
 
 
 def _task_picture(maml, data, settings, updates):
     """The first validation task, and what its query images are taken for after so many updates."""
     drawn = settings.eval_seed, settings.val_split, 0
     task = Tasks(*(part[0] for part in data.draw(*drawn, 1)))
-    adapted = maml.adapt(maml.weights, task, updates)[-1]
+    adapted = adapt(maml.inner, maml.values(), task, updates)
     return task_picture(data.colours(task), data.names(*drawn), maml.network.apply(adapted, task.query_x).numpy())

@@ -73,28 +73,36 @@ class Tasks(NamedTuple):
     query_x: tf.Tensor  # [T, N * Q, *D]
     query_y: tf.Tensor  # [T, N * Q, O]
 
+    def checked(self, theta: "Weights") -> "Tasks":
+        """Return the tasks as tensors. It runs while a graph is traced, so it costs a step nothing.
+
+        Raise InputError if a part has another dtype or rank than the weights need, or another number of tasks or
+        examples than the part it belongs to.
+        """
+        tasks = Tasks(*map(tf.convert_to_tensor, self))
+        (dtype,) = {weight.dtype for weight in theta.values()}
+        inputs = max(3, tasks.support_x.shape.rank, tasks.query_x.shape.rank)
+        ranks = inputs, 3, inputs, 3
+        for name, part, rank in zip(self._fields, tasks, ranks, strict=True):
+            if part.dtype != dtype:
+                raise InputError(f"{name}: is {part.dtype.name}, but the weights are {dtype.name}; convert it")
+            if part.shape.rank != rank:
+                raise InputError(
+                    f"{name}: has shape {list(part.shape)}, but tasks [T], examples [n], and at least one more axis "
+                    f"are needed{', one-hot for classes' if name.endswith('y') else ''}; reshape it"
+                )
+        pairs = ("support_y", "support_x", 2), ("query_x", "support_x", 1), ("query_y", "query_x", 2)
+        for name, beside, axes in pairs:
+            shape, other = getattr(tasks, name).shape, getattr(tasks, beside).shape
+            if not shape[:axes].is_compatible_with(other[:axes]):
+                raise InputError(
+                    f"{name}: has shape {list(shape)}, which does not match {list(other)} of {beside}; give the same "
+                    "tasks, and one label or target per example"
+                )
+        return tasks
+
 
 Weights = dict[str, tf.Tensor]
-
-
-class Network(NamedTuple):
-    """One model: how its weights begin, what it computes, and which of them the inner loop changes.
-
-    Two functions are enough. What follows batch_statistics says how it is computed fast, and changes results by
-    rounding alone.
-    """
-
-    init: Callable[[int], Weights]  # seed -> float32 weights
-    apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O], of one task
-    adapted: tuple[str, ...] | None = None  # names that the inner loop changes; None: all. Ours leave the norms' out
-    tf1_names: dict[str, str] | None = None  # our name -> the variable's name in checkpoints of the original
-    batch_statistics: bool = False  # under batch norm: an output depends on the other inputs of its batch
-    inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply, faster where differentiated twice
-    takes_groups: bool = False  # apply computes a group of G tasks too: weights, inputs, outputs with a leading axis G
-    steps_a_call: int = 1  # outer steps in one compiled program, all tasks in one operation; above 1 for tiny networks
-    head: tuple[str, ...] = ()  # names of the last layer's weights; the others are the body's
-    body: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, inputs -> what the last layer takes
-    last_layer: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, that -> outputs. apply is both
 
 
 class Curve(NamedTuple):

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py run FOLDER [--json gpu.json]
 
 `export` needs TensorFlow and JAX, but no GPU. It writes each configuration's meta-gradient of a whole meta-batch, all
-tasks in one group, as a program that JAX runs: one with each form of a group's convolution (special_grads.py). Beside
+tasks in one group, as a program that JAX runs: one with each form of a group's convolution (networks.py). Beside
 them it writes the initial weights and, as the reference, losses and meta-gradients in float64.
 
 `run` needs JAX and NumPy, and PyTorch if that is to be timed. It first compares our programs with the reference, task
@@ -17,6 +17,7 @@ No GPU has run it yet (2026-11-21): its two halves were run on a CPU, with --pla
 """
 
 import argparse
+import functools
 import json
 import platform
 import sys
@@ -97,27 +98,26 @@ def compiled(maml, problem: Problem, form: str, target: str) -> bytes:
     import tensorflow as tf
     from jax.experimental import jax2tf
 
-    import special_grads
+    import networks
+    from maml import meta_gradient, query_loss
     from utils import Tasks
 
     def gradient_and_loss(weights, *tasks):
-        # The weights come from outside, where maml has variables.
-        maml.values = lambda: {name: tf.constant(value) for name, value in fixed.items()} | weights
-        gradient, loss = maml.mean_gradient(maml.query_loss, Tasks(*tasks))
+        theta = {name: tf.constant(value) for name, value in fixed.items()} | weights
+        layout = maml.layout._replace(group=0)
+        gradient, loss = meta_gradient(functools.partial(query_loss, maml.inner), theta, Tasks(*tasks), layout)
         return loss, {name: gradient[name] for name in weights}
 
     tf.config.experimental.enable_tensor_float_32_execution(False)
     fixed = {name: w.numpy() for name, w in maml.weights.items() if name not in problem.weights}
-    before = maml.tasks_at_once, special_grads.GROUPED_CONV
-    maml.tasks_at_once, special_grads.GROUPED_CONV = 0, form == "grouped"
+    networks.GROUPED_CONV = form == "grouped"
     try:
         call = jax2tf.call_tf(gradient_and_loss, has_side_effects=False)  # else the program cannot be read back
         given = problem.weights, *problem.batches[0]
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
         return jax.export.export(jax.jit(call), platforms=[target])(*shapes).serialize()
     finally:
-        del maml.values
-        maml.tasks_at_once, special_grads.GROUPED_CONV = before
+        networks.GROUPED_CONV = False
 
 
 # Without TensorFlow.

@@ -7,7 +7,7 @@ which lie in memory as each framework's own tensors: drawing tasks is left out o
 process of its own, in turns with ours; a ratio above 1 says that ours is faster.
 
 Before a form is timed, its own code runs in float64: its first two losses and its first meta-gradient must agree with
-ours, computed in float64 by MAML.query_loss. The last column is how far apart the first losses of the timed float32
+ours, computed in float64 by maml.query_loss. The last column is how far apart the first losses of the timed float32
 programs are: five inner steps from untrained weights amplify rounding to percents, in every framework.
 
 Needs benchmarks/requirements-peers.txt; nothing else should run.
@@ -60,7 +60,7 @@ def built(flags: str):
     main.FLAGS(["main.py", *flags.split()])
     main.start_devices()
     recipe = main.recipe_of(main.FLAGS)
-    dataset, maml = recipe.dataset, recipes.build(recipe, *main.layout())
+    dataset, maml = recipe.dataset, recipes.build(recipe, main.layout())
     tasks, way, shot, images = recipe.meta_batch, recipe.way, recipe.shot, dataset.images
     if images:
         batches = [random_images(images.size, images.channels, tasks, way, shot, recipe.query_examples(True))]
@@ -118,13 +118,14 @@ def task_gradients(maml, weights: dict[str, np.ndarray], batch) -> list[tuple]:
     """(meta-gradient by name, loss) of each task alone, in the dtype of what is given."""
     import tensorflow as tf
 
+    from maml import query_loss
     from utils import Tasks
 
     @tf.function(autograph=False)
     def gradient_and_loss(weights, task):
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            loss = maml.query_loss(weights, task)
+            loss = query_loss(maml.inner, weights, task)
         return tape.gradient(loss, weights, unconnected_gradients="zero"), loss
 
     weights = {name: tf.constant(value) for name, value in weights.items()}

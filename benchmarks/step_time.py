@@ -122,6 +122,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
     import main
     import recipe as recipes
     import train
+    from maml import MAML
     from utils import InputError, Stop
 
     main.FLAGS(["main.py", *flags.split()])
@@ -133,7 +134,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
         source = "real" if recipe.dataset.images else "generated"
     except InputError:
         data = random_images(recipe)
-    maml = recipes.build(recipe, *main.layout())
+    maml = recipes.build(recipe, main.layout())
     with train.Steps(maml, data, recipe, Stop()) as stepper:
         size, batch = stepper.block, recipe.meta_batch
         stepper.advance(2 * size)  # traced and warm
@@ -146,8 +147,9 @@ def measure(name: str, flags: str, steps: int) -> dict:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MB if resource else math.nan
         memory = [resident, resident_mb(), peak]
         tasks = stepper.meta_batch(stepper.done)
-    maml.network = maml.network._replace(inner_apply=None)  # the products that it writes as sums count too
-    graph = maml.train_step.get_concrete_function(tasks).graph
+    # The products that inner_apply writes as sums count, too.
+    plain = maml.inner._replace(network=maml.network._replace(inner_apply=None))
+    graph = MAML(plain).train_step.get_concrete_function(tasks).graph
     flops, matmul = product_flops(graph, batch), matmul_peak()
     median, floor = float(np.median(times)), flops / matmul
     return {

@@ -20,7 +20,6 @@ import devices  # noqa: F401, isort: skip (it comes first, since it imports Tens
 import tensorflow as tf
 
 import events
-import recipe
 import runs
 from utils import InputError, say, writing
 
@@ -37,46 +36,23 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
     for name in ("flags.json", "results.json"):
         if not (folder / name).is_file():
             raise InputError(f"no {name} in {folder}: train and test the run first")
-    flags = runs.read_json(folder / "flags.json", dict, "name another run folder")
     tests = runs.read_json(folder / "results.json", list, "test the run again")
     if all(test.get("checkpoint") != prefix.name for test in tests):
         raise InputError(f"{folder / 'results.json'} has no test of {prefix.name}: test it first")
     others = [other for other in runs.Run(copy).iterations() if f"model{other}" != prefix.name]
     if others:  # the latest of them would be tested, beside results that are not its own
         raise InputError(f"{copy} has another checkpoint, model{others[-1]}: remove it, or give another --to")
-    maml = recipe.build(recipe.from_flags(flags))
-    run.restore(maml, str(prefix))
+    _, maml, _ = runs.load(folder, iteration)
     with writing(copy):
         copy.mkdir(parents=True, exist_ok=True)
         for name in ("flags.json", "results.json", "classes.json"):
             if (folder / name).is_file():  # there is no list of classes where there are none
                 shutil.copyfile(folder / name, copy / name)
-        write_weights(maml, copy / prefix.name)
+        runs.write_checkpoint(copy / prefix.name, {maml.keys[name]: weight for name, weight in maml.weights.items()})
         write_events(folder, copy)
         if (folder / events.TEST_FOLDER).is_dir():
             write_events(folder / events.TEST_FOLDER, copy / events.TEST_FOLDER)
     return copy
-
-
-def write_weights(maml, prefix: Path) -> None:
-    """A checkpoint as the original's, which runs.Run.restore and the original's own code read: weights by their names.
-
-    The index is moved in last, as in runs.Run.save.
-    """
-    beside = prefix.with_name(".saving")
-    names = [maml.tf1_names[name] for name in maml.weights]
-    try:
-        tf.raw_ops.SaveV2(
-            prefix=str(beside),
-            tensor_names=names,
-            shape_and_slices=[""] * len(names),
-            tensors=list(maml.weights.values()),
-        )
-        for ending in (".data-00000-of-00001", ".index"):
-            os.replace(f"{beside}{ending}", f"{prefix}{ending}")
-    finally:
-        for left in prefix.parent.glob(".saving.*"):
-            left.unlink()
 
 
 def write_events(folder: Path, copy: Path) -> None:

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 import runs
 from events import Events
+from maml import InnerLoop
 from recipe import EXAMPLES, ITERATIONS, Range
 from rl.environments import ENVIRONMENTS, Environment
-from rl.policy import gaussian
+from rl.policy import gaussian, policy_gradient
 from rl.trpo import BACKTRACKS, MetaTRPO
 from utils import InputError, statistics, stopping_on_signals, write_whole, writing
 
@@ -155,14 +156,10 @@ def run_folder(identity: dict) -> runs.Run:
 
 def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
     """The policy with its initial weights, and how it learns."""
-    return MetaTRPO(
-        gaussian(environment.observation_size, environment.action_size),
-        inner_lr=identity["update_lr"],
-        inner_steps=0 if identity["baseline"] in ("pretrained", "oracle") else 1,
-        bound=identity["meta_step_size"],
-        seed=identity["seed"],
-        parallel_tasks=cores,
-    )
+    network = gaussian(environment.observation_size, environment.action_size)
+    steps = 0 if identity["baseline"] in ("pretrained", "oracle") else 1
+    inner = InnerLoop(network, policy_gradient, alpha=identity["update_lr"], steps=steps)
+    return MetaTRPO(inner, bound=identity["meta_step_size"], seed=identity["seed"], cores=cores)
 
 
 def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
@@ -215,7 +212,7 @@ def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int)
     seconds = {"rollouts": time.perf_counter() - began}
     update = learner.outer_step(batch)
     values = {"Pre-update_return": did[0].mean_returns().mean()}
-    if learner.inner_steps:
+    if learner.inner.steps:
         values["Post-update_return__step_1"] = did[1].mean_returns().mean()
     return {
         **{tag: float(value) for tag, value in values.items()},

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from utils import Network, Weights
+from networks import Network
+from utils import Weights
 
 LOG_2_PI = float(np.log(2 * np.pi))
 
@@ -37,7 +38,7 @@ def gaussian(observation_size: int, action_size: int, hidden: tuple[int, int] = 
         return tf.concat([means, tf.broadcast_to(weights["log_std"], tf.shape(means))], -1)
 
     names = (*(f"{kind}{layer}" for layer in layers for kind in "wb"), "log_std")
-    return Network(init, apply, names, {name: name for name in names})
+    return Network(init, apply, names)
 
 
 def act(weights: dict[str, np.ndarray], observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

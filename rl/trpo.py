@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from maml import MAML
+from maml import InnerLoop, adapt, meta_gradient
+from parallel import Layout, over_tasks
 from rl import curvature
 from rl.environments import Environment
-from rl.policy import Experience, act, divergence, log_probability, policy_gradient
+from rl.policy import Experience, act, divergence, log_probability
 from rl.rollouts import Rollouts, advantages, collect
-from utils import Network, Weights
+from utils import Weights
 
 # cbfinn/maml_rl, conjugate_gradient_optimizer.py and krylov.py
 CONJUGATE_STEPS = 10
@@ -48,22 +49,15 @@ class Update(NamedTuple):
     seconds: dict[str, float]  # that its parts took: gradient, fisher_products, line_search
 
 
-class MetaTRPO(MAML):
-    """The meta-learned policy and the step: a MAML with another outer step."""
+class MetaTRPO(tf.Module):
+    """The meta-learned policy and the step: MAML's inner loop with another outer step."""
 
-    def __init__(
-        self, network: Network, *, inner_lr: float, inner_steps: int, bound: float, seed: int, parallel_tasks: int = 1
-    ):
-        """inner_steps: 1, or 0, which trains one policy for all tasks. bound: on a step's divergence, in nats."""
-        super().__init__(
-            network,
-            policy_gradient,
-            inner_lr=inner_lr,
-            inner_steps=inner_steps,
-            seed=seed,
-            parallel_tasks=parallel_tasks,
-        )
-        self.bound = bound
+    def __init__(self, inner: InnerLoop, *, bound: float, seed: int, cores: int = 1):
+        """inner: of 1 step, or of 0, which trains one policy for all tasks. bound: on a step's divergence, in nats."""
+        super().__init__(name="meta_trpo")
+        self.inner, self.bound, self.layout = inner, bound, Layout(cores)
+        self.weights = {name: tf.Variable(value, name=name) for name, value in inner.network.init(seed).items()}
+        self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done
         w1, log_std = self.weights["w1"], self.weights["log_std"]
 
         def spec(*shape):
@@ -79,13 +73,22 @@ class MetaTRPO(MAML):
             return tf.function(function, autograph=False, input_signature=signature)
 
         self.adapt_each = traced(self._adapt_each, tasks_weights, x, did, spec())
-        self.surrogate_gradient = traced(lambda batch: self.mean_gradient(self._surrogate, batch), batch)
+        self.surrogate_gradient = traced(self._surrogate_gradient, batch)
         self.surrogate_at = traced(self._surrogate_at, weights, batch)
 
     @property
-    def state(self) -> dict:
-        """What a checkpoint holds."""
-        return {"weights": self.weights, "step": self.step}
+    def keys(self) -> dict[str, str]:
+        """The key of each weight in a checkpoint, by its name."""
+        return self.inner.network.keys(self.weights)
+
+    @property
+    def state(self) -> dict[str, tf.Variable]:
+        """All that a step changes, by its key in a checkpoint."""
+        return {key: self.weights[name] for name, key in self.keys.items()} | {"step": self.step}
+
+    def values(self) -> Weights:
+        """Read the meta-learned weights."""
+        return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
     # -- the inner loop -----------------------------------------------------------------------------------------------
 
@@ -128,10 +131,11 @@ class MetaTRPO(MAML):
     def _adapt_each(self, weights, x, did, factor):
         def step(_, task):
             own, x, did = task
-            after = self.adapt(own, MetaBatch(x, did, None, None, None), 1)[-1]
+            after = adapt(self.inner, own, MetaBatch(x, did, None, None, None), 1)
             return {name: own[name] + factor * (after[name] - own[name]) for name in own}
 
-        return self.over_tasks(step, {}, (weights, x, did), {name: w.dtype for name, w in weights.items()})
+        dtypes = {name: weight.dtype for name, weight in weights.items()}
+        return over_tasks(step, {}, (weights, x, did), dtypes, self.layout)
 
     def _tensors(self, did):
         """Of Rollouts, the observations and the Experience."""
@@ -151,7 +155,7 @@ class MetaTRPO(MAML):
         weights = self.before(len(goals))
         did = [self.rollouts(environment, weights, goals, count, random)]
         support = query = self._tensors(did[0])
-        if self.inner_steps:
+        if self.inner.steps:
             weights = self.inner_step(weights, *support)
             did.append(self.rollouts(environment, weights, goals, count, random))
             query = self._tensors(did[1])
@@ -185,8 +189,11 @@ class MetaTRPO(MAML):
         seconds = {part: end - start for part, (start, end) in zip(parts, pairwise(times), strict=True)}
         return Update(before, surrogate, moved, backtracks, seconds)
 
-    def _surrogate(self, weights, task):
-        return self.surrogate_and_divergence(weights, task)[0]
+    def _surrogate_gradient(self, batch):
+        def surrogate(weights, task):
+            return self.surrogate_and_divergence(weights, task)[0]
+
+        return meta_gradient(surrogate, self.values(), batch, self.layout)
 
     def surrogate_and_divergence(self, weights: Weights, task: MetaBatch) -> tuple[tf.Tensor, tf.Tensor]:
         """Of one task, two scalars, differentiable to the weights before the inner step.
@@ -194,8 +201,9 @@ class MetaTRPO(MAML):
         Minus the mean, over its transitions after the inner step, of the advantage times the likelihood ratio of the
         adapted policy to the one that took them; and the mean divergence from that.
         """
-        own = self.network.apply(task.adapted, task.query_x)
-        new = self.network.apply(self.adapt(weights, task, self.inner_steps)[-1], task.query_x)
+        apply = self.inner.network.apply
+        own = apply(task.adapted, task.query_x)
+        new = apply(adapt(self.inner, weights, task, self.inner.steps), task.query_x)
         did = task.query_y
         ratio = tf.exp(log_probability(new, did.actions) - log_probability(own, did.actions))
         surrogate = -tf.reduce_sum(did.shares * did.advantages * ratio)
@@ -203,7 +211,7 @@ class MetaTRPO(MAML):
 
     def _surrogate_at(self, weights, batch):
         dtype = batch.query_x.dtype
-        each = self.over_tasks(self.surrogate_and_divergence, weights, batch, (dtype, dtype))
+        each = over_tasks(self.surrogate_and_divergence, weights, batch, (dtype, dtype), self.layout)
         return tuple(tf.reduce_mean(value) for value in each)
 
     def fisher_product(self, batch: MetaBatch) -> "_FisherProduct":
@@ -238,7 +246,7 @@ class _FisherProduct:
         self.learner, self.batch = learner, tf.nest.map_structure(lambda x: x.numpy(), batch)
 
     def __enter__(self) -> Callable[[np.ndarray], np.ndarray]:
-        self.pool = ThreadPoolExecutor(self.learner.parallel_tasks)
+        self.pool = ThreadPoolExecutor(self.learner.layout.cores)
         self.tasks = list(self.pool.map(self._curvatures, range(len(self.batch.query_x))))
         return self
 
@@ -249,7 +257,7 @@ class _FisherProduct:
         """(of the inner loss, or None without inner steps; of the adapted policy)"""
         own = tf.nest.map_structure(lambda x: x[task], self.batch)
         after = curvature.fisher(own.adapted, own.query_x, own.query_y.shares)
-        if not self.learner.inner_steps:
+        if not self.learner.inner.steps:
             return None, after
         c = own.support_y.shares * own.support_y.advantages
         weights = {name: weight.numpy() for name, weight in self.learner.weights.items()}
@@ -268,7 +276,7 @@ class _FisherProduct:
         if inner is None:
             return direction
         turned = curvature.product(inner, direction)
-        return {name: direction[name] - self.learner.inner_lr * turned[name] for name in direction}
+        return {name: direction[name] - self.learner.inner.alpha * turned[name] for name in direction}
 
 
 def conjugate_gradients(product: Callable, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,15 +1,23 @@
 """Settings and data that the tests share."""
 
+import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):  # one core for each worker
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from PIL import Image
 
 import main
+from evaluate import Protocol
+from images import ROOT, SPLITS
+from tests.helpers import small_flags
 
 main.start_devices()
 
@@ -63,3 +71,31 @@ def miniimagenet_like(tmp_path_factory) -> Path:
                 pixels = np.clip(colour + random.integers(-40, 40, (84, 84, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{image:03}.jpg")
     return root
+
+
+@pytest.fixture(scope="session")
+def omniglot(omniglot_like, tmp_path_factory) -> Path:
+    """The generated characters under published names, 20 in each split: enough for 20-way tasks everywhere."""
+    root = tmp_path_factory.mktemp("omniglot")
+    published = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
+    drawn = sorted(omniglot_like.glob("[!.]*/*"))  # not the cache that another test may have left
+    for split in SPLITS:
+        for name, folder in zip(published[split][:20], drawn, strict=False):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).symlink_to(folder)
+    return root
+
+
+@pytest.fixture
+def few_test_tasks():
+    """Four tasks at test, not 600, where their number does not matter."""
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+        main.FLAGS.set_default("test_tasks", 4)
+        patch.setitem(Protocol._field_defaults, "tasks", 4)
+        yield
+
+
+@pytest.fixture
+def small(omniglot) -> list[str]:
+    """Omniglot 5-way 1-shot with a network and a meta-batch that cost little."""
+    return small_flags(omniglot)

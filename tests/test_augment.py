@@ -14,7 +14,7 @@ import main
 import predict
 from data_generator import DATASETS, ImageTasks
 from images import load_splits, read_image
-from tests.test_main import refusal, run
+from tests.helpers import refusal, run
 
 IMAGES = DATASETS["folder"].images._replace(size=(16, 16), kept=32, augment=True)
 

@@ -25,10 +25,8 @@ import main
 import runs
 import train
 from cluster import GONE, Cluster
-from tests.test_main import Ended, assert_same_ending, omniglot, only_run, refusal, scalars, small_flags
+from tests.helpers import Ended, assert_same_ending, only_run, refusal, scalars, small_flags
 from utils import InputError
-
-__all__ = ["omniglot"]  # a fixture
 
 ROOT = Path(main.__file__).parent
 STEPS = "--metatrain_iterations=45"

@@ -32,8 +32,9 @@ import images
 import utils
 from data_generator import DATASETS, ImageTasks, SinusoidTasks, tasks_from_arrays
 from images import ROOT, SPLITS, Classes, load_splits, read_image
-from maml import MAML
-from utils import InputError, Network, Tasks, accuracy, xent
+from networks import Network
+from tests.helpers import maml_of
+from utils import InputError, Tasks, accuracy, xent
 
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
 PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
@@ -1205,12 +1206,12 @@ def test_tasks_of_ones_own_arrays():
         init=lambda seed: {"w": tf.random.stateless_normal([5, 3], [seed, 0])},
         apply=lambda weights, x: x @ weights["w"],
     )
-    maml = MAML(network, functools.partial(xent, shot=2), accuracy, inner_lr=0.1, inner_steps=1)
+    maml = maml_of(network, functools.partial(xent, shot=2), accuracy, inner_lr=0.1, inner_steps=1)
     before = float(maml.train_step(tasks)[0])
     for _ in range(20):
         loss = float(maml.train_step(tasks)[0])
     assert loss < before
-    assert maml.tf1_names == {"w": "w"}
+    assert maml.keys == {"w": "w"}
     regression = tasks_from_arrays(labels[..., None], labels[..., None], labels[..., None], labels[..., None])
     assert regression.query_y.shape == (4, 6, 1)
 

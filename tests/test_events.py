@@ -1,35 +1,17 @@
 """TensorBoard events: a resumed run's go on where its checkpoint is; the picture of a task."""
 
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import events
 from events import GAP, LETTERS, MOST_SIDE, RIGHT, TEST_FOLDER, WHITE, WRONG, Events, read, task_picture
+from tests.helpers import read_events, write_events
 from utils import Tasks
-
-
-def write_events(folder: Path, start: int, steps: list[int], value: float) -> None:
-    with Events(folder, start) as events:
-        for step in steps:
-            events.scalars(step, {"loss": value})
-
-
-def read_events(folder: Path) -> list[tuple[int, float]]:
-    """(step, value) in the order in which TensorBoard reads a folder: by file name."""
-    found = []
-    # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
-    paths = sorted(folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
-    for path in paths:
-        for event in EventFileLoader(str(path)).Load():
-            found += [(event.step, float(tf.make_ndarray(value.tensor).item())) for value in event.summary.value]
-    return found
 
 
 def test_events_of_a_resumed_run_replace_those_past_its_checkpoint(tmp_path):

@@ -13,13 +13,26 @@ import networks
 import predict
 import publish
 import recipe
+import runs
 from data_generator import ImageTasks, SinusoidTasks
 from maml import MAML
+from networks import Network
+from parallel import Layout
 from recipe import Recipe
 from tests import reference
-from tests.test_main import assert_same_ending, read_pickle, refusal, run
-from tests.test_maml import assert_slope, in_float64, random_tasks
-from utils import InputError, Network, Tasks, accuracy, mse, xent
+from tests.helpers import (
+    assert_same_ending,
+    assert_slope,
+    gradient_and_loss,
+    in_float64,
+    maml_of,
+    random_tasks,
+    read_pickle,
+    refusal,
+    run,
+    trajectory,
+)
+from utils import InputError, Tasks, accuracy, mse, xent
 
 LOSS = functools.partial(xent, shot=2)
 TASKS = random_tasks(2, 6, 9, (9, 8, 2), 3)
@@ -41,8 +54,8 @@ def variant(kind: str, adapt: str, learned: str, steps: int, **options) -> MAML:
         "fc": functools.partial(networks.fc, 9 * 8 * 2, (8, 7), 3, norm="layer_norm"),
         "tiny": functools.partial(networks.fc, 9 * 8 * 2, (8, 7), 3, norm=None, tiny=True),
     }[kind]
-    settings = {"inner_lr": 0.05, "inner_steps": steps, "learn_inner_lr": learned} | options
-    maml = MAML(networks.adapting(in_float64(build()), adapt), LOSS, accuracy, **settings)
+    settings = {"inner_lr": 0.05, "inner_steps": steps, "learned": learned} | options
+    maml = maml_of(networks.adapting(in_float64(build()), adapt), LOSS, accuracy, **settings)
     random = np.random.default_rng(3)
     for name, weight in maml.weights.items():
         if name.startswith("step_size"):
@@ -74,7 +87,7 @@ def test_fast_equals_slow(kind, adapt, learned, first_order, eagerly):
     losses = maml.evaluate(tasks, 3).losses
     for steps in (1, 2, 3):
         np.testing.assert_allclose(np.mean(losses[:, steps]), expected(steps)[0], rtol=1e-9)
-    found, gradient = maml.mean_gradient(maml.query_loss, tasks)[0], expected(2)[1]
+    found, gradient = gradient_and_loss(maml, tasks)[0], expected(2)[1]
     assert found.keys() == gradient.keys()
     for name, value in found.items():
         np.testing.assert_allclose(value, gradient[name], rtol=1e-6, atol=1e-9, err_msg=name)
@@ -85,7 +98,7 @@ def test_fast_equals_slow(kind, adapt, learned, first_order, eagerly):
 )
 def test_meta_gradient_against_differences(adapt, learned, eagerly):
     maml, tasks = variant("conv", adapt, learned, 2), Tasks(*map(tf.constant, TASKS))
-    gradient, _ = maml.mean_gradient(maml.query_loss, tasks)
+    gradient, _ = gradient_and_loss(maml, tasks)
     assert_slope(maml, tasks, gradient)
 
 
@@ -111,8 +124,8 @@ def test_a_body_that_stays_is_computed_once(eagerly):
 def test_groups_equal_one_task_at_a_time(kind, adapt, learned, eagerly):
     tasks, found = Tasks(*(tf.constant(np.concatenate([part, part[::-1]])) for part in TASKS)), []
     for at_once in (1, 2, 0):
-        maml = variant(kind, adapt, learned, 2, tasks_at_once=at_once)
-        found.append((maml.mean_gradient(maml.query_loss, tasks)[0], maml.evaluate(tasks, 3, "support").losses))
+        maml = variant(kind, adapt, learned, 2, layout=Layout(group=at_once))
+        found.append((gradient_and_loss(maml, tasks)[0], maml.evaluate(tasks, 3, "support").losses))
     for gradient, losses in found[1:]:
         np.testing.assert_allclose(losses, found[0][1], rtol=1e-10)
         for name, value in found[0][0].items():
@@ -140,7 +153,7 @@ def test_compiled_steps_are_the_same(adapt, learned):
 def test_step_sizes_begin_as_alpha(learned, eagerly):
     """One for each element, or for each array and update; here of a user's own network, which has no parts."""
     network = networks.fc(1, (5,), 1, norm=None)._replace(adapted=None, head=(), body=None, last_layer=None)
-    maml = MAML(network, mse, inner_lr=0.05, inner_steps=3, learn_inner_lr=learned)
+    maml = maml_of(network, mse, inner_lr=0.05, inner_steps=3, learned=learned)
     weights = network.init(0)
     for name, weight in weights.items():
         size = maml.weights[f"step_size_{name}"].numpy()
@@ -155,7 +168,7 @@ def test_the_weights_that_a_network_gives_are_left_alone():
     weights = {"w": tf.constant(1.5)}
     network = Network(lambda seed: weights, lambda weights, x: weights["w"] * x)
     for _ in range(2):
-        maml = MAML(network, mse, inner_lr=0.05, inner_steps=1, learn_inner_lr="weight")
+        maml = maml_of(network, mse, inner_lr=0.05, inner_steps=1, learned="weight")
         assert list(maml.weights) == ["w", "step_size_w"]
     assert list(weights) == ["w"]
 
@@ -163,9 +176,9 @@ def test_the_weights_that_a_network_gives_are_left_alone():
 def test_choices_that_are_none():
     """A slip of the hand would else be another method: learned step sizes, BOIL, the paper's normalisation."""
     network = networks.fc(1, (5,), 1, norm=None)
-    build = functools.partial(MAML, network, mse, inner_lr=0.05, inner_steps=1)
+    build = functools.partial(maml_of, network, mse, inner_lr=0.05, inner_steps=1)
     with pytest.raises(InputError, match="learn_inner_lr='weights': it is one of none, weight, step"):
-        build(learn_inner_lr="weights")
+        build(learned="weights")
     with pytest.raises(InputError, match="query_norm='suport': it is one of batch, support"):
         build().evaluate(SinusoidTasks(5, 5).draw(0, "train", 0, 4), 1, "suport")
     with pytest.raises(InputError, match="adapt='last': it is one of all, head, body"):
@@ -211,7 +224,7 @@ def trained(request, miniimagenet_like, tmp_path_factory) -> Trained:
 
 def learned_and_beginning(trained: Trained) -> tuple[MAML, MAML]:
     """The trained model, and one with its weights and the step sizes that training began with."""
-    one, maml, _ = predict.trained(trained.folder)
+    one, maml, _ = runs.load(trained.folder)
     beginning = recipe.build(one)
     for name, weight in maml.weights.items():
         if not name.startswith("step_size"):
@@ -257,13 +270,12 @@ def test_an_answer_takes_the_learned_step_sizes(trained, tmp_path):
     adapted = model.adapt(labelled, labels)
     maml, beginning = learned_and_beginning(trained)
     task = Tasks(tf.constant(labelled), tf.one_hot(labels, 5), None, None)
-    for one in (maml, beginning):
-        one.loss = functools.partial(xent, shot=2)
-    expected, other = (one.adapt(one.values(), task, 3) for one in (maml, beginning))
-    for found, path in zip(adapted.path, expected, strict=True):
+    inner = maml.inner._replace(loss=functools.partial(xent, shot=2))
+    expected, other = (trajectory(inner, one.values(), task, 3) for one in (maml, beginning))
+    for found, path in zip(adapted.trajectory, expected, strict=True):
         for name, value in path.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    assert not np.allclose(adapted.path[-1]["w5"], other[-1]["w5"], atol=1e-5)
+    assert not np.allclose(adapted.trajectory[-1]["w5"], other[-1]["w5"], atol=1e-5)
 
     answers = adapted.predict(asked)
     predict.export(model, tmp_path / "exported")

@@ -8,13 +8,12 @@ import tensorflow as tf
 
 import networks
 import recipe
-import special_grads
 from cluster import Cluster
 from data_generator import SinusoidTasks
 from evaluate import evaluate
-from maml import MAML
+from parallel import Layout, sum_over_tasks
 from recipe import Recipe
-from tests.test_maml import LINE, in_float64, meta_gradient, one_task, random_tasks
+from tests.helpers import LINE, gradient_and_loss, in_float64, maml_of, meta_gradient, one_task, random_tasks
 from utils import InputError, Tasks, accuracy, mse, xent
 
 CONV = functools.partial(networks.conv4, (17, 16), 2, 3, 4)
@@ -38,7 +37,7 @@ def test_a_groups_convolution_is_that_of_each_task(size, stride, form, dtype, at
     with tf.GradientTape(persistent=True) as tape:
         tape.watch([x, filters])
         each = tf.stack([tf.nn.conv2d(x[g], filters[g], stride, "SAME") for g in range(3)])
-        group = getattr(special_grads, form)(networks.side_by_side(x, 3), filters, stride)
+        group = getattr(networks, form)(networks.side_by_side(x, 3), filters, stride)
         group = networks.apart(group, 3)
         sums = [tf.reduce_sum(tf.sin(y)) for y in (each, group)]
     np.testing.assert_allclose(group, each, atol=atol)
@@ -58,7 +57,7 @@ def test_groups_equal_one_task_at_a_time(name, norm, steps):
     loss, found = functools.partial(xent, shot=2), {}
     for at_once in (1, 2, 0):
         network = in_float64(build(norm=norm))
-        maml = MAML(network, loss, accuracy, inner_lr=0.05, inner_steps=steps, tasks_at_once=at_once)
+        maml = maml_of(network, loss, accuracy, inner_lr=0.05, inner_steps=steps, layout=Layout(group=at_once))
         found[at_once] = meta_gradient(maml, tasks), maml.evaluate(tasks, steps, "support" if norm else "batch")
     expected, curve = found.pop(1)
     for gradient, other in found.values():
@@ -73,7 +72,7 @@ def test_first_order_in_groups():
     tasks, found = random_tasks(4, 6, 9, shape, 3), []
     for at_once in (1, 0):
         network, loss = in_float64(build(norm="batch_norm")), functools.partial(xent, shot=2)
-        maml = MAML(network, loss, inner_lr=0.05, inner_steps=2, first_order=True, tasks_at_once=at_once)
+        maml = maml_of(network, loss, inner_lr=0.05, inner_steps=2, first_order=True, layout=Layout(group=at_once))
         found.append(meta_gradient(maml, tasks))
     for name, value in found[0].items():
         np.testing.assert_allclose(found[1][name], value, atol=1e-12, rtol=1e-9, err_msg=name)
@@ -83,13 +82,14 @@ def test_a_network_that_knows_nothing_of_groups():
     """Of a user's own: its tasks are computed together all the same."""
     tasks = Tasks(*(np.concatenate([part, 2 * part]) for part in one_task([0.8], [-0.4], [1.3], [0.7])))
     each, together = (
-        meta_gradient(MAML(LINE, mse, inner_lr=0.05, inner_steps=2, tasks_at_once=at_once), tasks) for at_once in (1, 0)
+        meta_gradient(maml_of(LINE, mse, inner_lr=0.05, inner_steps=2, layout=Layout(group=at_once)), tasks)
+        for at_once in (1, 0)
     )
     np.testing.assert_allclose(together["w"], each["w"], rtol=1e-6)
 
 
 def test_tasks_that_are_no_whole_groups():
-    maml = MAML(LINE, mse, inner_lr=0.05, inner_steps=1, tasks_at_once=2)
+    maml = maml_of(LINE, mse, inner_lr=0.05, inner_steps=1, layout=Layout(group=2))
     tasks = Tasks(*(np.repeat(part, 3, 0) for part in one_task([0.8], [-0.4], [1.3], [0.7])))
     with pytest.raises(InputError, match="3 tasks are no whole groups of 2"):
         maml.train_step(tasks)
@@ -99,7 +99,7 @@ def test_evaluation_in_groups_has_the_same_tasks():
     """Also where their number is no whole number of groups: what is too much is dropped."""
     found = [
         evaluate(
-            recipe.build(Recipe(norm=None, conv=False), tasks_at_once=at_once), SinusoidTasks(5, 5), "val", 7, 2, 0
+            recipe.build(Recipe(norm=None, conv=False), Layout(group=at_once)), SinusoidTasks(5, 5), "val", 7, 2, 0
         )
         for at_once in (1, 4, 0)
     ]
@@ -130,7 +130,7 @@ def test_evaluation_on_many_cores_computes_no_more_than_is_asked(workers, at_onc
             drawn.append(which[-1])
             return SinusoidTasks(5, 5).draw(*which)
 
-    maml = recipe.build(Recipe(norm=None, conv=False), 64, at_once)
+    maml = recipe.build(Recipe(norm=None, conv=False), Layout(64, at_once))
     curve = evaluate(maml, Source(), "val", 7, 2, 0, workers=workers)
     assert drawn == [most]
     assert curve.losses.shape == (7, 3)
@@ -141,10 +141,10 @@ def test_sums_over_tasks_are_float64(at_once):
     """Between tasks, and between the tasks of a group: in float32 the small numbers would be lost."""
     x = np.full((8, 1, 1), 2.0**-30, np.float32)
     x[::4] = 1
-    maml = MAML(LINE, mse, inner_lr=0.05, inner_steps=1, tasks_at_once=at_once)
+    maml = maml_of(LINE, mse, inner_lr=0.05, inner_steps=1, layout=Layout(group=at_once))
     tasks = Tasks(*[tf.constant(x)] * 4)
     function, outputs = lambda weights, task: tf.reduce_sum(task.query_x), tf.TensorSpec([], tf.float32)
-    assert maml.sum_over_tasks(function, maml.values(), tasks, outputs).numpy() == 2 + 6 * 2.0**-30
+    assert sum_over_tasks(function, maml.values(), tasks, outputs, maml.layout).numpy() == 2 + 6 * 2.0**-30
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
@@ -154,8 +154,10 @@ def test_the_order_of_the_sum_over_tasks_does_not_matter(at_once):
     order = np.random.default_rng(1).permutation(16 // at_once)
     moved = Tasks(*(part.reshape(-1, at_once, *part.shape[1:])[order].reshape(part.shape) for part in tasks))
     loss = functools.partial(xent, shot=2)
-    maml = MAML(networks.fc(9, (8, 7), 3, norm="batch_norm"), loss, inner_lr=0.05, inner_steps=1, tasks_at_once=at_once)
-    sums = tf.function(lambda tasks: maml.mean_gradient(maml.query_loss, tasks), autograph=False)
+    maml = maml_of(
+        networks.fc(9, (8, 7), 3, norm="batch_norm"), loss, inner_lr=0.05, inner_steps=1, layout=Layout(group=at_once)
+    )
+    sums = tf.function(functools.partial(gradient_and_loss, maml), autograph=False)
     (gradient, loss), (other_gradient, other_loss) = sums(tasks), sums(moved)
     for name, value in gradient.items():
         np.testing.assert_array_equal(value, other_gradient[name], err_msg=name)

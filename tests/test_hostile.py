@@ -33,10 +33,20 @@ import runs
 import utils
 from data_generator import DATASETS
 from evaluate import MOST_NAME, Protocol
-from tests.test_events import read_events, write_events
-from tests.test_main import PROGRAM, end, not_compiled, only_run, refusal, saved_by, spawn
-from tests.test_main import start as start_main
-from tests.test_runs import line_model_at
+from parallel import Layout
+from tests.helpers import (
+    PROGRAM,
+    end,
+    line_model_at,
+    not_compiled,
+    only_run,
+    read_events,
+    refusal,
+    saved_by,
+    spawn,
+    start_main,
+    write_events,
+)
 from utils import InputError
 
 ROOT = Path(main.__file__).parent
@@ -122,7 +132,7 @@ def test_only_numbers_are_numbers(value, number):
 def test_a_clock_that_was_set_back(tmp_path):
     """TensorBoard takes files in the order of their names, which begin with the time."""
     for start in (0, 100):
-        write_events(tmp_path, start, [start], value=1)
+        write_events(tmp_path, [start], value=1)
     paths = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     for path, hours in zip(paths, (24, 48), strict=True):
         seconds = int(time.time()) + 3600 * hours
@@ -571,7 +581,7 @@ def test_every_published_command_fits_a_small_machine(monkeypatch):
         flags = [word for word in training.split() if re.fullmatch(r"--\w+=?\S*", word)]
         memory = (16 if "resnet12" in script.stem else 4) * 2**30
         monkeypatch.setattr(devices, "memory", lambda memory=memory: memory)
-        recipe.check_training(main.recipe_of(main.parsed(flags)), 4)
+        recipe.check_training(main.recipe_of(main.parsed(flags)), Layout(4))
 
 
 def test_a_trillion_iterations_cost_no_memory(tmp_path, monkeypatch):

@@ -12,11 +12,12 @@ from scipy import stats
 import networks
 import predict
 import recipe
+import runs
 from maml import MAML
+from parallel import Layout
 from recipe import Recipe
 from tests import reference
-from tests.test_main import refusal, run
-from tests.test_maml import in_float64, random_tasks
+from tests.helpers import gradient_and_loss, in_float64, maml_of, random_tasks, refusal, run, trajectory
 from utils import InputError, Tasks, accuracy, mean_xent, xent
 
 TASKS = Tasks(*map(tf.constant, random_tasks(2, 6, 9, (17, 16, 2), 3)))
@@ -37,14 +38,14 @@ def eagerly(request):
 
 def model(name: str, **options) -> MAML:
     settings = {"inner_lr": 0.1, "inner_steps": 2} | options
-    return MAML(in_float64(NETWORKS[name]()), mean_xent, accuracy, **settings)
+    return maml_of(in_float64(NETWORKS[name]()), mean_xent, accuracy, **settings)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fast_equals_slow(name):
     """Every weight adapts, gamma and beta too."""
     maml = model(name)
-    found, loss = maml.mean_gradient(maml.query_loss, TASKS)
+    found, loss = gradient_and_loss(maml, TASKS)
     slow = getattr(reference, name)
     expected_loss, expected = reference.meta_gradient(slow, mean_xent, maml.values(), TASKS, 0.1, 2, norms=True)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-10)
@@ -56,8 +57,8 @@ def test_fast_equals_slow(name):
 def test_groups_equal_one_task_at_a_time(name):
     found = []
     for at_once in (1, 0):
-        maml = model(name, tasks_at_once=at_once, inner_steps=1)
-        found.append((maml.mean_gradient(maml.query_loss, TASKS)[0], maml.evaluate(TASKS, 1, "support").losses))
+        maml = model(name, layout=Layout(group=at_once), inner_steps=1)
+        found.append((gradient_and_loss(maml, TASKS)[0], maml.evaluate(TASKS, 1, "support").losses))
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-10)
     for name, value in found[0][0].items():
         np.testing.assert_allclose(found[1][0][name], value, rtol=1e-8, atol=1e-11, err_msg=name)
@@ -124,11 +125,11 @@ def test_a_whole_run_and_its_answers(miniimagenet_like, tmp_path):
     (entry,) = json.loads((Path(folder) / "results.json").read_text())
     assert (entry["loss"], entry["network"]) == ("mean", "conv4_affine")
     images, labels = np.random.default_rng(0).random((10, 16, 16, 3), np.float32), np.arange(10) % 5
-    _, maml, _ = predict.trained(folder)
+    _, maml, _ = runs.load(folder)
     task = Tasks(tf.constant(images), tf.one_hot(labels, 5), None, None)
     adapted = predict.load(folder, updates=1).adapt(images, labels)
-    for name, value in maml.adapt(maml.values(), task, 1)[1].items():
-        np.testing.assert_allclose(adapted.path[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, value in trajectory(maml.inner, maml.values(), task, 1)[1].items():
+        np.testing.assert_allclose(adapted.trajectory[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def test_pytorch_computes_the_same(name):
             fast = {key: value - 0.1 * g for (key, value), g in zip(fast.items(), gradient, strict=True)}
         query = loss(torch_apply(torch, name, fast, images[1]), labels[1])
         expected = torch.autograd.grad(query, list(weights.values()))
-        found, found_loss = maml.mean_gradient(maml.query_loss, Tasks(*(part[None] for part in task)))
+        found, found_loss = gradient_and_loss(maml, Tasks(*(part[None] for part in task)))
         np.testing.assert_allclose(found_loss, query.item(), atol=1e-10)
         for (key, value), g in zip(found.items(), expected, strict=True):
             np.testing.assert_allclose(value, ours(g), atol=1e-10, err_msg=key)

@@ -27,8 +27,9 @@ import networks
 import recipe
 import runs
 from data_generator import DATASETS
-from maml import MAML
+from maml import MAML, query_loss
 from tests.conftest import SHARED
+from tests.helpers import trajectory
 from utils import Tasks
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -86,20 +87,14 @@ class Record:
         return task_meta_gradients(self.maml, self.tasks)
 
     def recorded(self, kind: str, name: str) -> np.ndarray | None:
-        return self.arrays.get(f"{kind}/{self.maml.network.tf1_names[name]}")
+        return self.arrays.get(f"{kind}/{self.maml.keys[name]}")
 
     def in_float64(self) -> tuple[MAML, Tasks]:
         """The same model, weights and tasks in float64."""
         maml = self.maml
         weights = {name: tf.cast(weight, tf.float64) for name, weight in maml.weights.items()}
-        maml = MAML(
-            maml.network._replace(init=lambda seed: weights),
-            maml.loss,
-            inner_lr=maml.inner_lr,
-            inner_steps=maml.inner_steps,
-            first_order=maml.first_order,
-            parallel_tasks=maml.parallel_tasks,
-        )
+        network = maml.network._replace(init=lambda seed: weights)
+        maml = MAML(maml.inner._replace(network=network), layout=maml.layout)
         return maml, Tasks(*(part.astype(np.float64) for part in self.tasks))
 
 
@@ -123,7 +118,7 @@ def task_meta_gradients(maml: MAML, tasks: Tasks) -> dict[str, np.ndarray]:
     for task in each_task(tasks):
         with tf.GradientTape() as tape:
             tape.watch(weights)
-            loss = maml.query_loss(weights, task)
+            loss = query_loss(maml.inner, weights, task)
         each.append(tape.gradient(loss, weights, unconnected_gradients="zero"))
     return {name: np.stack([gradient[name] for gradient in each]) for name in weights}
 
@@ -203,7 +198,7 @@ def test_outputs_of_the_network(record):
     maml, arrays = record.maml, record.arrays
     weights = {name: tf.convert_to_tensor(weight) for name, weight in maml.weights.items()}
     for i, task in enumerate(each_task(record.tasks)):
-        before, *after = maml.adapt(weights, task, record.updates)
+        before, *after = trajectory(maml.inner, weights, task, record.updates)
         assert relative(maml.network.apply(before, task.support_x), arrays["outputas"][i]) < 1e-4
         query = [maml.network.apply(adapted, task.query_x) for adapted in after]
         assert relative(np.stack(query), arrays["outputbs"][:, i]) < 1e-4

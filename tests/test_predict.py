@@ -104,9 +104,9 @@ def test_the_loss_is_that_of_the_training(loss):
     logits = np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)
     labels = np.tile(np.eye(5, dtype=np.float32), (2, 1))
     maml = recipe.build(trained)
-    expected = maml.loss(logits, labels)
+    expected = maml.inner.loss(logits, labels)
     model = predict.Model(trained, maml, "model0", 1, "support")
-    np.testing.assert_allclose(model.maml.loss(logits, labels), expected, rtol=1e-6)
+    np.testing.assert_allclose(model.inner.loss(logits, labels), expected, rtol=1e-6)
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked(model, characters):
@@ -118,7 +118,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(model, characters):
     adapted = _adapted(model, characters)
     assert not np.allclose(adapted.predict(asked[:1])[0], adapted.predict(asked)[0], atol=0.01)
     pixels = model.inputs(model.read(asked))
-    scores = model.maml.network.apply(adapted.path[-1], pixels)
+    scores = model.maml.network.apply(adapted.trajectory[-1], pixels)
     np.testing.assert_allclose(adapted.predict(asked), tf.nn.softmax(scores), atol=1e-6)
 
 
@@ -151,7 +151,7 @@ def test_updates(model, characters):
     asked = sorted((characters / "unlabelled").glob("*/*"))[:5]
     adapted = _adapted(model, characters)
     one = _adapted(predict.load(PUBLISHED, updates=1), characters)
-    assert (len(adapted.path), len(one.path)) == (4, 2)
+    assert (len(adapted.trajectory), len(one.trajectory)) == (4, 2)
     np.testing.assert_allclose(adapted.predict(asked, updates=1), one.predict(asked), atol=1e-6)
     assert not np.allclose(adapted.predict(asked, updates=0), one.predict(asked), atol=0.01)
     for wrong in (-1, 4, 1.5, "1"):
@@ -197,7 +197,7 @@ def test_wrong_images_and_labels(model, images, labels, reason):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ((PUBLISHED.parent / "nowhere",), "no run folder .*nowhere"),
+        ((PUBLISHED.parent / "nowhere",), "nowhere: "),
         (
             (predict.PUBLISHED / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm",),
             "a run of the sinusoid",
@@ -386,10 +386,9 @@ def test_grey_images_for_a_model_of_colours(characters, tmp_path):
         np.testing.assert_array_equal(grey, found[0])
 
 
-def test_a_folder_of_runs_is_no_run(characters, capsys):
+def test_a_folder_of_runs_names_them(characters, capsys):
     line = refusal(capsys, predict.PUBLISHED, characters / "labelled", characters / "unlabelled")
-    assert f"{predict.PUBLISHED} is no run folder, but holds some: give one of them: cls_5.mbs_25." in line
-    assert PUBLISHED.name in line
+    assert f"{predict.PUBLISHED}: " in line and PUBLISHED.name in line
 
 
 def test_a_run_without_a_checkpoint(characters, capsys, tmp_path):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from maml import InnerLoop
 from rl import main, trpo
 from rl.environments import ENVIRONMENTS, centre_of_mass, half_cheetah, point
-from rl.policy import Experience, act, divergence, gaussian, log_probability
+from rl.policy import Experience, act, divergence, gaussian, log_probability, policy_gradient
 from rl.rollouts import DISCOUNT, RIDGE, Rollouts, advantages, collect, discounted_returns
 from rl.trpo import BACKTRACKS, CONJUGATE_STEPS, DAMPING, MetaBatch, MetaTRPO, conjugate_gradients
 from utils import InputError, Network
@@ -237,7 +238,7 @@ def one_parameter_learner(inner_lr) -> MetaTRPO:
         ("w1",),
         {},
     )
-    return MetaTRPO(network, inner_lr=inner_lr, inner_steps=1, bound=0.01, seed=0)
+    return MetaTRPO(InnerLoop(network, policy_gradient, inner_lr, 1), bound=0.01, seed=0)
 
 
 def test_the_gradient_of_a_one_parameter_policy_by_hand():
@@ -276,9 +277,8 @@ def float64_learner(environment, inner_steps, seed=0) -> MetaTRPO:
         random = np.random.default_rng(seed)
         return {name: tf.constant(0.5 * random.standard_normal(w.shape)) for name, w in network.init(seed).items()}
 
-    return MetaTRPO(
-        network._replace(init=init), inner_lr=0.5, inner_steps=inner_steps, bound=0.01, seed=seed, parallel_tasks=2
-    )
+    inner = InnerLoop(network._replace(init=init), policy_gradient, 0.5, inner_steps)
+    return MetaTRPO(inner, bound=0.01, seed=seed, cores=2)
 
 
 @pytest.fixture(scope="module")

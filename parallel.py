@@ -1,0 +1,116 @@
+"""How the tasks of a meta-batch are placed on cores, in groups, and on processes. The method knows nothing of it."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from utils import InputError, Weights
+
+
+class Layout(NamedTuple):
+    """The placement of tasks. It changes results by rounding at most.
+
+    A group of G tasks is computed by the same operations, on weights and tasks that have a leading axis G. Groups are
+    computed side by side. A group of one is a task, without that axis.
+    """
+
+    cores: int = 1  # groups side by side; on a CPU, one per core is fastest
+    group: int = 1  # G, 1 on a CPU; 0: all tasks of a meta-batch
+    all_sum: Callable[[tf.Tensor], tf.Tensor] | None = None  # adds a vector [n], float64, over processes; None: one
+    vectorize: bool = False  # the function computes one task: tf.vectorized_map makes it compute a group
+    fused: bool = False  # tiny networks: vectorize all tasks at once, and sum in the function's own dtype
+
+
+def over_tasks(function: Callable, weights: Weights, tasks: object, outputs: object, layout: Layout) -> object:
+    """Return function(weights, task) of each task, stacked [T, ...].
+
+    outputs: the dtypes of what function returns, in its structure.
+    """
+    of_group, groups, size = _grouped(function, weights, tasks, layout)
+    if groups is None:
+        return of_group(tasks)
+    stacked = tf.map_fn(of_group, groups, fn_output_signature=outputs, parallel_iterations=layout.cores)
+    if size == 1:
+        return stacked
+    return tf.nest.map_structure(lambda x: tf.reshape(x, [-1, *x.shape[2:]]), stacked)
+
+
+def mean_over_tasks(function: Callable, weights: Weights, tasks: object, outputs: object, layout: Layout) -> object:
+    """Return the mean of function(weights, task) over the tasks of all processes.
+
+    outputs: the shapes and dtypes of what function returns for one task, as TensorSpecs in its structure.
+
+    The sums are float64 and are rounded once, to the dtypes of `outputs`, so the mean has the same bits however the
+    tasks are spread over cores and processes. A sum of float32 numbers in float64 is exact in any order if the largest
+    is less than 2^29 / T times the smallest nonzero one. Otherwise another order may move the sum by 2^-53 of its
+    largest partial sum, which changes the rounded result for about one in 2^28 sums that do not cancel.
+    """
+    if layout.fused:
+        # XLA fuses the products of all tasks' gradients with this sum. In float64 it did not: 4.4 times slower.
+        each = over_tasks(function, weights, tasks, None, layout)
+        return tf.nest.map_structure(lambda x: tf.reduce_mean(x, 0), each)
+    sums = sum_over_tasks(function, weights, tasks, outputs, layout)
+    count = tf.cast(tf.shape(tf.nest.flatten(tasks)[-1])[0], tf.float64)
+    if layout.all_sum:
+        *sums, count = _as_one_vector(layout.all_sum, [*tf.nest.flatten(sums), count])
+        sums = tf.nest.pack_sequence_as(outputs, sums)
+    return tf.nest.map_structure(lambda total, like: tf.cast(total / count, like.dtype), sums, outputs)
+
+
+def sum_over_tasks(function: Callable, weights: Weights, tasks: object, outputs: object, layout: Layout) -> object:
+    """Return the sum of function(weights, task) over the tasks of this process, in float64.
+
+    Groups are computed side by side; only the additions wait for each other. Memory does not grow with T.
+    """
+    of_group, groups, size = _grouped(function, weights, tasks, layout)
+
+    def total(values):
+        return tf.nest.map_structure(lambda x: tf.reduce_sum(tf.cast(x, tf.float64), 0), values)
+
+    if groups is None:
+        return total(of_group(tasks))
+
+    def body(i, sums):
+        values = of_group(tf.nest.map_structure(lambda x: x[i], groups))
+        values = tf.nest.map_structure(lambda x: tf.cast(x, tf.float64), values) if size == 1 else total(values)
+        return i + 1, tf.nest.map_structure(tf.add, sums, values)
+
+    count = tf.shape(tf.nest.flatten(groups)[0])[0]
+    start = tf.constant(0), tf.nest.map_structure(lambda x: tf.zeros(x.shape, tf.float64), outputs)
+    return tf.while_loop(lambda i, _: i < count, body, start, parallel_iterations=layout.cores)[1]
+
+
+def _grouped(function, weights, tasks, layout):
+    """Return what computes a group, the groups [T / G, G, ...] or None if all tasks are one, and G."""
+    count = tf.nest.flatten(tasks)[0].shape[0]
+    if count is None and layout.group != 1:
+        raise InputError("tasks: their number is unknown while the graph is traced; groups need a fixed number")
+    size = layout.group or count
+
+    def of_task(task):
+        return function(weights, task)
+
+    def of_group(group):
+        if layout.vectorize:
+            return tf.vectorized_map(of_task, group)
+        return function({name: tf.broadcast_to(w, [size, *w.shape]) for name, w in weights.items()}, group)
+
+    if layout.fused:
+        return functools.partial(tf.vectorized_map, of_task), None, count
+    if size == count > 1:
+        return of_group, None, count
+    if size == 1:
+        return of_task, tasks, 1
+    if count % size:
+        raise InputError(f"tasks: {count} cannot be divided into groups of {size}; choose a divisor")
+    return of_group, tf.nest.map_structure(lambda x: tf.reshape(x, [-1, size, *x.shape[1:]]), tasks), size
+
+
+def _as_one_vector(function, tensors):
+    """Call function on the elements of all tensors as one vector [n], and return its results in their shapes."""
+    shapes = [tensor.shape for tensor in tensors]
+    vector = function(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0))
+    parts = tf.split(vector, [shape.num_elements() for shape in shapes])
+    return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,304 @@
+"""What several test modules build, run or read."""
+
+import contextlib
+import csv
+import functools
+import io
+import math
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import flagsaver
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+import main
+import maml as method
+import networks
+import runs
+from events import Events
+from maml import MAML, InnerLoop
+from networks import Network, with_step_sizes
+from parallel import Layout
+from utils import Tasks, mse
+
+LINE = Network(  # y = w x, one weight
+    init=lambda seed: {"w": tf.constant(1.5)},
+    apply=lambda weights, x: weights["w"] * x,
+    adapted=("w",),
+    tf1_names={"w": "model/Variable"},
+)
+
+
+def maml_of(
+    network: Network,
+    loss: method.Loss,
+    accuracy: method.Loss | None = None,
+    *,
+    inner_lr: float,
+    inner_steps: int,
+    first_order: bool = False,
+    learned: str = "none",
+    layout: Layout = Layout(),  # noqa: B008  a constant
+    **options: object,
+) -> MAML:
+    """Return a MAML of an inner loop with these values."""
+    network = with_step_sizes(network, learned, inner_lr, inner_steps)
+    return MAML(InnerLoop(network, loss, inner_lr, inner_steps, first_order), accuracy, layout=layout, **options)
+
+
+def gradient_and_loss(maml: MAML, tasks: Tasks) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+    """Return the meta-gradient and the mean query loss."""
+    loss = functools.partial(method.query_loss, maml.inner)
+    tasks = Tasks(*tasks).checked(maml.weights)
+    return method.meta_gradient(loss, maml.values(), tasks, maml.layout)
+
+
+def meta_gradient(maml: MAML, tasks: Tasks) -> dict[str, np.ndarray]:
+    """Return the meta-gradient, computed in a graph."""
+    gradient, _ = tf.function(functools.partial(gradient_and_loss, maml), autograph=False)(tasks)
+    return {name: value.numpy() for name, value in gradient.items()}
+
+
+def trajectory(inner: InnerLoop, theta: dict, task: Tasks, steps: int) -> list[dict]:
+    """Return the weights before and after each inner step."""
+    path, task = [theta], method.prepare(inner, theta, task)
+    for j in range(steps):
+        path.append(method.inner_step(inner, path[-1], task, j))
+    return path
+
+
+def one_task(support_x, support_y, query_x, query_y) -> Tasks:
+    """Return a meta-batch of one task of scalars."""
+    return Tasks(*(np.array(part, np.float32).reshape(1, -1, 1) for part in (support_x, support_y, query_x, query_y)))
+
+
+def random_tasks(count, support, query, shape, way, seed=0, dtype=np.float64) -> Tasks:
+    """Return tasks of uniform noise whose labels go round the classes."""
+    random = np.random.default_rng(seed)
+
+    def labels(n):
+        return np.eye(way)[np.tile(np.arange(way), (count, n // way))].astype(dtype)
+
+    support_x = random.random((count, support, *shape)).astype(dtype)
+    return Tasks(support_x, labels(support), random.random((count, query, *shape)).astype(dtype), labels(query))
+
+
+def in_float64(network: Network) -> Network:
+    """Return the network with jittered float64 weights, so that biases, betas and gammas take part."""
+    random = np.random.default_rng(7)
+
+    def init(seed):
+        return {
+            name: tf.constant(value.numpy() + 0.1 * random.normal(size=value.shape), tf.float64)
+            for name, value in network.init(seed).items()
+        }
+
+    return network._replace(init=init)
+
+
+def assert_slope(maml: MAML, tasks: Tasks, gradient: dict) -> None:
+    """The gradient of the loss after two updates agrees with differences of that loss in a random direction."""
+    random = np.random.default_rng(5)
+    direction = {name: random.normal(size=w.shape) for name, w in maml.weights.items()}
+
+    def loss_at(distance):
+        for name, weight in maml.weights.items():
+            weight.assign_add(distance * direction[name])
+        loss = np.mean(maml.evaluate(tasks, 2).losses[:, 2])
+        for name, weight in maml.weights.items():
+            weight.assign_sub(distance * direction[name])
+        return loss
+
+    slope = (loss_at(1e-6) - loss_at(-1e-6)) / 2e-6
+    np.testing.assert_allclose(slope, sum(np.sum(gradient[name] * direction[name]) for name in gradient), rtol=1e-5)
+
+
+def line_model(norm: str | None = None, hidden: tuple[int, ...] = (3,)) -> MAML:
+    return maml_of(networks.fc(1, hidden, 1, norm=norm), mse, inner_lr=0.01, inner_steps=1)
+
+
+def line_model_at(step: int) -> MAML:
+    maml = line_model()
+    maml.step.assign(step)
+    return maml
+
+
+# -- the program, run in this process or in another --------------------------------------------------------------
+
+PROGRAM = Path(main.__file__)
+NUMBER = r"-?\d\S*"
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def start_main(*arguments: object) -> Ended:
+    """What `python main.py <arguments>` does, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main.run(main.parse(["main.py", *map(str, arguments)]))
+        except SystemExit as end:
+            code = end.code
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run(*arguments: object) -> str:
+    """The same, to a good end; returns what it prints."""
+    ended = start_main(*arguments)
+    assert (ended.code, ended.err) == (0, "")
+    return ended.out
+
+
+def refusal(*arguments: object) -> str:
+    """The same, with bad input; returns the one line that says so."""
+    ended = start_main(*arguments)
+    assert ended.code in (1, 2)
+    (line,) = ended.err.splitlines()
+    assert line.startswith("main.py: ")
+    return line
+
+
+def spawn(*command: object, **options) -> subprocess.Popen:
+    """A process of its own, where that matters."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
+
+
+def end(process: subprocess.Popen) -> Ended:
+    """Waits for it. TensorFlow's own lines about how it starts are not among what it writes."""
+    out, err = process.communicate(timeout=300)
+    return Ended(process.returncode, out, err.rstrip("\n"))
+
+
+def only_run(logdir: Path) -> Path:
+    (folder,) = logdir.iterdir()
+    return folder
+
+
+def models(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.index"))
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def variables(folder: Path, model: str) -> dict[str, np.ndarray]:
+    """All that a checkpoint holds: weights, both optimizers' moments and counts, and the step."""
+    reader = tf.train.load_checkpoint(str(folder / model))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def assert_same_ending(one: Path, other: Path) -> None:
+    """The last checkpoints of two runs are equal bit for bit."""
+    model, other_model = (Path(runs.Run(folder).checkpoint()).name for folder in (one, other))
+    assert model == other_model
+    left, right = (variables(folder, model) for folder in (one, other))
+    assert left.keys() == right.keys()
+    assert {"step", "updates", "pretrain/updates", "validation"} <= left.keys()
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+STEP_TIME = "metatrain_step_milliseconds"
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """tag -> (step, value), in the order in which TensorBoard's reader meets them; without the time of a step."""
+    kept = {tag: points for tag, points in events(folder, "scalars").items() if tag != STEP_TIME}
+    return {tag: [(step, value.item()) for step, value in points] for tag, points in kept.items()}
+
+
+def events(folder: Path, plugin: str) -> dict[str, list[tuple[int, np.ndarray]]]:
+    """The events that a part of TensorBoard shows."""
+    found = defaultdict(list)
+    # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
+    paths = sorted(folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    for path in paths:
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == plugin:
+                    found[value.tag].append((event.step, tf.make_ndarray(value.tensor)))
+    return dict(found)
+
+
+def curve_tags(prefix: str, metrics: tuple[str, ...], updates: int) -> set[str]:
+    """The original's names (its maml.py)."""
+    after = {f"{prefix}_Post-update_{metric}__step_{j}" for metric in metrics for j in range(1, updates + 1)}
+    return after | {f"{prefix}_Pre-update_{metric}" for metric in metrics}
+
+
+def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
+    header, *rows = csv.reader(path.read_text().splitlines())
+    return header, np.array(rows, float)
+
+
+def read_pickle(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return pickle.load(file)["mses"]
+
+
+def write_events(folder: Path, start: int, steps: list[int], value: float) -> None:
+    with Events(folder, start) as events:
+        for step in steps:
+            events.scalars(step, {"loss": value})
+
+
+def read_events(folder: Path) -> list[tuple[int, float]]:
+    """(step, value) in the order in which TensorBoard reads a folder: by file name."""
+    found = []
+    # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
+    paths = sorted(folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    for path in paths:
+        for event in EventFileLoader(str(path)).Load():
+            found += [(event.step, float(tf.make_ndarray(value.tensor).item())) for value in event.summary.value]
+    return found
+
+
+@contextlib.contextmanager
+def not_compiled():
+    """For runs of a few steps: to compile them would take longer than to take them."""
+    with pytest.MonkeyPatch.context() as patch:
+        function = tf.function
+        patch.setattr(tf, "function", lambda *args, jit_compile=None, **options: function(*args, **options))
+        yield
+
+
+@contextlib.contextmanager
+def tiny_networks():
+    """Give image data a network of one hidden layer with batch norm."""
+
+    def build(shape, outputs, norm, filters, max_pool):
+        return networks.fc(math.prod(shape), (filters,), outputs, norm=norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("omniglot", "miniimagenet"):
+            patch.setitem(networks.NETWORKS, name, build)
+        yield
+
+
+def small_flags(omniglot: Path) -> list[str]:
+    return [
+        *("--datasource=omniglot", f"--data_path={omniglot}", "--num_filters=4", "--meta_batch_size=2"),
+        *("--update_batch_size=1", "--update_lr=0.4", "--val_tasks=20"),
+    ]
+
+
+def saved_by(number: signal.Signals, stopped: Ended) -> Path:
+    """The checkpoint that a stopped run names; it says how to go on, and its exit code is the signal's."""
+    assert (stopped.code, stopped.err) == (128 + number, "")
+    message = rf"Stopped by {number.name}.*, saved in (\S+)\. The same command goes on from there\."
+    return Path(re.fullmatch(message, stopped.out.splitlines()[-1])[1])

@@ -1,0 +1,109 @@
+"""main.py in processes of its own: killed, resumed, and how it ends."""
+
+import os
+import re
+import signal
+
+import main
+from tests.helpers import PROGRAM, assert_same_ending, end, models, only_run, run, scalars, spawn
+
+
+def test_kill_and_resume(tmp_path):
+    """kill -9 at the summary of iteration 500, when model299 is the latest: the second run ends as if it were one."""
+    killed = (
+        "import os, signal, sys, main, events\n"
+        "scalars = events.Events.scalars\n"
+        "def kill(events, iteration, values):\n"
+        "    if iteration == 500: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    scalars(events, iteration, values)\n"
+        "events.Events.scalars = kill\n"
+        "main.run(main.parse(sys.argv))\n"
+    )
+    flags = "--metatrain_iterations=600", "--norm=None", "--save_interval=299", f"--logdir={tmp_path / 'killed'}"
+    assert end(spawn("-c", killed, *flags, cwd=PROGRAM.parent)).code == -signal.SIGKILL
+    folder = only_run(tmp_path / "killed")
+    assert models(folder) == ["model299"]
+    assert max(step for points in scalars(folder).values() for step, _ in points) == 400  # 300 and 400 are to go
+
+    printed = run(*flags)
+    assert f"Restoring model weights from {folder / 'model299'}\n" in printed
+    assert "iterations 300 to 599." in printed
+    assert models(folder) == ["model299", "model598", "model599"]
+    run(*flags, f"--logdir={tmp_path / 'whole'}")
+    whole = only_run(tmp_path / "whole")
+    assert_same_ending(folder, whole)
+    assert scalars(folder) == scalars(whole)
+
+
+KILLED_AT_RANDOM = """
+import contextlib, os, random, signal, sys, time, main, runs, train
+train.SUMMARY_INTERVAL = train.PRINT_INTERVAL = 20
+train.VALIDATION_INTERVAL = 10
+main.DATASETS["omniglot"] = main.DATASETS["omniglot"]._replace(curve_steps=1)
+from tests.helpers import tiny_networks
+contextlib.ExitStack().enter_context(tiny_networks())
+kills, logdir, *flags = sys.argv[1:]
+
+def begin(name):
+    process = os.fork()  # TensorFlow is imported once, and each process starts it for itself
+    if process == 0:
+        main.run(main.parse(["main.py", f"--logdir={logdir}/{name}", *flags]))
+        os._exit(0)
+    return process
+
+def newest():
+    return max([i for run in main.Path(logdir, "killed").glob("cls_*") for i in runs.Run(run).iterations()], default=-1)
+
+whole = begin("whole")
+for _ in range(int(kills)):
+    process, until = begin("killed"), newest() + random.uniform(1, 300 / int(kills))
+    while newest() < until and os.waitpid(process, os.WNOHANG) == (0, 0):
+        pass
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL, "it had ended before"
+    print("killed after", newest())
+for process in (begin("killed"), whole):
+    assert os.waitpid(process, 0)[1] == 0
+"""
+
+
+def test_kill_at_random_moments(small, tmp_path):
+    """KILLS of them in one run, which saves and validates all the time. No checkpoint is ever damaged."""
+    kills = os.environ.get("KILLS", "3")
+    flags = *small, "--val_tasks=10", "--metatrain_iterations=400", "--save_interval=5"
+    ended = end(spawn("-c", KILLED_AT_RANDOM, kills, tmp_path, *flags, cwd=PROGRAM.parent))
+    assert (ended.code, ended.err) == (0, "")
+    killed, whole = (only_run(tmp_path / name) for name in ("killed", "whole"))
+    assert_same_ending(killed, whole)
+    assert models(killed) == models(whole)
+    assert scalars(killed) == scalars(whole)
+
+
+def test_threads_reach_tensorflow(tmp_path):
+    """In a process of its own, as TensorFlow takes them once."""
+    program = (
+        "import sys, main, tensorflow as tf\n"
+        "main.FLAGS(sys.argv)\n"
+        "main.start_devices()\n"
+        "threading = tf.config.threading\n"
+        "print(threading.get_inter_op_parallelism_threads(), threading.get_intra_op_parallelism_threads(),\n"
+        "      main.layout()[0])\n"
+    )
+    ended = end(spawn("-c", program, "--threads=3", "--op_threads=2", cwd=PROGRAM.parent))
+    assert ended.out.split() == ["3", "2", "3"]
+
+
+def test_a_process_ends_as_it_should(tmp_path):
+    """Exit codes and all of stderr, from any folder; --help names every flag with the paper's symbols."""
+    arguments = ["--update_lr=nan"], ["--train=False", "--logdir=none"], ["--help"]
+    wrong_flag, no_model, help_ = map(end, [spawn(PROGRAM, *each, cwd=tmp_path) for each in arguments])
+    assert (wrong_flag.code, no_model.code, help_.code) == (1, 1, 0)
+    assert re.fullmatch(r"main\.py: .*--update_lr=nan: must be a number above 0.*", wrong_flag.err)
+    assert re.fullmatch(r"main\.py: no checkpoint .* in none/cls_\S+: train first, .*", no_model.err)
+    assert help_.err == ""
+    for flag in main.FLAGS.get_flags_for_module(main):
+        assert len(re.findall(rf"^  --(?:\[no\])?{flag.name}: ", help_.out, re.MULTILINE)) == 1
+    for word in ("alpha", "beta", "transductive", "(shot)", "(way)"):
+        assert word in help_.out
+    assert list(tmp_path.iterdir()) == []
