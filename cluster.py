@@ -11,23 +11,54 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow as tf
 
-from utils import InputError, Stop, say
+from files import InputError, say
 
 PATIENCE = 60  # seconds in which all processes must have started, and then again
 FOLDER_PATIENCE = 10  # seconds in which a new file must be seen by all processes: disks on a network are slow
 GONE = 75  # exit code where another process is gone: the same command may go on (EX_TEMPFAIL of sysexits.h)
 PRESENT, ABSENT = b"y", b"n"  # the chief's answers
 REASONS = ("SIGINT", "SIGTERM", "another process")  # for a stop
+
+
+class Stop:
+    """A wish that training ends. Training looks at it after every step, and every few tasks of a validation.
+
+    Anybody may set it: a signal handler, another thread, a notebook.
+    """
+
+    def __init__(self):
+        self.reason: str | None = None  # such as "SIGTERM"; None: training goes on
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[Stop]:
+    """Lets the first Ctrl-C or SIGTERM stop training after the step at hand. A second one ends the program at once."""
+    stop = Stop()
+
+    def note(number, frame):
+        stop.reason = signal.Signals(number).name
+        restore()
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        restore()
 
 
 class Cluster:

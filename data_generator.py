@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import augment
+from files import InputError, check_choice
 from images import SPLITS, Classes, Images, load_splits
-from utils import InputError, Tasks, check_choice
+from utils import Tasks
 
 
 class Dataset(NamedTuple):

@@ -28,8 +28,9 @@ from werkzeug.wrappers import Request, Response
 
 import predict
 import runs
+from files import InputError
 from maml import inner_step
-from utils import InputError, Tasks
+from utils import Tasks
 
 PAGE = Path(__file__).resolve().parent / "demo"
 FILES = {

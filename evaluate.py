@@ -14,10 +14,11 @@ import devices
 from cluster import Cluster
 from data_generator import ImageTasks, SinusoidTasks
 from events import test_scalar
+from files import say
 from maml import MAML
 from recipe import Recipe
 from runs import Run, write_results
-from utils import Curve, say, statistics
+from utils import Curve, statistics
 
 TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
 CHUNK = 2  # tasks for each core, or groups, that are in memory at once; a stop waits for so many

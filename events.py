@@ -28,7 +28,8 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorflow.core.util.event_pb2 import Event
 from tensorflow.python.lib.io.tf_record import tf_record_random_reader
 
-from utils import Curve, Tasks, folder_lock, move_in, printable, say, writing
+from files import folder_lock, move_in, printable, say, writing
+from utils import Curve, Tasks
 
 VALIDATION_TAGS = ("metaval_", "validation_task")  # how the tags of a validation begin
 PICTURED = 5  # examples of each class in a picture's support and query part, at most

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import augment
 import devices
-from utils import InputError, folder_lock, read_regular, remove_leftovers, say, write_whole
+from files import InputError, folder_lock, read_regular, remove_leftovers, say, write_whole
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # a split's place is part of the key of its random stream

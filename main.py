@@ -38,13 +38,13 @@ import evaluate
 import recipe as recipes
 import runs
 import train
-from cluster import Cluster
+from cluster import Cluster, stopping_on_signals
 from data_generator import DATASETS, QUERY_SHARES, Dataset, ImageTasks, SinusoidTasks
+from files import InputError, say
 from images import ROOT
 from maml import MAML, QUERY_NORMS
 from parallel import Layout
 from recipe import Range, Recipe
-from utils import InputError, say, stopping_on_signals
 
 FLAGS = flags.FLAGS
 
@@ -555,7 +555,7 @@ def train_run(recipe: Recipe, workers: Cluster) -> None:
         )
     recipes.check_training(dataclasses.replace(recipe, meta_batch=share), layout(workers))
     maml = recipes.build(recipe, layout(workers))
-    if maml.network.steps_a_call > 1 and workers.size > 1:
+    if maml.inner.network.steps_a_call > 1 and workers.size > 1:
         raise InputError(
             f"the network of --datasource={recipe.data_set} is so small that {workers.size} processes would be slower "
             "than one: start one"

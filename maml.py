@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from files import check_choice
 from networks import Network, support_normalized
 from parallel import Layout, mean_over_tasks, over_tasks
-from utils import Curve, Tasks, Weights, check_choice
+from utils import Curve, Tasks, Weights
 
 QUERY_NORMS = ("batch", "support")
 Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # outputs [n, O], labels [n, O] -> scalar
@@ -98,9 +99,8 @@ def adaptation_curve(
 ) -> Curve:
     """Return a task's support loss before any inner step, and its query loss after each of `steps`; accuracies too.
 
-    accuracy: None in regression. query_norm: the images with which a query image is normalized under batch norm,
-    'batch', those of its query set (transductive, as in the paper), or 'support', see networks.support_normalized.
-    unroll: no tf.while_loop, which is slower inside tf.vectorized_map.
+    query_norm: what batch norm normalizes a query image with: 'batch', the task's other queries (transductive, as in
+    the paper), or 'support' (networks.support_normalized). unroll: no tf.while_loop, slower inside tf.vectorized_map.
     """
     network, group_axes = inner.network, task.query_y.shape.rank - 2
     prepared, query_x = prepare(inner, theta, task), network.features(theta, task.query_x)
@@ -159,10 +159,9 @@ class Adam(tf.Module):
 class MAML(tf.Module):
     """All that a training step changes: the meta-learned weights, the moments of both optimizers, and the step.
 
-    train_step(tasks) takes one step of Adam on the tasks' mean query_loss, clipped if asked; pretrain_step(tasks) one,
-    with moments of its own and never clipped, on their mean support_loss. Both return that loss and the norm of its
-    gradient before the clip, scalars. many_steps and evaluate are described below. Each is one graph, traced at its
-    first call.
+    train_step(tasks) takes one step of Adam on the tasks' mean query_loss, clipped if asked. pretrain_step(tasks) takes
+    one on their mean support_loss, with other moments and no clip. Both return that loss and the norm of its gradient
+    before the clip, scalars. For many_steps and evaluate, see below. Each is one graph, traced at its first call.
     """
 
     def __init__(
@@ -188,7 +187,7 @@ class MAML(tf.Module):
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
         self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
-        # Made for each object, since a tf.function on the class holds its object weakly and would lose a temporary one.
+        # Not decorators: a tf.function of the class holds its object weakly, so MAML(...).train_step(tasks) would fail.
         graph = functools.partial(tf.function, autograph=False)
         self.train_step = graph(functools.partial(self._step, pretrain=False))
         self.pretrain_step = graph(functools.partial(self._step, pretrain=True))
@@ -208,15 +207,10 @@ class MAML(tf.Module):
     @property
     def keys(self) -> dict[str, str]:
         """The key of each weight in a checkpoint, by its name."""
-        return self.network.keys(self.weights)
-
-    @property
-    def network(self) -> Network:
-        """The inner loop's network."""
-        return self.inner.network
+        return self.inner.network.keys(self.weights)
 
     def values(self) -> Weights:
-        """Read the meta-learned weights."""
+        """Return the meta-learned weights as tensors."""
         return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
     def _step(self, tasks: Tasks, pretrain: bool) -> tuple[tf.Tensor, tf.Tensor]:
@@ -231,10 +225,10 @@ class MAML(tf.Module):
         return loss, norm
 
     def _many_steps(self, tasks: Tasks, first: tf.Tensor, count: tf.Tensor, pretrain: bool) -> tf.Tensor:
-        """Take a step on each of `count` meta-batches of a stack, as one compiled program, for tiny networks.
+        """Take a step on each meta-batch first .. first + count - 1 of a stack, as one program, for tiny networks.
 
-        tasks: with one more leading axis, the stack. first: the meta-batch to begin with. first and count are integer
-        scalar tensors, so that one program serves all. Return the norm of the first step's gradient, a scalar.
+        tasks: with one more leading axis. first, count: integer scalar tensors, so that one program serves all.
+        Return the norm of the first step's gradient, a scalar.
         """
 
         def body(i, norm):

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 import special_grads
-from utils import InputError, Weights, check_choice
+from files import InputError, check_choice
+from utils import Weights
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
 TORCH_EPSILON = 1e-5  # of PyTorch's batch norm

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from utils import InputError, Weights
+from files import InputError
+from utils import Weights
 
 
 class Layout(NamedTuple):

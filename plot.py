@@ -38,9 +38,10 @@ import predict
 import recipe
 import runs
 from data_generator import ImageTasks, SinusoidTasks
+from files import InputError, printable, read_regular, say, write_whole, writing
 from images import ROOT
 from maml import InnerLoop, adapt, inner_step, prepare
-from utils import InputError, Tasks, Weights, printable, read_regular, say, write_whole, writing
+from utils import Tasks, Weights
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"

@@ -41,11 +41,12 @@ from tqdm import tqdm
 import augment
 import recipe as recipes
 import runs
+from files import InputError, check_choice, printable, say, write_whole, writing
 from images import ROOT, UnreadableError, class_folders, image_files, other_files, read_image, warnings_in_a_line
 from maml import MAML, inner_step, prepare
 from networks import support_normalized
 from recipe import Recipe
-from utils import InputError, Tasks, Weights, check_choice, printable, say, write_whole, writing, xent
+from utils import Tasks, Weights, xent
 
 PUBLISHED = ROOT / "logs" / "published"
 NORMALISED = {

@@ -11,11 +11,12 @@ import tensorflow as tf
 
 import devices
 from data_generator import DATASETS, Dataset
+from files import InputError, printable
 from images import Images
 from maml import MAML, InnerLoop
 from networks import ADAPTED, LEARNED_STEP_SIZES, NETWORKS, adapting, with_step_sizes
 from parallel import Layout
-from utils import InputError, accuracy, mean_xent, mse, printable, xent
+from utils import accuracy, mean_xent, mse, xent
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
 # The original's folder names, without our suffixes: a folder that has one of those has a flags.json too.

@@ -33,10 +33,7 @@ import tensorflow as tf
 import devices
 import recipe
 from data_generator import DATASETS
-from maml import MAML
-from parallel import Layout
-from recipe import Recipe
-from utils import (
+from files import (
     InputError,
     folder_lock,
     lock,
@@ -45,10 +42,13 @@ from utils import (
     read_regular,
     remove_leftovers,
     say,
-    statistics,
     write_whole,
     writing,
 )
+from maml import MAML
+from parallel import Layout
+from recipe import Recipe
+from utils import statistics
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations", "iterations")

@@ -13,14 +13,15 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import devices
-from cluster import Cluster
+from cluster import Cluster, Stop
 from data_generator import ImageTasks, SinusoidTasks
 from evaluate import check_same_classes, evaluate, known_classes
 from events import Events, curve_scalars, task_picture
+from files import InputError, say
 from maml import MAML, adapt
 from recipe import Recipe, to_flags
 from runs import Run
-from utils import Curve, InputError, Stop, Tasks, say
+from utils import Curve, Tasks
 
 # The original's (its main.py), in iterations.
 SUMMARY_INTERVAL = 100
@@ -188,7 +189,7 @@ def train(
                 schedule.summary.next(iteration + 1),
                 schedule.validation.next(iteration) + 1,
                 schedule.checkpoint.next(iteration) + 1,
-                iteration + maml.network.steps_a_call if curve else total,  # a summary is told at once
+                iteration + maml.inner.network.steps_a_call if curve else total,  # a summary is told at once
                 total,
             )
             gradient_norm = steps.advance(end)
@@ -239,7 +240,7 @@ class Steps:
         self.maml, self.data, self.recipe, self.stop, self.progress = maml, data, recipe, stop, progress
         self.workers = workers or Cluster()
         self.done = int(maml.step)  # outer steps
-        self.block = maml.network.steps_a_call
+        self.block = maml.inner.network.steps_a_call
         self.drawn = {}  # number of a block -> a Future of its tasks
         self.timed, self.seconds = 0, 0.0  # steps, and what they took, since the last call of milliseconds()
 
@@ -388,4 +389,4 @@ def _task_picture(maml, data, settings, updates):
     drawn = settings.eval_seed, settings.val_split, 0
     task = Tasks(*(part[0] for part in data.draw(*drawn, 1)))
     adapted = adapt(maml.inner, maml.values(), task, updates)
-    return task_picture(data.colours(task), data.names(*drawn), maml.network.apply(adapted, task.query_x).numpy())
+    return task_picture(data.colours(task), data.names(*drawn), maml.inner.network.apply(adapted, task.query_x).numpy())

@@ -122,8 +122,9 @@ def measure(name: str, flags: str, steps: int) -> dict:
     import main
     import recipe as recipes
     import train
+    from cluster import Stop
+    from files import InputError
     from maml import MAML
-    from utils import InputError, Stop
 
     main.FLAGS(["main.py", *flags.split()])
     main.start_devices()
@@ -148,7 +149,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
         memory = [resident, resident_mb(), peak]
         tasks = stepper.meta_batch(stepper.done)
     # The products that inner_apply writes as sums count, too.
-    plain = maml.inner._replace(network=maml.network._replace(inner_apply=None))
+    plain = maml.inner._replace(network=maml.inner.network._replace(inner_apply=None))
     graph = MAML(plain).train_step.get_concrete_function(tasks).graph
     flops, matmul = product_flops(graph, batch), matmul_peak()
     median, floor = float(np.median(times)), flops / matmul

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 import events
 import runs
-from utils import InputError, say, writing
+from files import InputError, say, writing
 
 EVENT_INTERVAL = 1000
 EVENTS = "events.out.tfevents.0.published"

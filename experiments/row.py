@@ -34,7 +34,7 @@ from absl.flags import Error
 import events
 import main
 import recipe
-from utils import write_whole
+from files import write_whole
 
 
 def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:

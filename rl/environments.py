@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 import devices
-from utils import InputError
+from files import InputError
 
 
 class Environment(NamedTuple):

@@ -25,13 +25,15 @@ from absl import flags, logging
 from tqdm import tqdm
 
 import runs
+from cluster import stopping_on_signals
 from events import Events
+from files import InputError, write_whole, writing
 from maml import InnerLoop
 from recipe import EXAMPLES, ITERATIONS, Range
 from rl.environments import ENVIRONMENTS, Environment
 from rl.policy import gaussian, policy_gradient
 from rl.trpo import BACKTRACKS, MetaTRPO
-from utils import InputError, statistics, stopping_on_signals, write_whole, writing
+from utils import statistics
 
 FLAGS = flags.FlagValues()  # not those of the supervised main.py, which has some of the same names
 flags.DEFINE_bool("help", False, "Show this and end.", short_name="h", flag_values=FLAGS)

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
 
 import row  # experiments/row.py
+from files import write_whole
 from rl import main
-from utils import write_whole
 
 
 def record(script: Path, arguments: list[str]) -> Path:

@@ -25,8 +25,8 @@ import main
 import runs
 import train
 from cluster import GONE, Cluster
+from files import InputError
 from tests.helpers import Ended, assert_same_ending, only_run, refusal, scalars, small_flags
-from utils import InputError
 
 ROOT = Path(main.__file__).parent
 STEPS = "--metatrain_iterations=45"

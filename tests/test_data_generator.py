@@ -28,13 +28,14 @@ from PIL import Image
 from scipy import stats
 
 import data_generator
+import files
 import images
-import utils
 from data_generator import DATASETS, ImageTasks, SinusoidTasks, tasks_from_arrays
+from files import InputError
 from images import ROOT, SPLITS, Classes, load_splits, read_image
 from networks import Network
 from tests.helpers import maml_of
-from utils import InputError, Tasks, accuracy, xent
+from utils import Tasks, accuracy, xent
 
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
 PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
@@ -549,7 +550,7 @@ def refuse(error: OSError):
 
 REFUSALS = {
     "folder": (Path, "mkdir", PermissionError(errno.EACCES, "Permission denied")),
-    "file": (utils, "open", OSError(errno.EROFS, "Read-only file system")),
+    "file": (files, "open", OSError(errno.EROFS, "Read-only file system")),
     "full disk": (np.lib.format, "write_array_header_1_0", OSError(errno.ENOSPC, "No space left on device")),
     "moving in": (os, "replace", OSError(errno.EIO, "Input/output error")),
 }

@@ -22,7 +22,7 @@ import main
 import publish
 import row
 import table
-from utils import InputError
+from files import InputError
 
 ROOT = Path(main.__file__).parent
 SCRIPTS = sorted(

@@ -11,10 +11,11 @@ import recipe
 from cluster import Cluster
 from data_generator import SinusoidTasks
 from evaluate import evaluate
+from files import InputError
 from parallel import Layout, sum_over_tasks
 from recipe import Recipe
 from tests.helpers import LINE, gradient_and_loss, in_float64, maml_of, meta_gradient, one_task, random_tasks
-from utils import InputError, Tasks, accuracy, mse, xent
+from utils import Tasks, accuracy, mse, xent
 
 CONV = functools.partial(networks.conv4, (17, 16), 2, 3, 4)
 NETWORKS = {

@@ -25,14 +25,15 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 import devices
 import events
+import files
 import images
 import main
 import publish
 import recipe
 import runs
-import utils
 from data_generator import DATASETS
 from evaluate import MOST_NAME, Protocol
+from files import InputError
 from parallel import Layout
 from tests.helpers import (
     PROGRAM,
@@ -47,7 +48,6 @@ from tests.helpers import (
     start_main,
     write_events,
 )
-from utils import InputError
 
 ROOT = Path(main.__file__).parent
 
@@ -305,7 +305,7 @@ def test_a_strangers_index(tmp_path, broken):
 # -- what killed processes leave --------------------------------------------------------------------------------------
 
 WRITER = """
-import sys, time, utils
+import sys, time, files
 from pathlib import Path
 
 def fill(file):
@@ -314,7 +314,7 @@ def fill(file):
     print("writing", flush=True)
     time.sleep(600)
 
-utils.write_whole(Path(sys.argv[1]), fill)
+files.write_whole(Path(sys.argv[1]), fill)
 """
 
 
@@ -338,11 +338,11 @@ def test_two_writers_of_one_file_with_one_number(tmp_path, monkeypatch):
     def fill(file):
         file.write(b"a" * 5)
         file.flush()
-        utils.write_whole(path, lambda other: other.write(b"b" * 9))
+        files.write_whole(path, lambda other: other.write(b"b" * 9))
         assert path.read_bytes() == b"b" * 9
         file.write(b"a" * 5)
 
-    utils.write_whole(path, fill)
+    files.write_whole(path, fill)
     assert path.read_bytes() == b"a" * 10
     assert os.listdir(tmp_path) == ["here"]
 
@@ -354,11 +354,11 @@ def test_what_a_killed_writer_left_goes_at_the_next_start(writer, tmp_path):
     for path in others:
         path.write_text("mine")
     (begun := tmp_path / ".here.13").touch()  # whose process has not locked it yet
-    utils.remove_leftovers(tmp_path, "here")
+    files.remove_leftovers(tmp_path, "here")
     assert left.read_bytes() == b"half"
     writer.kill()
     writer.wait()
-    utils.remove_leftovers(tmp_path, "here")
+    files.remove_leftovers(tmp_path, "here")
     assert not left.exists()
     assert begun.exists()
     assert all(path.read_text() == "mine" for path in others)
@@ -495,7 +495,7 @@ SLIPS |= {"pretrain_iterations": 10**18, "logdir": "a\0b", "data_path": "a\0b", 
 @pytest.mark.parametrize("flag", SLIPS)
 def test_a_slip_of_a_flag_is_refused_before_any_work(flag, tmp_path):
     line = refusal(f"--logdir={tmp_path / 'logs'}", f"--{flag}={SLIPS[flag]}")
-    assert f"--{flag}={utils.printable(SLIPS[flag])}: must" in line
+    assert f"--{flag}={files.printable(SLIPS[flag])}: must" in line
     assert line.isprintable()
     assert list(tmp_path.iterdir()) == []
 
@@ -664,7 +664,7 @@ def test_any_name_is_printed_on_one_line(name, tmp_path, capsys):
     (folder / name / f"{name}.png").write_text("no image")
     expected = pixels(folder, OWN._replace(skip_broken=True))
     printed = capsys.readouterr().out
-    assert printed.startswith(f"Left out of {utils.printable(folder)}, 1 of 5 images")
+    assert printed.startswith(f"Left out of {files.printable(folder)}, 1 of 5 images")
     assert printed.removesuffix("\n").isprintable()
     with pytest.raises(InputError, match="cannot read image") as error:
         pixels(folder)
@@ -683,7 +683,7 @@ def test_a_folder_of_images_whose_name_is_no_text(tmp_path):
     for more in ("--metatrain_iterations=1", "--metatrain_iterations=2", "--train=False"):
         ended = start_main(*flags, more)
         assert (ended.code, ended.err) == (0, "")
-        assert f"Images of {utils.printable(folder)}, read as 16x16x3: " in ended.out
+        assert f"Images of {files.printable(folder)}, read as 16x16x3: " in ended.out
     (entry,) = json.loads((only_run(tmp_path / "logs") / "results.json").read_text())
     assert entry["trained_on_folder"] == str(folder)
 

@@ -444,7 +444,7 @@ def test_queries_normalised_with_the_support_set(omniglot_run, sinusoid_run, few
         task = Tasks(*(part[t] for part in tasks))
         after = adapt(maml.inner, maml.values(), task, 1)
         alone = [
-            maml.network.apply(after, np.concatenate([task.support_x, image[None]]))[-1].numpy().argmax()
+            maml.inner.network.apply(after, np.concatenate([task.support_x, image[None]]))[-1].numpy().argmax()
             for image in task.query_x
         ]
         assert values[t, 1] == pytest.approx(np.mean(alone == task.query_y.argmax(1)))

@@ -8,11 +8,12 @@ import tensorflow as tf
 
 import networks
 from data_generator import SinusoidTasks
+from files import InputError
 from maml import MAML, Adam
 from parallel import Layout
 from tests import reference
 from tests.helpers import LINE, assert_slope, in_float64, maml_of, meta_gradient, one_task, random_tasks
-from utils import InputError, Tasks, accuracy, mean_xent, mse, statistics, xent
+from utils import Tasks, accuracy, mean_xent, mse, statistics, xent
 
 
 @pytest.mark.parametrize("in_one_operation", [False, True])

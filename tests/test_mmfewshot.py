@@ -13,12 +13,13 @@ import networks
 import predict
 import recipe
 import runs
+from files import InputError
 from maml import MAML
 from parallel import Layout
 from recipe import Recipe
 from tests import reference
 from tests.helpers import gradient_and_loss, in_float64, maml_of, random_tasks, refusal, run, trajectory
-from utils import InputError, Tasks, accuracy, mean_xent, xent
+from utils import Tasks, accuracy, mean_xent, xent
 
 TASKS = Tasks(*map(tf.constant, random_tasks(2, 6, 9, (17, 16, 2), 3)))
 WIDTHS = (3, 4, 5, 6)
@@ -179,7 +180,7 @@ def test_pytorch_computes_the_same(name):
         loss, fast = torch.nn.functional.cross_entropy, weights
         np.testing.assert_allclose(
             torch_apply(torch, name, weights, images[0]).detach(),
-            maml.network.apply(maml.values(), task.support_x),
+            maml.inner.network.apply(maml.values(), task.support_x),
             atol=1e-10,
         )
         for _ in range(2):

@@ -10,9 +10,10 @@ from scipy import stats
 
 import networks
 from data_generator import SinusoidTasks
+from files import InputError
 from tests import reference
 from tests.helpers import gradient_and_loss, maml_of
-from utils import InputError, Tasks, mse
+from utils import Tasks, mse
 
 
 def images(*shape, seed=0):

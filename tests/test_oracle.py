@@ -93,7 +93,7 @@ class Record:
         """The same model, weights and tasks in float64."""
         maml = self.maml
         weights = {name: tf.cast(weight, tf.float64) for name, weight in maml.weights.items()}
-        network = maml.network._replace(init=lambda seed: weights)
+        network = maml.inner.network._replace(init=lambda seed: weights)
         maml = MAML(maml.inner._replace(network=network), layout=maml.layout)
         return maml, Tasks(*(part.astype(np.float64) for part in self.tasks))
 
@@ -199,8 +199,8 @@ def test_outputs_of_the_network(record):
     weights = {name: tf.convert_to_tensor(weight) for name, weight in maml.weights.items()}
     for i, task in enumerate(each_task(record.tasks)):
         before, *after = trajectory(maml.inner, weights, task, record.updates)
-        assert relative(maml.network.apply(before, task.support_x), arrays["outputas"][i]) < 1e-4
-        query = [maml.network.apply(adapted, task.query_x) for adapted in after]
+        assert relative(maml.inner.network.apply(before, task.support_x), arrays["outputas"][i]) < 1e-4
+        query = [maml.inner.network.apply(adapted, task.query_x) for adapted in after]
         assert relative(np.stack(query), arrays["outputbs"][:, i]) < 1e-4
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 import plot
 import recipe
 from data_generator import SinusoidTasks
-from utils import InputError
+from files import InputError
 
 ROOT = Path(plot.__file__).parent
 RUN = ROOT / "logs" / "published" / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm"

@@ -22,8 +22,8 @@ import predict
 import recipe
 import runs
 from data_generator import DATASETS, ImageTasks
+from files import InputError
 from images import Classes, read_image
-from utils import InputError
 
 PUBLISHED = predict.PUBLISHED / "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm"
 
@@ -118,7 +118,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(model, characters):
     adapted = _adapted(model, characters)
     assert not np.allclose(adapted.predict(asked[:1])[0], adapted.predict(asked)[0], atol=0.01)
     pixels = model.inputs(model.read(asked))
-    scores = model.maml.network.apply(adapted.trajectory[-1], pixels)
+    scores = model.maml.inner.network.apply(adapted.trajectory[-1], pixels)
     np.testing.assert_allclose(adapted.predict(asked), tf.nn.softmax(scores), atol=1e-6)
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import main
 import recipe
 from data_generator import DATASETS
+from files import InputError
 from recipe import NORMS, Recipe
-from utils import InputError
 
 ROOT = Path(main.__file__).parent
 PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import files
 import networks
 import recipe
 import runs
-import utils
+from files import InputError
 from maml import MAML
 from tests.helpers import line_model, line_model_at, maml_of
-from utils import InputError, accuracy, mse
+from utils import accuracy, mse
 
 FLAGS = {
     "datasource": "sinusoid",
@@ -566,7 +567,7 @@ def test_a_disk_without_locks(run, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(utils.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     claim(run, FLAGS)
     assert "cannot be locked (Function not implemented): see that no other process trains" in capsys.readouterr().out
 

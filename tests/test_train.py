@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import recipe
 import runs
 import train
-from cluster import Cluster
+from cluster import Cluster, Stop
 from data_generator import DATASETS, ImageTasks, SinusoidTasks
 from recipe import Recipe
-from utils import Curve, Stop, mean_xent, xent
+from utils import Curve, mean_xent, xent
 
 
 @given(st.integers(0, 30), st.integers(1, 12), st.integers(0, 60), st.integers(-3, 70))
