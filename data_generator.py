@@ -8,97 +8,14 @@ pieces agree by construction, on any machine.
 import zlib
 from os import fsencode
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 import augment
 from files import InputError, check_choice
-from images import SPLITS, Classes, Images, load_splits
+from images import SPLITS, Classes, load_splits
+from recipe import QUERY_SHARES, Images
 from utils import Tasks
-
-
-class Dataset(NamedTuple):
-    """One data set, with the values that the paper and the original's code use for it."""
-
-    defaults: dict[str, Any]  # field of a Recipe -> value, where it is not the original's default
-    network: str  # of networks.NETWORKS
-    clip: float | None  # bound on each element of the meta-gradient
-    curve_steps: int  # updates at least in a summary of the whole curve, in training (the original's test_num_updates)
-    paper_updates: dict[int, tuple[int, ...]]  # way -> updates at test behind published numbers; empty: there are none
-    images: Images | None  # None: the sinusoid
-
-
-# Paper section 5.2 and appendix A.1. The original's defaults are the sinusoid's; its documented commands say the rest.
-MINIIMAGENET = Dataset(
-    defaults={},
-    network="miniimagenet",
-    clip=10.0,
-    curve_steps=1,
-    paper_updates={5: (10,)},
-    images=Images(
-        folder="data/miniImagenet",
-        prepare="data/miniImagenet/proc_images.py",
-        size=(84, 84),
-        channels=3,
-        rotations=False,
-        invert=False,
-        train_query=15,
-        split_list=None,
-    ),
-)
-
-
-def _photographs(
-    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False, kept: int = 128
-) -> Dataset:
-    """Describes square RGB photographs for MiniImagenet's recipe, with the values of its documented commands.
-
-    published: papers report MAML on this data set by the same protocol. kept: see Images.
-    """
-    images = MINIIMAGENET.images._replace(
-        folder=folder, prepare=prepare, size=(size, size), any_size=any_size, kept=kept
-    )
-    defaults = {"meta_batch": 4, "inner_lr": 0.01, "inner_steps": 5, "filters": 32, "max_pool": True}
-    paper_updates = MINIIMAGENET.paper_updates if published else {}
-    return MINIIMAGENET._replace(defaults=defaults, images=images, paper_updates=paper_updates)
-
-
-DATASETS = {
-    # Paper section 5.1. The original's default norm crashes here; its documented commands say --norm=None.
-    "sinusoid": Dataset(
-        defaults={"norm": None},
-        network="sinusoid",
-        clip=None,
-        curve_steps=5,
-        paper_updates={5: (1, 5, 10)},
-        images=None,
-    ),
-    # Paper section 5.2 and appendix A.1.
-    "omniglot": Dataset(
-        defaults={},
-        network="omniglot",
-        clip=None,
-        curve_steps=10,
-        paper_updates={5: (3,), 20: (5,)},
-        images=Images(
-            folder="data/omniglot_resized",
-            prepare="data/omniglot_resized/resize_images.py",
-            size=(28, 28),
-            channels=1,
-            rotations=True,
-            invert=True,
-            train_query=None,
-            split_list="omniglot.json",
-        ),
-    ),
-    "miniimagenet": MINIIMAGENET,
-    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True, kept=32),
-    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True, kept=32),
-    "cub": _photographs("data/cub", "data/cub/prepare.py"),
-    "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py"),
-    "folder": _photographs(None, "docs/data.md (Your own images)", any_size=True),
-}
 
 
 class SinusoidTasks:
@@ -124,9 +41,6 @@ class SinusoidTasks:
             x = np.concatenate([x, np.broadcast_to(amplitude, x.shape), np.broadcast_to(phase, x.shape)], -1)
         x, y = x.astype(np.float32), y.astype(np.float32)
         return Tasks(x[:, : self.shot], y[:, : self.shot], x[:, self.shot :], y[:, self.shot :])
-
-
-QUERY_SHARES = ("balanced", "dirichlet")
 
 
 class ImageTasks:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fnmatch
 import glob
+import json
 import os
 import re
 import secrets
@@ -18,6 +19,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+MAX_JSON = 10_000_000  # bytes; ours have thousands
 
 
 class InputError(Exception):
@@ -155,3 +159,19 @@ def move_in(beside: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def read_json(path: Path, kind: type, way_out: str, items: type = dict) -> list | dict:
+    """A dict, or a list of `items`, in a file that anybody may have written.
+
+    Raises InputError, or FileNotFoundError.
+    """
+    try:
+        found = json.loads(read_regular(path, MAX_JSON))
+        if not (isinstance(found, kind) and all(isinstance(one, items) for one in found if kind is list)):
+            raise ValueError(f"not a {kind.__name__}")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): {way_out}") from None
+    return found

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import augment
 import devices
 from files import InputError, folder_lock, read_regular, remove_leftovers, say, write_whole
+from recipe import Images
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # a split's place is part of the key of its random stream
@@ -37,29 +38,6 @@ MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million, Pillow's own limit for 
 # Why the system does not open a file, where that stays so until the file changes. Of other reasons the next start may
 # find nothing: the disk was away, or too many files were open.
 LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
-
-
-class Images(NamedTuple):
-    """What an image data set has on disk and how its tasks are made of it."""
-
-    folder: str | None  # below the project's root, or absolute; None: --data_path says where
-    prepare: str  # the script, or the page, that says how the folder is filled
-    size: tuple[int, int]  # height, width in pixels
-    channels: int  # 1 grey, 3 red, green, blue
-    rotations: bool  # a class in a task is a class on disk turned by 0, 90, 180 or 270 degrees
-    invert: bool  # pixel = 1 - u8 / 255 (ink is 1), else u8 / 255
-    train_query: int | None  # query images a class in training and its validation; None: as many as support
-    split_list: str | None  # data/splits/<name>: the classes of each split; None: folders train, val, test
-    any_size: bool = False  # images of another size are resized, else refused
-    split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, of a folder without those folders
-    skip_broken: bool = False  # images that cannot be read are left out, else refused
-    augment: bool = False  # tasks are made of crops: see augment.py
-    kept: int = 128  # height and width in pixels of the square that a whole image is kept in for that
-
-    @property
-    def stored(self) -> tuple[int, int]:
-        """Height and width in pixels that images are kept in."""
-        return (max(self.kept, *self.size),) * 2 if self.augment else self.size
 
 
 class Classes(NamedTuple):

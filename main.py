@@ -1,4 +1,4 @@
-"""Trains and tests MAML (Finn, Abbeel, Levine, ICML 2017): sinusoid regression and few-shot image classification.
+"""Train and test MAML (Finn, Abbeel, Levine, ICML 2017) on sinusoid regression and few-shot image classification.
 
 Train an Omniglot model as the paper does, and test it (README.md has every command of the paper):
 
@@ -6,16 +6,21 @@ Train an Omniglot model as the paper does, and test it (README.md has every comm
       --update_lr=0.4 --num_updates=1 --logdir=logs/omniglot5way/
   the same command plus --train=False --test_set=True
 
-Train on your own images, which lie in DIR/<class>/, with 64 classes to train, 16 to validate and 20 to test:
+Resume or test any run folder without typing its flags again:
+
+  python main.py --run=logs/omniglot5way/<run>
+  python main.py --run=logs/omniglot5way/<run> --train=False --test_set=True
+
+Train on your own images in DIR/<class>/, with 64 classes to train, 16 to validate and 20 to test:
 
   python main.py --datasource=folder --data_path=DIR --split=64,16,20 --update_batch_size=1 --logdir=logs/own/
 
-Evaluation is transductive under batch norm, as in the paper: the query images of a task are normalised together, unless
+Under batch norm, evaluation is transductive, as in the paper: a task's query images are normalized together, unless
 --query_norm=support is given.
 """
 
-import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
-
+# Whatever needs TensorFlow is imported in the functions below, so --help and a mistyped flag are answered at once.
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -27,30 +32,194 @@ import signal
 import sys
 import textwrap
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
-import tensorflow as tf
-from absl import app, flags, logging
+from absl import app, flags
 
-import cluster
-import evaluate
 import recipe as recipes
-import runs
-import train
-from cluster import Cluster, stopping_on_signals
-from data_generator import DATASETS, QUERY_SHARES, Dataset, ImageTasks, SinusoidTasks
-from files import InputError, say
-from images import ROOT
-from maml import MAML, QUERY_NORMS
-from parallel import Layout
-from recipe import Range, Recipe
+from files import InputError, read_json, say
+from recipe import DATASETS, EXAMPLES, GROUPS, QUERY_NORMS, QUERY_SHARES, Dataset, Flag, Range, Recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cluster import Cluster
+    from data_generator import ImageTasks, SinusoidTasks
+    from maml import MAML
+    from parallel import Layout
+    from runs import Run
 
 FLAGS = flags.FLAGS
+ROOT = Path(__file__).resolve().parent
+THREADS = Range(0, 1024)
+
+# Flags on which a run's numbers do not depend. The others are the fields of Recipe.
+OTHER_FLAGS = (
+    Flag(
+        "run",
+        None,
+        "A run folder to resume, or to test with --train=False. Its flags.json gives all other flags; those given next "
+        "to it must not contradict it, except K, alpha, Q and the other flags of a test, a moved --data_path, and more "
+        "iterations.",
+        "run",
+    ),
+    Flag("logdir", "/tmp/data", "Folder in which the run gets its own folder, named after its flags.", "run"),
+    Flag("resume", True, "Continue from the run folder's latest checkpoint, exactly as if never stopped.", "run", bool),
+    Flag("train", True, "Train; --train=False: test.", "run", bool),
+    Flag("log", True, "Write TensorBoard events.", "run", bool),
+    Flag(
+        "save_interval",
+        1000,
+        "Iterations between checkpoints; the latest ten are kept.",
+        "run",
+        int,
+        recipes.ITERATIONS._replace(least=1),
+    ),
+    Flag(
+        "threads",
+        0,
+        "Tasks computed side by side, one per core; 0: as many as there are cores. On a GPU: groups; 0: 1.",
+        "run",
+        int,
+        THREADS,
+    ),
+    Flag(
+        "op_threads",
+        1,
+        "Cores for one operation of a task: 2 or more if a run has fewer tasks than the machine has cores. Changes "
+        "rounding.",
+        "run",
+        int,
+        THREADS._replace(least=1),
+    ),
+    Flag(
+        "tasks_at_once",
+        0,
+        "Tasks in a group, which one operation computes together; must divide meta_batch_size. A CPU computes a group "
+        "per core, a GPU one after the other. 0: one task on a CPU, the whole meta-batch on a GPU. Lower it if memory "
+        "runs out.",
+        "run",
+        int,
+        Range(0, EXAMPLES.most),
+    ),
+    Flag(
+        "tensor_float_32",
+        False,
+        "Allow TensorFloat-32 on GPUs (faster, but less accurate meta-gradients).",
+        "run",
+        bool,
+    ),
+    Flag(
+        "deterministic",
+        False,
+        "Compute the same bits every time on a GPU, as on a CPU. It may be slower.",
+        "run",
+        bool,
+    ),
+    Flag("skip_broken", False, "Leave out unreadable images, and name them, instead of refusing.", "data", bool),
+    Flag(
+        "val_tasks",
+        200,
+        "Validation tasks every 500 iterations (images); they choose the best checkpoint.",
+        "data",
+        int,
+        EXAMPLES,
+    ),
+    Flag(
+        "test_set",
+        False,
+        "Test on the test classes; else on the validation classes. In training: validate on the test classes.",
+        "test",
+        bool,
+    ),
+    Flag(
+        "test_iter",
+        -1,
+        "Iteration of the checkpoint to test; -1: the latest; best: the most accurate on validation tasks, after J "
+        "updates. Paper, MiniImagenet: best.",
+        "test",
+    ),
+    Flag(
+        "train_update_batch_size",
+        -1,
+        "At test: the K of training, if it differs; it names the run folder.",
+        "test",
+        int,
+        recipes.QUERIES,
+    ),
+    Flag(
+        "train_update_lr",
+        -1.0,
+        "At test: the alpha of training, if it differs; it names the run folder.",
+        "test",
+        float,
+        recipes.RATE._replace(also=(-1,)),
+    ),
+    Flag("test_tasks", 600, "Tasks of a test. Paper: 600.", "test", int, EXAMPLES),
+    Flag(
+        "eval_seed",
+        0,
+        "Seed of the validation and test tasks: the same for all runs, whatever --seed is.",
+        "test",
+        int,
+        recipes.SEED,
+    ),
+    Flag(
+        "test_datasource",
+        None,
+        "At test: the data set to draw tasks from, if not --datasource. Its images are read like the run's: same size "
+        "and channels, for an Omniglot run also inverted (dark ink on white paper is 1).",
+        "test",
+        accepts=(None, *(name for name, dataset in DATASETS.items() if dataset.images)),
+    ),
+    Flag("test_data_path", None, "Folder of the --test_datasource, if not its own below data/.", "test"),
+    Flag(
+        "query_norm",
+        "batch",
+        "At test, under batch norm: normalize a query image with its task's other query images (batch, the paper's "
+        "transductive way), or alone with the support set (support).",
+        "test",
+        accepts=QUERY_NORMS,
+    ),
+    Flag(
+        "test_updates",
+        -1,
+        "Updates at test. -1, as in the original: 10, or num_updates if that is more.",
+        "test",
+        int,
+        recipes.FLAGS["num_updates"].accepts._replace(also=(-1,)),
+    ),
+    Flag(
+        "query_shares",
+        "balanced",
+        "At test: num_query queries of each class (balanced), or as many in total, shared at random among the classes "
+        "by a Dirichlet distribution of concentration 2 (dirichlet). num_query is then 15 unless given.",
+        "test",
+        accepts=QUERY_SHARES,
+    ),
+    Flag("results_dir", None, "Folder for a test's files, if not the run folder.", "test"),
+)
+ALL_FLAGS = {flag.name: flag for flag in (*recipes.FLAGS.values(), *OTHER_FLAGS)}
+UNEVEN_QUERY = (
+    15  # queries per class, on average, under --query_shares: 75 of 5 classes (Veilleux et al., NeurIPS 2021)
+)
+# Flags of the recipe that may be given next to --run: in training, and at test.
+TRAIN_OVERRIDES = {"pretrain_iterations", "metatrain_iterations", "data_path"}
+TEST_OVERRIDES = {"update_batch_size", "update_lr", "num_query", "split", "data_path"}
+
+# What the system may refuse and the user can fix. Any other OSError is a bug here, and has its traceback.
+FIXABLE = {
+    getattr(errno, name)
+    for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO EMFILE ENFILE ENAMETOOLONG ELOOP ENOTDIR EISDIR ESTALE".split()
+    if hasattr(errno, name)
+}
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
 
 
 class _Checkpoint(flags.ArgumentParser):
-    """An iteration, -1 or best."""
+    """An iteration, -1, or best."""
 
     syntactic_help = "an integer or best"
 
@@ -62,246 +231,266 @@ class _Checkpoint(flags.ArgumentParser):
         return int(argument)
 
 
-# The original's flags, with its names and defaults.
-flags.DEFINE_enum(
-    "datasource",
-    "sinusoid",
-    list(DATASETS),
-    "Data set that tasks are drawn from; folder: your own images, in --data_path. From cifarfs on, the defaults are "
-    "those of MiniImagenet's commands (meta_batch_size=4 update_lr=0.01 num_updates=5 num_filters=32 max_pool=True).",
-)
-flags.DEFINE_integer("num_classes", 5, "N, classes in a task (way). Paper: 5 and 20. The sinusoid has none.")
-flags.DEFINE_enum(
-    "baseline",
-    None,
-    ["oracle"],
-    "oracle: the sinusoid's amplitude and phase are inputs too; pretraining only.",
-)
-flags.DEFINE_integer("pretrain_iterations", 0, "Outer steps on the support loss before any update, done first.")
-flags.DEFINE_integer("metatrain_iterations", 15000, "Outer steps of MAML. Paper: 70000 sinusoid, 60000 images.")
-flags.DEFINE_integer(
-    "meta_batch_size",
-    25,
-    "Tasks in an outer step. Paper: 25 sinusoid; 32 and 16 Omniglot 5- and 20-way; 4 MiniImagenet.",
-)
-flags.DEFINE_float("meta_lr", 0.001, "beta, rate of the outer Adam. Paper: 0.001.")
-flags.DEFINE_integer("update_batch_size", 5, "K, support examples a class (shot). Paper: 1 and 5; 5, 10, 20 sinusoid.")
-flags.DEFINE_float(
-    "update_lr",
-    0.001,
-    "alpha, size of an inner step on the cross-entropy summed over examples and divided by K, or on the mean squared "
-    "error. Paper: 0.4 and 0.1 Omniglot 5- and 20-way, 0.01 MiniImagenet; the original's sinusoid commands 0.001.",
-)
-flags.DEFINE_integer(
-    "num_updates", 1, "J, inner steps in training. Paper: 1 sinusoid and Omniglot 5-way, 5 the others."
-)
-flags.DEFINE_enum(
-    "norm",
-    "batch_norm",
-    ["batch_norm", "layer_norm", "None"],
-    "Normalisation. batch_norm takes the statistics of the batch at hand, at test too (transductive). "
-    "The sinusoid has None unless this is given.",
-)
-flags.DEFINE_integer("num_filters", 64, "Filters of each convolution. Paper: 64 Omniglot, 32 MiniImagenet.")
-flags.DEFINE_bool(
-    "conv",
-    True,
-    "Convolutional network; --noconv: fully connected (256, 128, 64, 64). The sinusoid's is always 40, 40.",
-)
-flags.DEFINE_bool("max_pool", False, "Halve by 2x2 max-pooling rather than by stride 2. Paper: MiniImagenet.")
-flags.DEFINE_bool("stop_grad", False, "First-order MAML: no second derivatives (paper section 5.2).")
-flags.DEFINE_enum(
-    "adapt",
-    "all",
-    recipes.CHOICES["adapt"],
-    "What the inner loop changes. all: every layer (MAML). head: the last layer alone (ANIL). body: all but the last "
-    "layer (BOIL).",
-)
-flags.DEFINE_enum(
-    "learn_update_lr",
-    "none",
-    recipes.CHOICES["learn_update_lr"],
-    "Meta-learn the sizes of the inner steps too; they begin as update_lr. weight: one for each element of each "
-    "weight (Meta-SGD). step: one for each array of weights and update (as MAML++); at test, updates beyond "
-    "num_updates go on with the last one's.",
-)
-flags.DEFINE_enum(
-    "loss",
-    "sum_over_shot",
-    recipes.CHOICES["loss"],
-    "Cross-entropy of classes: summed over the examples and divided by K (sum_over_shot, the original's), or their "
-    "mean. On a support set the first is num_classes times the second, and so is the step of the same update_lr.",
-)
-flags.DEFINE_enum(
-    "network",
-    "paper",
-    recipes.CHOICES["network"],
-    "The paper's network of the data set, or one of mmfewshot's, whose batch norm has a gamma and a beta that the "
-    "inner loop changes too: conv4_affine (with num_filters) or resnet12. Their meta-gradient is not clipped.",
-)
-flags.DEFINE_bool("log", True, "Write TensorBoard events.")
-flags.DEFINE_string("logdir", "/tmp/data", "Folder in which the run has its own folder, named by its flags.")
-flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint, exactly as if never stopped.")
-flags.DEFINE_bool("train", True, "Train; --train=False: test.")
-flags.DEFINE(
-    _Checkpoint(),
-    "test_iter",
-    -1,
-    "Iteration of the checkpoint to test; -1: the latest; best: the one of the best accuracy on validation tasks, "
-    "after J updates. Paper, MiniImagenet: best.",
-)
-flags.DEFINE_bool(
-    "test_set",
-    False,
-    "Test on the test classes; else on the validation classes. In training: validate on the test classes.",
-)
-flags.DEFINE_integer(
-    "train_update_batch_size", -1, "At test: the K of training, if it was another; it names the run folder."
-)
-flags.DEFINE_float(
-    "train_update_lr", -1.0, "At test: the alpha of training, if it was another; it names the run folder."
-)
-
-# Ours.
-flags.DEFINE_integer(
-    "seed",
-    0,
-    "Seed of the initial weights and the training tasks.",
-)
-flags.DEFINE_integer(
-    "num_query",
-    -1,
-    "Q, query examples a class. -1, as the original: K; in training and validation on photographs 15.",
-)
-flags.DEFINE_integer("val_tasks", 200, "Validation tasks every 500 iterations (images), which choose the best.")
-flags.DEFINE_integer("save_interval", 1000, "Iterations between checkpoints, of which the ten latest stay.")
-flags.DEFINE_integer(
-    "threads",
-    0,
-    "Tasks that are computed side by side, a core each; 0: as many as there are cores. On a GPU: groups; 0: 1.",
-)
-flags.DEFINE_integer(
-    "tasks_at_once",
-    0,
-    "Tasks in a group, which one operation computes together; it divides meta_batch_size. On a CPU there is a group "
-    "on each core, on a GPU one after the other. 0: one task on a CPU, the whole meta-batch on a GPU. Lower it where "
-    "memory runs out.",
-)
-flags.DEFINE_integer(
-    "op_threads", 1, "Cores for one operation of a task: 2 or more for a few tasks of large images on many cores."
-)
-flags.DEFINE_bool(
-    "tensor_float_32",
-    False,
-    "Let a GPU round what it multiplies to 10 bits. It is faster, and meta-gradients are less exact.",
-)
-flags.DEFINE_bool(
-    "deterministic", False, "Have a GPU compute the same bits every time, as a CPU does anyway. It may be slower."
-)
-flags.DEFINE_string("data_path", None, "Folder of the images, if not the data set's own below data/.")
-flags.DEFINE_string(
-    "split",
-    None,
-    "Classes in train, val and test, e.g. 64,16,20, where the images are in DIR/<class>/ and not in "
-    "DIR/{train,val,test}/<class>/; drawn at random but always the same. With --test_datasource: of that data set.",
-)
-flags.DEFINE_integer(
-    "image_size",
-    None,
-    "Height and width in pixels; images of another size are resized, whatever their shape. "
-    "Default: the data set's own, 84 for folder.",
-)
-flags.DEFINE_integer("image_channels", None, "1 grey, 3 colour. Default: the data set's own, 3 for folder.")
-flags.DEFINE_bool(
-    "augment",
-    False,
-    "Train as mmfewshot on random crops of whole photographs, half of them flipped, with other brightness, contrast "
-    "and saturation; test on the middle. Colours are less ImageNet's mean, divided by its deviation. docs/data.md.",
-)
-flags.DEFINE_bool("skip_broken", False, "Leave out images that cannot be read, and name them, rather than refuse.")
-flags.DEFINE_enum(
-    "test_datasource",
-    None,
-    [name for name, dataset in DATASETS.items() if dataset.images],
-    "At test: the data set that tasks are drawn from, if not --datasource. Its images are read as the run's: in their "
-    "size and channels, for an Omniglot run also inverted (dark ink on white paper is 1).",
-)
-flags.DEFINE_string("test_data_path", None, "Folder of the --test_datasource, if not its own below data/.")
-flags.DEFINE_integer("test_tasks", 600, "Tasks of a test. Paper: 600.")
-flags.DEFINE_integer(
-    "eval_seed", 0, "Seed of the validation and test tasks: the same for all runs, whatever --seed is."
-)
-flags.DEFINE_enum(
-    "query_norm",
-    "batch",
-    QUERY_NORMS,
-    "At test, under batch norm: a query image is normalised together with its task's other query images (batch, the "
-    "paper's transductive way), or by itself together with the support set (support).",
-)
-flags.DEFINE_integer(
-    "test_updates",
-    -1,
-    "Updates at test. -1, as the original: 10, or num_updates where that is more.",
-)
-flags.DEFINE_enum(
-    "query_shares",
-    "balanced",
-    QUERY_SHARES,
-    "At test: num_query queries of each class (balanced), or as many in all, of which each class has a random share, "
-    "by a Dirichlet distribution of concentration 2 (dirichlet). num_query is then 15 unless it is given.",
-)
-flags.DEFINE_string("results_dir", None, "Folder for a test's files, if not the run folder.")
+def define(flag: Flag) -> None:
+    """Make absl's flag of a definition."""
+    name, default, help, _, kind, accepts = flag
+    if name == "test_iter":
+        flags.DEFINE(_Checkpoint(), name, default, help)
+    elif kind is str and accepts is not None:
+        flags.DEFINE_enum(name, default, [str(one) for one in accepts if one is not None or default is not None], help)
+    else:
+        {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}[kind](
+            name, default, help
+        )
+        if accepts is not None:
+            message = f"must be {accepts if isinstance(accepts, Range) else ' or '.join(map(str, accepts[1:]))}"
+            flags.register_validator(name, lambda value: value is None or value in accepts, message=message)
+        elif name == "split":
+            flags.register_validator(
+                name,
+                lambda value: value is None or re.fullmatch(recipes.SPLIT, value),
+                message="must be three numbers of classes, e.g. 64,16,20",
+            )
 
 
-RANGES = recipes.RANGES | {
-    "val_tasks": recipes.EXAMPLES,
-    "test_tasks": recipes.EXAMPLES,
-    "save_interval": Range(1, recipes.ITERATIONS.most),
-    "threads": Range(0, devices.MOST_THREADS),
-    "op_threads": Range(1, devices.MOST_THREADS),
-    "tasks_at_once": Range(0, recipes.RANGES["meta_batch_size"].most),
-    "eval_seed": recipes.SEED,
-    "test_updates": recipes.RANGES["num_updates"]._replace(also=(-1,)),
-    "train_update_batch_size": recipes.EXAMPLES._replace(also=(-1,)),
-    "train_update_lr": recipes.RATE._replace(also=(-1,)),
-}
-for _name, _range in RANGES.items():
-    flags.register_validator(
-        _name, lambda value, range=_range: value is None or value in range, message=f"must be {_range}"
+for _flag in ALL_FLAGS.values():
+    define(_flag)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Read the flags. Report wrong ones in one line; --help prints the flags in groups."""
+    if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(argv[1:]):
+        try:
+            print(help_text(), flush=True)
+        except BrokenPipeError:
+            nobody_reads()
+        sys.exit(0)
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        fail(f"{' '.join(str(error).split())} (python main.py --help lists the flags)")
+
+
+def help_text() -> str:
+    """Return what --help prints."""
+    lines = [__doc__]
+    for group, title in GROUPS.items():
+        lines.append(f"{title}:\n")
+        for name, _ in ((name, flag) for name, flag in ALL_FLAGS.items() if flag.group == group):
+            flag = FLAGS[name]
+            default = "none" if flag.default is None else flag.default_as_str.strip("'")
+            lines.append(f"  --{'[no]' * flag.boolean}{name}: (default: {default})")
+            lines.append(textwrap.fill(flag.help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def parsed(arguments: list[str]) -> flags.FlagValues:
+    """Return a command's flags, without changing those of this process."""
+    values = copy.deepcopy(FLAGS)
+    for name in values:
+        values[name].unparse()
+    values(["main.py", *arguments])
+    return values
+
+
+# -- from flags to records --------------------------------------------------------------------------------------------
+
+
+def recipe_of(values: flags.FlagValues) -> Recipe:
+    """Return the recipe that flags describe: the flag given, else the data set's value, else the original's default.
+
+    It changes no flag. Raise InputError if flags contradict each other.
+    """
+    if values["run"].value:
+        return _recipe_of_run(values)
+    name = values["datasource"].value
+    row = DATASETS[name]
+    fields = {field: _value(values, flag) for flag, field in recipes.FIELDS.items()}
+    for flag, field in recipes.FIELDS.items():
+        if field in row.defaults and values[flag].using_default_value:
+            fields[field] = row.defaults[field]
+    fields["data_path"] = users_folder(name, data_set(name, "datasource", values["data_path"]))
+    if row.images:
+        for field, own in (("image_size", row.images.size[0]), ("image_channels", row.images.channels)):
+            if fields[field] == own:
+                fields[field] = None  # given or not, it is the data set's own
+    for flag in ("loss", "network"):
+        if not row.images and fields[flag] != recipes.DEFAULTS[flag]:
+            raise InputError(f"--{flag}={fields[flag]}: is for images, not for --datasource={name}; leave it out")
+    if fields["augment"] and not (row.images and (fields["image_channels"] or row.images.channels) == 3):
+        raise InputError(f"--augment: is for color photographs, not for --datasource={name}; leave it out")
+    if fields["network"] != "paper" and not fields["conv"]:
+        raise InputError(f"--network={fields['network']}: is convolutional; leave out --conv=False")
+    if fields["baseline"] == "oracle":
+        if row.images:
+            raise InputError(f"--baseline=oracle: is for the sinusoid, not for --datasource={name}; leave it out")
+        # The oracle needs no adaptation, so all its iterations are pretraining (the original's main.py).
+        fields["pretrain_steps"] += fields["metatrain_steps"]
+        fields["metatrain_steps"] = 0
+    return Recipe(**fields)
+
+
+def _value(values, flag):
+    """Return a flag's value; --norm=None is None."""
+    value = values[flag].value
+    return None if flag == "norm" and value == "None" else value
+
+
+def recorded(values: flags.FlagValues) -> dict:
+    """Return the content of flags.json in the folder of --run; for the authors' released model, what its name says."""
+    folder = Path(values["run"].value).expanduser()
+    try:
+        return read_json(folder / "flags.json", dict, "put a copy in its place, or name another run")
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise InputError(f"--run={folder}: no such folder; name a run folder") from None
+        if not values["datasource"].present:
+            raise InputError(f"--run={folder}: has no flags.json; name its data set with --datasource") from None
+        return recipes.to_flags(recipes.from_run_name(folder.resolve().name, values["datasource"].value))
+
+
+def _recipe_of_run(values):
+    """Return the recipe of --run, with the flags given next to it that may differ. Refuse the others."""
+    record, folder = recorded(values), values["run"].value
+    trained = recipes.from_flags(record, str(Path(folder) / "flags.json"))
+    allowed, changed = TRAIN_OVERRIDES if values["train"].value else TEST_OVERRIDES, {}
+    for name in ("logdir", "train_update_batch_size", "train_update_lr"):
+        if values[name].present:
+            raise InputError(f"--{name}: is known from --run; leave it out")
+    for flag, field in recipes.FIELDS.items():
+        if not values[flag].present or (value := _value(values, flag)) == getattr(trained, field):
+            continue
+        if flag not in allowed:
+            raise InputError(f"--{flag}={value}: the run in {folder} has {getattr(trained, field)}; leave it out")
+        if flag != "data_path":  # the folder of the images may have moved; it is the same run
+            changed[field] = value
+    return dataclasses.replace(trained, **changed)
+
+
+def images_folder(values: flags.FlagValues) -> str | None:
+    """Return the folder of a run's images: --data_path, or the one recorded in the folder of --run if it is there."""
+    if values["data_path"].value or not values["run"].value:
+        return values["data_path"].value
+    folder = recorded(values).get("data", {}).get("folder")
+    return folder if folder and os.path.isdir(folder) else None
+
+
+def images_record() -> dict[str, object]:
+    """Return what flags.json says about the images beyond the recipe, so that --run finds them again."""
+    folder = images_folder(FLAGS)
+    return ({"folder": os.path.abspath(folder)} if folder else {}) | ({"skip_broken": True} if skips_broken() else {})
+
+
+def skips_broken() -> bool:
+    """Return whether unreadable images are left out, as the flag or the run's record says."""
+    return FLAGS.skip_broken or bool(FLAGS.run and recorded(FLAGS).get("data", {}).get("skip_broken"))
+
+
+def trained_recipe(recipe: Recipe, values: flags.FlagValues) -> Recipe:
+    """Return the recipe of the training from that of a test, which may have another K and alpha."""
+    if values["run"].value:
+        return recipes.from_flags(recorded(values))
+    shot, inner_lr = values["train_update_batch_size"].value, values["train_update_lr"].value
+    return dataclasses.replace(
+        recipe,
+        shot=recipe.shot if shot == -1 else shot,
+        inner_lr=recipe.inner_lr if inner_lr == -1 else inner_lr,
     )
-flags.register_validator("image_channels", recipes.CHOICES["image_channels"].__contains__, message="must be 1 or 3")
-flags.register_validator(
-    "split",
-    lambda value: value is None or re.fullmatch(recipes.SPLIT, value),
-    message="must be three numbers of classes, e.g. 64,16,20",
-)
-for _name in ("logdir", "data_path", "test_data_path", "results_dir"):
-    flags.register_validator(_name, lambda value: "\0" not in (value or ""), message="must not have a zero byte")
 
 
-# How --help groups the flags. Those of the original come first in each group.
-GROUPS = {
-    "The run": "datasource logdir resume train log save_interval seed threads op_threads tasks_at_once tensor_float_32 "
-    "deterministic",
-    "The method": "meta_batch_size meta_lr update_batch_size update_lr num_updates metatrain_iterations "
-    "pretrain_iterations baseline stop_grad adapt learn_update_lr loss network norm num_filters conv max_pool",
-    "The data": "num_classes num_query data_path split image_size image_channels augment skip_broken val_tasks",
-    "The test": "test_set test_iter train_update_batch_size train_update_lr test_tasks eval_seed test_datasource "
-    "test_data_path query_norm test_updates query_shares results_dir",
-}
-
-UNEVEN_QUERY = 15  # queries a class, on average, under --query_shares: 75 of 5 classes (Veilleux et al., NeurIPS 2021)
-
-# What the system may refuse and the user can mend. Any other OSError is a fault of this program, and has its traceback.
-MENDABLE = {
-    getattr(errno, name)
-    for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO EMFILE ENFILE ENAMETOOLONG ELOOP ENOTDIR EISDIR ESTALE".split()
-    if hasattr(errno, name)
-}
+def defaults_taken(values: flags.FlagValues) -> list[str]:
+    """Return the flags, as --name=value, that have the data set's value because they are not given."""
+    if values["run"].value:
+        return []
+    flag_of = {field: flag for flag, field in recipes.FIELDS.items()}
+    named = {flag_of[field]: value for field, value in DATASETS[values["datasource"].value].defaults.items()}
+    return [f"--{flag}={value}" for flag, value in named.items() if values[flag].using_default_value]
 
 
-def start_devices(workers: Cluster | None = None) -> None:
-    """Starts TensorFlow as the flags say, and meets the other processes of the run."""
+def run_folder(values: flags.FlagValues, kind: "type[Run] | None" = None) -> "Run":
+    """Return the run folder that flags name."""
+    import runs
+
+    kind = kind or runs.Run
+    if values["run"].value:
+        return kind(Path(values["run"].value).expanduser())
+    recipe = recipe_of(values)
+    trained = recipe if values.train else trained_recipe(recipe, values)
+    return kind(Path(values.logdir) / trained.run_name)
+
+
+def data_set(name: str, name_flag: str, path: flags.Flag) -> Dataset:
+    """Return the data set of this name, with its images in the folder that the flag `path` names, if any."""
+    row = DATASETS[name]
+    if row.images is None or (row.images.folder and not path.value):
+        return row
+    if not path.value:
+        raise InputError(f"--{name_flag}={name}: has no folder of its own; name yours with --{path.name}")
+    return row._replace(images=row.images._replace(folder=os.path.abspath(path.value)))
+
+
+def users_folder(name: str, dataset: Dataset) -> str | None:
+    """Return the folder that tells a user's own images from another's; None: the data set's name is enough."""
+    images = DATASETS[name].images
+    return dataset.images.folder if images and images.folder is None else None
+
+
+def trained_data_set(recipe: Recipe) -> Dataset:
+    """Return the data set of a training, read as the recipe and the flags say."""
+    dataset = recipe.dataset
+    if dataset.images is None:
+        return dataset
+    folder = images_folder(FLAGS) or dataset.images.folder
+    any_size = dataset.images.any_size or FLAGS.image_size is not None or recipe.image_size is not None
+    return dataset._replace(images=dataset.images._replace(folder=os.path.abspath(ROOT / folder), any_size=any_size))
+
+
+def tested_data_set(recipe: Recipe) -> Dataset:
+    """Return the data set of a test: that of the training, or --test_datasource, with images read as the training's."""
+    if not FLAGS.test_datasource:
+        if FLAGS.test_data_path:
+            raise InputError("--test_data_path: is the folder of --test_datasource; give that, too, or --data_path")
+        return trained_data_set(recipe)
+    own = recipe.dataset.images
+    if own is None:
+        raise InputError(
+            f"--test_datasource={FLAGS.test_datasource}: has images; the run is of the {recipe.data_set}; leave it out"
+        )
+    other = data_set(FLAGS.test_datasource, "test_datasource", FLAGS["test_data_path"])
+    any_size = other.images.any_size or FLAGS.image_size is not None or other.images.size != own.size
+    images = other.images._replace(size=own.size, channels=own.channels, invert=own.invert, any_size=any_size)
+    images = images._replace(augment=own.augment, any_size=any_size or own.augment)
+    return other._replace(images=images._replace(split_sizes=own.split_sizes))
+
+
+def open_data(
+    dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool, query_shares: str = "balanced"
+) -> "SinusoidTasks | ImageTasks":
+    """Open the source of tasks of a recipe, check its folder, and print what is there."""
+    from data_generator import ImageTasks, SinusoidTasks
+
+    query = recipe.query_examples(training)
+    if dataset.images is None:
+        return SinusoidTasks(recipe.shot, query, oracle=recipe.baseline == "oracle")
+    images, folder = dataset.images._replace(skip_broken=skips_broken()), ROOT / dataset.images.folder
+    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query, query_shares)
+    found = "; ".join(
+        f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
+        for split, classes in data.classes.items()
+    )
+    say("Images of {}, read as {}x{}x{}: {}.".format(folder, *images.size, images.channels, found))
+    return data
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+def start_devices(workers: "Cluster | None" = None) -> None:
+    """Start TensorFlow as the flags say, and meet the other processes of the run."""
+    import devices
+    from cluster import Cluster
+
     workers = workers or Cluster()
     devices.start(
         side_by_side(workers),
@@ -313,140 +502,12 @@ def start_devices(workers: Cluster | None = None) -> None:
     )
 
 
-# -- from flags to records ---------------------------------------------------------------------------------------------
-
-
-def recipe_of(values: flags.FlagValues) -> Recipe:
-    """Makes the recipe that flags describe: a value that is given, else the data set's, else the original's default.
-
-    It changes no flag. Raises InputError where flags contradict each other.
-    """
-    name = values["datasource"].value
-    row = DATASETS[name]
-    fields = {field.name: values[flag].value for flag, field in recipes.FIELDS.items()}
-    for flag, field in recipes.FIELDS.items():
-        if field.name in row.defaults and values[flag].using_default_value:
-            fields[field.name] = row.defaults[field.name]
-    if fields["norm"] == "None":
-        fields["norm"] = None
-    fields["data_path"] = users_folder(name, data_set(name, "datasource", values["data_path"]))
-    if row.images:
-        for field, own in (("image_size", row.images.size[0]), ("image_channels", row.images.channels)):
-            if fields[field] == own:
-                fields[field] = None  # given or not, it is the data set's own
-    for flag in ("loss", "network"):
-        if not row.images and fields[flag] != recipes.DEFAULTS[flag]:
-            raise InputError(f"--{flag}={fields[flag]} is for images, not for --datasource={name}: leave it out")
-    if fields["augment"] and not (row.images and (fields["image_channels"] or row.images.channels) == 3):
-        raise InputError(f"--augment is for photographs in colour, not for --datasource={name}: leave it out")
-    if fields["network"] != "paper" and not fields["conv"]:
-        raise InputError(f"--network={fields['network']} has convolutions: leave --conv=False out")
-    if fields["baseline"] == "oracle":
-        if row.images:
-            raise InputError(f"--baseline=oracle is the sinusoid's, not for --datasource={name}: leave it out")
-        # The oracle needs no adaptation, so all its iterations are pretraining (the original's main.py).
-        fields["pretrain_steps"] += fields["metatrain_steps"]
-        fields["metatrain_steps"] = 0
-    return Recipe(**fields)
-
-
-def trained_recipe(recipe: Recipe, values: flags.FlagValues) -> Recipe:
-    """Makes the recipe of the training from that of a test, whose K and alpha may be others."""
-    shot, inner_lr = values["train_update_batch_size"].value, values["train_update_lr"].value
-    return dataclasses.replace(
-        recipe,
-        shot=recipe.shot if shot == -1 else shot,
-        inner_lr=recipe.inner_lr if inner_lr == -1 else inner_lr,
-    )
-
-
-def defaults_taken(values: flags.FlagValues) -> list[str]:
-    """Lists the flags, as --name=value, that have the data set's value since they are not given."""
-    named = {recipes.FLAG_OF[field]: value for field, value in DATASETS[values["datasource"].value].defaults.items()}
-    return [f"--{flag}={value}" for flag, value in named.items() if values[flag].using_default_value]
-
-
-def parsed(arguments: list[str]) -> flags.FlagValues:
-    """Reads a command's arguments, as another program has them. No flag of this process is changed."""
-    values = copy.deepcopy(FLAGS)
-    for name in values:
-        values[name].unparse()
-    values(["main.py", *arguments])
-    return values
-
-
-def run_folder(values: flags.FlagValues, kind: type[runs.Run] = runs.Run) -> runs.Run:
-    """Finds the run folder that flags name."""
-    recipe = recipe_of(values)
-    trained = recipe if values.train else trained_recipe(recipe, values)
-    return kind(Path(values.logdir) / trained.run_name)
-
-
-def data_set(name: str, name_flag: str, path: flags.Flag) -> Dataset:
-    """The data set of this name, its images in the folder that the flag `path` names, if it does."""
-    row = DATASETS[name]
-    if row.images is None or (row.images.folder and not path.value):
-        return row
-    if not path.value:
-        raise InputError(f"--{name_flag}={name} has no folder of its own: name yours with --{path.name}")
-    return row._replace(images=row.images._replace(folder=os.path.abspath(path.value)))
-
-
-def users_folder(name: str, dataset: Dataset) -> str | None:
-    """The folder by which a user's own images are told from another's; None: the data set's name is enough."""
-    images = DATASETS[name].images
-    return dataset.images.folder if images and images.folder is None else None
-
-
-def trained_data_set(recipe: Recipe) -> Dataset:
-    """The data set of a training, read as the recipe and the flags say."""
-    dataset = recipe.dataset
-    if dataset.images is None:
-        return dataset
-    folder = data_set(recipe.data_set, "datasource", FLAGS["data_path"]).images.folder
-    any_size = dataset.images.any_size or FLAGS.image_size is not None
-    return dataset._replace(images=dataset.images._replace(folder=folder, any_size=any_size))
-
-
-def tested_data_set(recipe: Recipe) -> Dataset:
-    """The data set of a test: that of the training, or --test_datasource, whose images are read as the training's."""
-    if not FLAGS.test_datasource:
-        if FLAGS.test_data_path:
-            raise InputError("--test_data_path is the folder of --test_datasource: give that too, or --data_path")
-        return trained_data_set(recipe)
-    own = recipe.dataset.images
-    if own is None:
-        raise InputError(
-            f"--test_datasource={FLAGS.test_datasource} has images, which a run of the {recipe.data_set} cannot take: "
-            "leave it out"
-        )
-    other = data_set(FLAGS.test_datasource, "test_datasource", FLAGS["test_data_path"])
-    any_size = other.images.any_size or FLAGS.image_size is not None or other.images.size != own.size
-    images = other.images._replace(size=own.size, channels=own.channels, invert=own.invert, any_size=any_size)
-    images = images._replace(augment=own.augment, any_size=any_size or own.augment)
-    return other._replace(images=images._replace(split_sizes=own.split_sizes))
-
-
-def open_data(
-    dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool, query_shares: str = "balanced"
-) -> SinusoidTasks | ImageTasks:
-    """Opens the source of tasks of a recipe, its folder checked, and prints what is there."""
-    query = recipe.query_examples(training)
-    if dataset.images is None:
-        return SinusoidTasks(recipe.shot, query, oracle=recipe.baseline == "oracle")
-    images = dataset.images._replace(skip_broken=FLAGS.skip_broken)
-    folder = ROOT / images.folder
-    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query, query_shares)
-    found = "; ".join(
-        f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
-        for split, classes in data.classes.items()
-    )
-    say("Images of {}, read as {}x{}x{}: {}.".format(folder, *images.size, images.channels, found))
-    return data
-
-
-def layout(workers: Cluster | None = None) -> Layout:
+def layout(workers: "Cluster | None" = None) -> "Layout":
     """Return the placement of tasks that the flags ask for. A GPU computes one group at a time, which may fill it."""
+    import devices
+    from cluster import Cluster
+    from parallel import Layout
+
     workers = workers or Cluster()
     all_sum = workers.all_sum if workers.size > 1 else None
     if devices.gpus():
@@ -454,111 +515,118 @@ def layout(workers: Cluster | None = None) -> Layout:
     return Layout(side_by_side(workers), FLAGS["tasks_at_once"].value or 1, all_sum)
 
 
-def side_by_side(workers: Cluster) -> int:
-    """How many groups of tasks this process computes side by side: the processes of a host share its cores."""
+def side_by_side(workers: "Cluster") -> int:
+    """Return how many groups of tasks this process computes side by side: the processes of a host share its cores."""
+    import devices
+
     return FLAGS["threads"].value or max(1, devices.cores() // workers.place[1])
 
 
 def identity() -> dict[str, object]:
-    """What must be alike in all processes of a run: the flags, but for --threads, and the code."""
+    """Return what must be alike in all processes of a run: the flags, except --threads, and the code."""
+    import tensorflow as tf
+
+    import devices
+
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("[!.]*.py")))).hexdigest()[:16]
-    names = " ".join(GROUPS.values()).split()
-    given = {f"--{name}": FLAGS[name].value for name in names if name != "threads"}
+    given = {f"--{name}": FLAGS[name].value for name in ALL_FLAGS if name != "threads"}
     return given | {"code with the checksum": code, "TensorFlow": tf.__version__, "GPUs": devices.gpus()}
 
 
-# -- how the program starts and ends -----------------------------------------------------------------------------------
+# -- the program ------------------------------------------------------------------------------------------------------
 
 
 def run(argv: list[str]) -> None:
-    """Runs main. What the user can mend is told in one line; any other error is a fault here, and has its traceback."""
-    workers = Cluster()
+    """Run main. Print what the user can fix in one line; any other error is a bug here, and has its traceback."""
+    workers = None
     try:
+        recipe_of(FLAGS)  # wrong flags are reported before TensorFlow is imported, which takes seconds
+        import devices  # noqa: F401, isort: skip  it says how TensorFlow starts, so it comes before what imports it
+        import cluster
+
+        workers = cluster.Cluster()
         workers = cluster.of_environment()
         main(argv, workers)
     except InputError as error:
-        fail(workers.failed(error))
-    except BrokenPipeError as error:  # the reader of what is printed, such as head, has enough
-        with open(os.devnull, "w") as sys.stdout:  # else Python writes what is left there, once more, at its end
-            fail(
-                f"nobody reads what is printed ({error.strerror}): give the same command again, and training goes on "
-                "from the last checkpoint"
-            )
+        fail(workers.failed(error) if workers else error)
+    except BrokenPipeError as error:
+        nobody_reads()
+        fail(f"stdout: {error.strerror}; run the same command again to continue from the last checkpoint")
     except OSError as error:
-        if error.errno not in MENDABLE:
+        if error.errno not in FIXABLE:
             raise
-        fail(workers.failed(error))
-    except tf.errors.ResourceExhaustedError as error:
-        fail(
-            f"the memory is too small ({error.message.splitlines()[0]}): compute fewer tasks at once, with a small "
-            "--tasks_at_once, such as 1"
-        )
-    except tf.errors.OpError as error:
-        workers.lost(error)
+        fail(workers.failed(error) if workers else error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags. Wrong ones are told in one line; --help prints the flags in groups."""
-    if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(argv[1:]):
-        print(help_text())
-        sys.exit(0)
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        fail(f"{' '.join(str(error).split())} (python main.py --help lists the flags)")
+    except Exception as error:
+        errors = sys.modules["tensorflow"].errors if "tensorflow" in sys.modules else None
+        if errors and isinstance(error, errors.ResourceExhaustedError):
+            fail(f"out of memory ({error.message.splitlines()[0]}); lower --tasks_at_once, or --threads on a CPU")
+        if not (errors and isinstance(error, errors.OpError)):
+            raise
+        workers.lost(error)
 
 
 def fail(error: object) -> NoReturn:
-    """Ends the program with one line on stderr."""
+    """End the program with one line on stderr."""
     say(f"main.py: {error}", sys.stderr)
     sys.exit(1)
 
 
-def help_text() -> str:
-    """What --help prints."""
-    lines = [__doc__]
-    for group, names in GROUPS.items():
-        lines.append(f"{group}:\n")
-        for name in names.split():
-            flag = FLAGS[name]
-            default = "none" if flag.default is None else flag.default_as_str.strip("'")
-            lines.append(f"  --{'[no]' * flag.boolean}{name}: (default: {default})")
-            lines.append(textwrap.fill(flag.help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
-        lines.append("")
-    return "\n".join(lines)
+def nobody_reads() -> None:
+    """Drop what is still to be printed after the reader, such as head, has closed the pipe."""
+    with contextlib.suppress(OSError):  # a notebook's stdout is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fit_picture(maml: MAML, shot: int) -> np.ndarray | None:
-    """The first test task of the sinusoid, before and after updates, as plot.py draws it; None without matplotlib."""
-    try:
-        import plot
-    except ImportError:
-        return None
-    task = SinusoidTasks(shot, shot, oracle=True).draw(FLAGS.eval_seed, "test", 0, 1)
-    return plot.pixels(plot.sinusoid_figure({"This run": (maml.inner, maml.values())}, [task]))
+def main(argv: list[str], workers: "Cluster") -> None:
+    """Train or test, as the flags say, in one process or as one of several."""
+    from absl import logging
+
+    import devices
+
+    if len(argv) > 1:
+        raise InputError(f"{argv[1]}: unexpected argument; flags are written --name=value")
+    logging.set_verbosity(logging.WARNING)  # TensorFlow reports every checkpoint
+    start_devices(workers)
+    workers.check_alike(identity(), "give all processes the same flags and files, except for --threads")
+    if workers.size > 1:
+        print(f"{workers.size} processes compute this run. This is process 0, which alone prints and writes.")
+    if devices.gpus():
+        settings = [
+            f"{name} {'on' if devices.computed()[name] else 'off'}" for name in ("tensor_float_32", "deterministic")
+        ]
+        say(f"Computed on {', '.join(devices.gpus())}: {', '.join(settings)}.")
+    recipe = recipe_of(FLAGS)
+    if taken := defaults_taken(FLAGS):
+        print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")
+    if FLAGS.train:
+        train_run(recipe, workers)
+    else:
+        test_run(recipe, workers)
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
+def train_run(recipe: Recipe, workers: "Cluster") -> None:
+    """Train the run of a recipe. Exit with the signal's code if a signal stopped it."""
+    import devices
+    import runs
+    import train
+    from cluster import stopping_on_signals
 
-
-def train_run(recipe: Recipe, workers: Cluster) -> None:
-    """Trains the run of a recipe. Exits with the signal's code where a signal stopped it."""
     run, dataset = run_folder(FLAGS, runs.Run if workers.chief else runs.ReadOnlyRun), trained_data_set(recipe)
-    share, at_once = workers.share(recipe.meta_batch), layout(workers).group
-    if at_once and share % at_once:
+    share, placed = workers.share(recipe.meta_batch), layout(workers)
+    if placed.group and share % placed.group:
         shared = f", shared by {workers.size} processes" if workers.size > 1 else ""
         raise InputError(
-            f"--tasks_at_once={at_once} does not divide --meta_batch_size={recipe.meta_batch}{shared}: give a number "
-            "that does"
+            f"--tasks_at_once={placed.group}: must divide the meta-batch size ({recipe.meta_batch}{shared})"
         )
-    recipes.check_training(dataclasses.replace(recipe, meta_batch=share), layout(workers))
-    maml = recipes.build(recipe, layout(workers))
+    if not devices.gpus():
+        recipes.check_memory(dataclasses.replace(recipe, meta_batch=share), placed, devices.memory())
+    maml = recipes.build(recipe, placed)
     if maml.inner.network.steps_a_call > 1 and workers.size > 1:
         raise InputError(
-            f"the network of --datasource={recipe.data_set} is so small that {workers.size} processes would be slower "
-            "than one: start one"
+            f"--datasource={recipe.data_set}: its network is so small that {workers.size} processes would be slower "
+            "than one; start one"
         )
     settings = train.Settings(
         val_split="test" if FLAGS.test_set else "val",
@@ -566,6 +634,7 @@ def train_run(recipe: Recipe, workers: Cluster) -> None:
         eval_seed=FLAGS.eval_seed,
         save_interval=FLAGS.save_interval,
         log=FLAGS.log,
+        data=images_record(),
     )
     with run.locked():
         run.check(recipes.to_flags(recipe), recipes.DEFAULTS, FLAGS.resume)
@@ -580,49 +649,60 @@ def train_run(recipe: Recipe, workers: Cluster) -> None:
         sys.exit(128 + signal.Signals[stop.reason])
 
 
-def test_run(recipe: Recipe, workers: Cluster) -> None:
-    """Tests a checkpoint on --test_tasks tasks, always the same ones. recipe: with the K and alpha of the test."""
+def fit_picture(maml: "MAML", shot: int) -> "np.ndarray | None":
+    """Return the first test task of the sinusoid, before and after updates, as plot.py draws it; None without it."""
+    try:
+        import plot
+    except ImportError:
+        return None
+    from data_generator import SinusoidTasks
+
+    task = SinusoidTasks(shot, shot, oracle=True).draw(FLAGS.eval_seed, "test", 0, 1)
+    return plot.pixels(plot.sinusoid_figure({"This run": (maml.inner, maml.values())}, [task]))
+
+
+def test_run(recipe: Recipe, workers: "Cluster") -> None:
+    """Test a checkpoint on --test_tasks tasks, always the same ones. recipe: with the K and alpha of the test."""
+    import evaluate
+    import runs
+
     trained, run = trained_recipe(recipe, FLAGS), run_folder(FLAGS)
     if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
+        raise InputError(f"--query_norm={FLAGS.query_norm}: changes nothing with --norm={recipe.norm}; leave it out")
+    if recipe.learn_inner_lr != "none" and recipe.inner_lr != trained.inner_lr:
         raise InputError(
-            f"--query_norm={FLAGS.query_norm} is for batch norm, and with --norm={recipe.norm} it changes nothing: "
-            "leave it out"
-        )
-    if recipe.learn_inner_lr != "none" and FLAGS.train_update_lr != -1:
-        raise InputError(
-            f"--train_update_lr is for a test with another alpha, and with --learn_update_lr={recipe.learn_inner_lr} "
-            "the learned step sizes are taken: leave it out, and give the --update_lr of the training"
+            f"--update_lr={recipe.inner_lr}: this run learned its step sizes; give {trained.inner_lr}, as in training"
         )
     uneven = FLAGS.query_shares != "balanced"
     if uneven and not recipe.dataset.images:
-        raise InputError(f"--query_shares={FLAGS.query_shares} is for classes, which the {recipe.data_set} has not")
+        raise InputError(f"--query_shares: applies only to classification; the {recipe.data_set} task is regression")
     prefix = run.checkpoint(FLAGS.test_iter)
-    expected = recipes.to_flags(trained)
-    del expected["num_query"]  # at test it is the test's own, and so is --split where other data are tested
-    if FLAGS.test_datasource:
-        del expected["split"]
-    run.check_flags(expected, recipes.DEFAULTS, training=False)
-    results = Path(FLAGS.results_dir) if FLAGS.results_dir else run.folder
+    if not FLAGS.run:
+        expected = recipes.to_flags(trained)
+        del expected["num_query"]  # at test it is the test's own, and so is --split if other data are tested
+        if FLAGS.test_datasource:
+            del expected["split"]
+        run.check_flags(expected, recipes.DEFAULTS, training=False)
+    results = results_folder(run)
     if workers.chief:
         runs.check_writable(results, "--results_dir")
     dataset = tested_data_set(recipe)
+    query = FLAGS.num_query
     protocol = evaluate.Protocol(
         split="test" if FLAGS.test_set else "val",
         shot=recipe.shot,
         inner_lr=recipe.inner_lr,
-        query=FLAGS.num_query,
+        query=query,
         other_data_set=FLAGS.test_datasource,
         data_folder=users_folder(FLAGS.test_datasource or recipe.data_set, dataset),
-        class_split=FLAGS.split,
+        class_split=recipe.split,
         tasks=FLAGS.test_tasks,
         task_seed=FLAGS.eval_seed,
         query_norm=FLAGS.query_norm,
         updates=FLAGS.test_updates,
         query_shares=FLAGS.query_shares,
     )
-    asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query)
-    groups, at_once, *_ = layout(workers)
-    recipes.check_test(asked, min(groups * at_once or evaluate.GROUP, FLAGS.test_tasks))
+    asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and query == -1 else query)
     data = open_data(dataset, (protocol.split,), asked, training=False, query_shares=FLAGS.query_shares)
     maml = recipes.build(recipe, layout(workers))
     if FLAGS.test_iter == -1:
@@ -637,27 +717,12 @@ def test_run(recipe: Recipe, workers: Cluster) -> None:
     workers.leave()
 
 
-def main(argv: list[str], workers: Cluster) -> None:
-    """Trains, or tests, as the flags say, in one process or as one of several."""
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]}: flags are written --name=value")
-    logging.set_verbosity(logging.WARNING)  # TensorFlow tells about every checkpoint
-    start_devices(workers)
-    workers.check_alike(identity(), "give all processes the same flags and files, except for --threads")
-    if workers.size > 1:
-        print(f"{workers.size} processes compute this run. This one is process 0, which alone prints and writes.")
-    if devices.gpus():
-        settings = [
-            f"{name} {'on' if devices.computed()[name] else 'off'}" for name in ("tensor_float_32", "deterministic")
-        ]
-        say(f"Computed on {', '.join(devices.gpus())}: {', '.join(settings)}.")
-    recipe = recipe_of(FLAGS)
-    if taken := defaults_taken(FLAGS):
-        print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")
-    if FLAGS.train:
-        train_run(recipe, workers)
-    else:
-        test_run(recipe, workers)
+def results_folder(run: "Run") -> Path:
+    """Return the folder of a test's files. Those of a published model stay as they were published."""
+    published = ROOT / "logs" / "published"
+    if FLAGS.results_dir:
+        return Path(FLAGS.results_dir)
+    return ROOT / "logs" / "tests" / run.folder.name if run.folder.resolve().parent == published else run.folder
 
 
 if __name__ == "__main__":

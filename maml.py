@@ -16,9 +16,9 @@ import tensorflow as tf
 from files import check_choice
 from networks import Network, support_normalized
 from parallel import Layout, mean_over_tasks, over_tasks
+from recipe import QUERY_NORMS
 from utils import Curve, Tasks, Weights
 
-QUERY_NORMS = ("batch", "support")
 Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # outputs [n, O], labels [n, O] -> scalar
 
 

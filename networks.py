@@ -19,12 +19,11 @@ import tensorflow as tf
 
 import special_grads
 from files import InputError, check_choice
+from recipe import ADAPTED, LEARNED_STEP_SIZES
 from utils import Weights
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
 TORCH_EPSILON = 1e-5  # of PyTorch's batch norm
-ADAPTED = ("all", "head", "body")  # what the inner loop changes: see adapting
-LEARNED_STEP_SIZES = ("none", "weight", "step")  # see with_step_sizes
 STEPS_A_CALL = 100  # of a network so small that starting an operation costs more than the operation
 
 

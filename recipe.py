@@ -1,37 +1,28 @@
-"""The recipe of a run: everything that its numbers depend on, and the model that it describes."""
+"""A run's recipe: everything that its numbers depend on, each value with its flag. Imports no TensorFlow."""
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-import tensorflow as tf
-
-import devices
-from data_generator import DATASETS, Dataset
 from files import InputError, printable
-from images import Images
-from maml import MAML, InnerLoop
-from networks import ADAPTED, LEARNED_STEP_SIZES, NETWORKS, adapting, with_step_sizes
-from parallel import Layout
-from utils import accuracy, mean_xent, mse, xent
 
-NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
-# The original's folder names, without our suffixes: a folder that has one of those has a flags.json too.
-RUN_NAME = re.compile(
-    r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d+(?:\.\d+)?(?:e-?\d+)?)"
-    r"(?:hidden(\d+))?(maxpool)?(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)"
-)
+if TYPE_CHECKING:
+    from maml import MAML
+    from parallel import Layout
+
+# -- what a flag is ---------------------------------------------------------------------------------------------------
 
 
 class Range(NamedTuple):
-    """The numbers that a flag can be. The upper bounds are far above any use, and keep slips from taking all memory."""
+    """The numbers that a flag accepts. The upper bounds are far above any use and catch typing errors."""
 
     least: float
     most: float
-    also: tuple[float, ...] = ()  # what means that another value is taken
+    also: tuple[float, ...] = ()  # stands for another value
 
     def __contains__(self, value: object) -> bool:
         return value in self.also or self.least <= value <= self.most
@@ -43,55 +34,316 @@ class Range(NamedTuple):
         return f"{self.least} or more, and at most {self.most:,}{also}"
 
 
+class Flag(NamedTuple):
+    """The one definition of a flag. main.py makes absl's flag, --help, and the checks from it."""
+
+    name: str
+    default: Any
+    help: str
+    group: str  # of --help, a key of GROUPS
+    kind: type = str
+    accepts: Range | Iterable[Any] | None = None  # a range of numbers, or the values to choose from; None: any
+
+
+GROUPS = {"run": "The run", "method": "The method", "data": "The data", "test": "The test"}
 ITERATIONS = Range(0, 10**12)
 EXAMPLES = Range(1, 10**6)
 QUERIES = EXAMPLES._replace(also=(-1,))
 RATE = Range(1e-37, 1e37)
 SEED = Range(0, 2**63 - 1)
+NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", None: "nonorm"}  # value -> part of a run folder's name
+ADAPTED = ("all", "head", "body")  # see networks.adapting
+LEARNED_STEP_SIZES = ("none", "weight", "step")  # see networks.with_step_sizes
+LOSSES = ("sum_over_shot", "mean")  # utils.xent, utils.mean_xent
+QUERY_NORMS = ("batch", "support")  # see maml.adaptation_curve
+QUERY_SHARES = ("balanced", "dirichlet")  # see data_generator.ImageTasks
 
 
-def _flag(name: str, default: Any, range: Range | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"flag": name, "range": range})
+# -- data sets --------------------------------------------------------------------------------------------------------
+
+
+class Images(NamedTuple):
+    """What an image data set has on disk, and how its tasks are made."""
+
+    folder: str | None  # below the project's root, or absolute; None: --data_path names it
+    prepare: str  # the script, or the page, that says how to fill the folder
+    size: tuple[int, int]  # height, width in pixels
+    channels: int  # 1 gray, 3 red, green, blue
+    rotations: bool  # a class in a task is a class on disk rotated by 0, 90, 180 or 270 degrees
+    invert: bool  # pixel = 1 - u8 / 255 (ink is 1), else u8 / 255
+    train_query: int | None  # query images per class in training and its validation; None: as many as support
+    split_list: str | None  # data/splits/<name>: the classes of each split; None: folders train, val, test
+    any_size: bool = False  # resize images of another size, else refuse them
+    split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, if no folders say which
+    skip_broken: bool = False  # leave out unreadable images, else refuse them
+    augment: bool = False  # train on random crops
+    kept: int = 128  # then: height and width in pixels at which a whole image is kept
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Height and width in pixels at which images are kept."""
+        return (max(self.kept, *self.size),) * 2 if self.augment else self.size
+
+
+class Dataset(NamedTuple):
+    """One data set, with the values that the paper and the original's code use for it."""
+
+    defaults: dict[str, Any]  # field of a Recipe -> value, if not the original's default
+    network: str  # of networks.NETWORKS
+    clip: float | None  # bound on each element of the meta-gradient
+    curve_steps: int  # least number of updates in a summary of the whole curve (the original's test_num_updates)
+    paper_updates: dict[int, tuple[int, ...]]  # way -> updates at test behind published numbers
+    images: Images | None  # None: the sinusoid
+
+
+# Paper section 5.2 and appendix A.1. The original's defaults are the sinusoid's; its documented commands say the rest.
+MINIIMAGENET = Dataset(
+    defaults={},
+    network="miniimagenet",
+    clip=10.0,
+    curve_steps=1,
+    paper_updates={5: (10,)},
+    images=Images(
+        folder="data/miniImagenet",
+        prepare="data/miniImagenet/proc_images.py",
+        size=(84, 84),
+        channels=3,
+        rotations=False,
+        invert=False,
+        train_query=15,
+        split_list=None,
+    ),
+)
+
+
+def _photographs(
+    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False, kept: int = 128
+) -> Dataset:
+    """Return a row of square RGB photographs, with the values of MiniImagenet's documented commands as defaults.
+
+    published: papers report MAML on this data set by the same protocol. kept: see Images.
+    """
+    images = MINIIMAGENET.images._replace(
+        folder=folder, prepare=prepare, size=(size, size), any_size=any_size, kept=kept
+    )
+    defaults = {"meta_batch": 4, "inner_lr": 0.01, "inner_steps": 5, "filters": 32, "max_pool": True}
+    paper_updates = MINIIMAGENET.paper_updates if published else {}
+    return MINIIMAGENET._replace(defaults=defaults, images=images, paper_updates=paper_updates)
+
+
+DATASETS = {
+    # Paper section 5.1. The original's default norm crashes here; its documented commands say --norm=None.
+    "sinusoid": Dataset(
+        defaults={"norm": None},
+        network="sinusoid",
+        clip=None,
+        curve_steps=5,
+        paper_updates={5: (1, 5, 10)},
+        images=None,
+    ),
+    # Paper section 5.2 and appendix A.1.
+    "omniglot": Dataset(
+        defaults={},
+        network="omniglot",
+        clip=None,
+        curve_steps=10,
+        paper_updates={5: (3,), 20: (5,)},
+        images=Images(
+            folder="data/omniglot_resized",
+            prepare="data/omniglot_resized/resize_images.py",
+            size=(28, 28),
+            channels=1,
+            rotations=True,
+            invert=True,
+            train_query=None,
+            split_list="omniglot.json",
+        ),
+    ),
+    "miniimagenet": MINIIMAGENET,
+    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True, kept=32),
+    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True, kept=32),
+    "cub": _photographs("data/cub", "data/cub/prepare.py"),
+    "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py"),
+    "folder": _photographs(None, "docs/data.md (Your own images)", any_size=True),
+}
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def _field(name: str, default: Any, group: str, help: str, accepts: Range | Iterable[Any] | None = None) -> Any:
+    """Declare a field of Recipe with the flag that sets it. The field's type is the flag's."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(name, default, help, group, accepts=accepts)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that a run's numbers depend on, in the field's words, each beside the flag that sets it.
+    """Everything that a run's numbers depend on, in standard terms, each field with its flag.
 
-    The defaults are those of the flags, the original's where it has the flag. They stand for every key that is missing
-    from an older flags.json.
+    The defaults are the original's if it has the flag. They also stand for keys that an older flags.json lacks.
     """
 
-    data_set: str = _flag("datasource", "sinusoid")  # of data_generator.DATASETS
-    way: int = _flag("num_classes", 5, Range(2, 10**4))  # N, classes in a task
-    baseline: str | None = _flag("baseline", None)  # "oracle": the sinusoid's amplitude and phase are inputs too
-    pretrain_steps: int = _flag("pretrain_iterations", 0, ITERATIONS)  # outer steps on the support loss, the first ones
-    metatrain_steps: int = _flag("metatrain_iterations", 15000, ITERATIONS)  # outer steps of MAML
-    meta_batch: int = _flag("meta_batch_size", 25, EXAMPLES)  # T, tasks in an outer step
-    meta_lr: float = _flag("meta_lr", 0.001, RATE)  # beta, the rate of Adam
-    shot: int = _flag("update_batch_size", 5, EXAMPLES)  # K, support examples a class
-    inner_lr: float = _flag("update_lr", 0.001, RATE)  # alpha, the size of an inner step
-    inner_steps: int = _flag("num_updates", 1, Range(1, 200))  # J, inner steps in training; 200 compile for minutes
-    loss: str = _flag("loss", "sum_over_shot")  # cross-entropy, "sum_over_shot" (xent) or "mean"
-    network: str = _flag("network", "paper")  # or one of NETWORKS that another code has: "conv4_affine", "resnet12"
-    norm: str | None = _flag("norm", "batch_norm")  # a key of NORMS
-    filters: int = _flag("num_filters", 64, Range(1, 10**4))  # of each convolution
-    conv: bool = _flag("conv", True)  # else image data has a fully connected network
-    max_pool: bool = _flag("max_pool", False)  # else convolutions of stride 2
-    first_order: bool = _flag("stop_grad", False)  # no second derivatives
-    adapt: str = _flag("adapt", "all")  # what the inner loop changes: "all", "head" (ANIL) or "body" (BOIL)
-    learn_inner_lr: str = _flag("learn_update_lr", "none")  # "weight" or "step": step sizes are learned, see MAML
-    query: int = _flag("num_query", -1, QUERIES)  # Q, query examples a class; -1: see query_examples
-    seed: int = _flag("seed", 0, SEED)  # of the initial weights and the training tasks
-    data_path: str | None = _flag("data_path", None)  # folder of a user's own images; None: the data set's name says it
-    split: str | None = _flag("split", None)  # "64,16,20": classes in train, val and test, where no folders say it
-    image_size: int | None = _flag("image_size", None, Range(1, 10**4))  # pixels; None: the data set's own
-    image_channels: int | None = _flag("image_channels", None)  # 1 or 3; None: the data set's own
-    augment: bool = _flag("augment", False)  # crops of whole photographs, and ImageNet's mean and std: augment.py
+    data_set: str = _field(
+        "datasource",
+        "sinusoid",
+        "run",
+        "Data set to draw tasks from; folder: your own images, in --data_path. From cifarfs on, the defaults are those "
+        "of MiniImagenet's commands (meta_batch_size=4 update_lr=0.01 num_updates=5 num_filters=32 max_pool=True).",
+        DATASETS,
+    )
+    way: int = _field(
+        "num_classes", 5, "data", "N, classes per task (way). Paper: 5 and 20. The sinusoid has none.", Range(2, 10**4)
+    )
+    baseline: str | None = _field(
+        "baseline",
+        None,
+        "method",
+        "oracle: the sinusoid's amplitude and phase are inputs, too; pretraining only.",
+        (None, "oracle"),
+    )
+    pretrain_steps: int = _field(
+        "pretrain_iterations",
+        0,
+        "method",
+        "Outer steps on the support loss before any update; they come first.",
+        ITERATIONS,
+    )
+    metatrain_steps: int = _field(
+        "metatrain_iterations", 15000, "method", "Outer steps of MAML. Paper: 70000 sinusoid, 60000 images.", ITERATIONS
+    )
+    meta_batch: int = _field(
+        "meta_batch_size",
+        25,
+        "method",
+        "T, tasks per outer step. Paper: 25 sinusoid; 32 and 16 Omniglot 5- and 20-way; 4 MiniImagenet.",
+        EXAMPLES,
+    )
+    meta_lr: float = _field("meta_lr", 0.001, "method", "beta, learning rate of the outer Adam. Paper: 0.001.", RATE)
+    shot: int = _field(
+        "update_batch_size",
+        5,
+        "method",
+        "K, support examples per class (shot). Paper: 1 and 5; 5, 10, 20 sinusoid.",
+        EXAMPLES,
+    )
+    inner_lr: float = _field(
+        "update_lr",
+        0.001,
+        "method",
+        "alpha, size of an inner step on the cross-entropy summed over examples and divided by K, or on the mean "
+        "squared error. Paper: 0.4 and 0.1 Omniglot 5- and 20-way, 0.01 MiniImagenet; the original's sinusoid commands "
+        "0.001.",
+        RATE,
+    )
+    inner_steps: int = _field(
+        "num_updates",
+        1,
+        "method",
+        "J, inner steps in training. Paper: 1 sinusoid and Omniglot 5-way, 5 the others.",
+        Range(1, 200),  # 200 compile for minutes
+    )
+    loss: str = _field(
+        "loss",
+        "sum_over_shot",
+        "method",
+        "Cross-entropy of classes: summed over the examples and divided by K (sum_over_shot, the original's), or their "
+        "mean. On a support set the first is num_classes times the second, and so is the step of the same update_lr.",
+        LOSSES,
+    )
+    network: str = _field(
+        "network",
+        "paper",
+        "method",
+        "The paper's network of the data set, or one of mmfewshot's, whose batch norm has a gamma and a beta that the "
+        "inner loop adapts, too: conv4_affine (with num_filters) or resnet12. Their meta-gradient is not clipped.",
+        ("paper", "conv4_affine", "resnet12"),
+    )
+    norm: str | None = _field(
+        "norm",
+        "batch_norm",
+        "method",
+        "Normalization. batch_norm uses the statistics of the current batch, at test too (transductive). The sinusoid "
+        "has None unless this flag is given.",
+        NORMS,
+    )
+    filters: int = _field(
+        "num_filters", 64, "method", "Filters per convolution. Paper: 64 Omniglot, 32 MiniImagenet.", Range(1, 10**4)
+    )
+    conv: bool = _field(
+        "conv",
+        True,
+        "method",
+        "Convolutional network; --noconv: fully connected (256, 128, 64, 64). The sinusoid's is always 40, 40.",
+    )
+    max_pool: bool = _field(
+        "max_pool", False, "method", "Downsample by 2x2 max-pooling rather than by stride 2. Paper: MiniImagenet."
+    )
+    first_order: bool = _field(
+        "stop_grad", False, "method", "First-order MAML: no second derivatives (paper section 5.2)."
+    )
+    adapt: str = _field(
+        "adapt",
+        "all",
+        "method",
+        "The layers that the inner loop adapts: all (MAML), only the last, the head (ANIL), or all but the last, the "
+        "body (BOIL).",
+        ADAPTED,
+    )
+    learn_inner_lr: str = _field(
+        "learn_update_lr",
+        "none",
+        "method",
+        "Meta-learn the inner step sizes, which begin as update_lr: one per element of each weight (weight, Meta-SGD), "
+        "or one per array of weights and update (step, as MAML++). At test, updates beyond num_updates use the last.",
+        LEARNED_STEP_SIZES,
+    )
+    query: int = _field(
+        "num_query",
+        -1,
+        "data",
+        "Q, query examples per class. -1, as in the original: K; 15 in training and validation on photographs.",
+        QUERIES,
+    )
+    seed: int = _field("seed", 0, "run", "Seed of the initial weights and of the training tasks.", SEED)
+    # Recorded only for a user's own images: the others are named by data_set.
+    data_path: str | None = _field(
+        "data_path", None, "data", "Folder of the images, if not the data set's own below data/."
+    )
+    split: str | None = _field(
+        "split",
+        None,
+        "data",
+        "Number of classes in train, val and test, e.g. 64,16,20, for images in DIR/<class>/ rather than in "
+        "DIR/{train,val,test}/<class>/. They are drawn at random, but always the same. With --test_datasource: of that "
+        "data set.",
+    )
+    image_size: int | None = _field(
+        "image_size",
+        None,
+        "data",
+        "Height and width in pixels; other images are resized, whatever their shape. Default: the data set's own, 84 "
+        "for folder.",
+        Range(1, 10**4),
+    )
+    image_channels: int | None = _field(
+        "image_channels",
+        None,
+        "data",
+        "1 gray, 3 color. Default: the data set's own, 3 for folder.",
+        (None, 1, 3),
+    )
+    augment: bool = _field(
+        "augment",
+        False,
+        "data",
+        "As mmfewshot: train on random crops of whole photographs, half of them flipped, with changed brightness, "
+        "contrast and saturation; test on the center. Normalize pixels with the ImageNet mean and standard deviation. "
+        "See docs/data.md.",
+    )
 
     @property
     def dataset(self) -> Dataset:
-        """The data set's row, its images as this recipe has them."""
+        """The data set's row, with images as this recipe has them."""
         row = DATASETS[self.data_set]
         if row.images is None:
             return row
@@ -109,25 +361,25 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Outer steps in all."""
+        """All outer steps."""
         return self.pretrain_steps + self.metatrain_steps
 
     def query_examples(self, training: bool) -> int:
-        """Q: as many as K, and 15 in the training on photographs and its validation, unless it is given."""
+        """Return Q: the value given, or K; or 15 in training on photographs and its validation."""
         if self.query != -1:
             return self.query
-        images: Images | None = DATASETS[self.data_set].images
+        images = DATASETS[self.data_set].images
         return (training and images and images.train_query) or self.shot
 
     @property
     def variant(self) -> str:
-        """The part of names that says which member of MAML's family it is; empty for MAML."""
+        """The part of names that says which member of MAML's family this is; empty for MAML."""
         adapt = f".adapt{self.adapt}" if self.adapt != "all" else ""
         return adapt + (f".learnlr{self.learn_inner_lr}" if self.learn_inner_lr != "none" else "")
 
     @property
     def paper_updates(self) -> tuple[int, ...]:
-        """Updates at test behind published numbers; empty where there are none.
+        """Updates at test behind published numbers; empty if there are none.
 
         BOIL and learned step sizes are published with as many as in training (Oh et al. 2021, Li et al. 2017, Antoniou
         et al. 2019), MAML and ANIL with those of the data set, and mmfewshot's networks with 5.
@@ -140,9 +392,9 @@ class Recipe:
 
     @property
     def run_name(self) -> str:
-        """The run folder's name: the original's (its main.py), with suffixes for what that leaves out.
+        """The run folder's name: the original's (its main.py), with suffixes for what it leaves out.
 
-        A suffix stands only where a value is not at its default.
+        A suffix appears only if a value is not the default.
         Example: cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm, or the same with .seed3
         """
         name = f"cls_{self.way}.mbs_{self.meta_batch}.ubs_{self.shot}.numstep{self.inner_steps}.updatelr{self.inner_lr}"
@@ -175,49 +427,57 @@ class Recipe:
         return name
 
 
-FIELDS = {field.metadata["flag"]: field for field in dataclasses.fields(Recipe)}  # by the flag's name
-FLAG_OF = {field.name: flag for flag, field in FIELDS.items()}  # name of a field -> its flag
+def _flag_of(field: dataclasses.Field) -> Flag:
+    (kind,) = {*(get_args(field.type) or (field.type,))} - {NoneType}
+    return field.metadata["flag"]._replace(kind=kind)
+
+
+FIELDS = {field.metadata["flag"].name: field.name for field in dataclasses.fields(Recipe)}  # flag -> field
+FLAGS = {flag.name: flag for flag in map(_flag_of, dataclasses.fields(Recipe))}
+DEFAULTS = {name: flag.default for name, flag in FLAGS.items()}
 SPLIT = "[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}"
-RANGES = {flag: field.metadata["range"] for flag, field in FIELDS.items() if field.metadata["range"]}
-CHOICES = {
-    "datasource": DATASETS,
-    "norm": NORMS,
-    "baseline": (None, "oracle"),
-    "image_channels": (None, 1, 3),
-    "adapt": ADAPTED,
-    "learn_update_lr": LEARNED_STEP_SIZES,
-    "loss": ("sum_over_shot", "mean"),
-    "network": ("paper", "conv4_affine", "resnet12"),
-}
+# The original's folder names, without our suffixes: a folder that has one of those has a flags.json, too.
+RUN_NAME = re.compile(
+    r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d+(?:\.\d+)?(?:e-?\d+)?)"
+    r"(?:hidden(\d+))?(maxpool)?(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)"
+)
 
 
-def from_flags(flags: Mapping[str, Any]) -> Recipe:
-    """Makes the recipe of a flags.json. A missing key means its flag's default; keys that are no recipe's are ignored.
+def to_flags(recipe: Recipe) -> dict[str, Any]:
+    """Return the content of flags.json, by the flags' names."""
+    return {flag: getattr(recipe, field) for flag, field in FIELDS.items()}
 
-    Raises InputError where a value is of another type, or not one that its flag can have.
+
+def from_flags(flags: Mapping[str, Any], source: str = "flags.json") -> Recipe:
+    """Return the recipe of a flags.json. A missing key means its flag's default; other keys are ignored.
+
+    Raise InputError for a value that its flag does not accept. source: where the values are from, for the error.
     """
-    values = {field.name: flags[flag] for flag, field in FIELDS.items() if flag in flags}
-    recipe = Recipe(**values)
-    _check_values(recipe, "flags.json has", "put a right one there")
+    recipe = Recipe(**{field: flags[flag] for flag, field in FIELDS.items() if flag in flags})
+    for name, flag in FLAGS.items():
+        value = getattr(recipe, FIELDS[name])
+        accepted = value is None if flag.default is None and value is None else _is_a(value, flag.kind)
+        if name == "norm" and value is None:
+            accepted = True
+        if accepted and value is not None and flag.accepts is not None:
+            accepted = value in flag.accepts
+        if not accepted:
+            raise InputError(f"{source}: --{name}={printable(value)[:60]} is not a value of that flag; correct it")
     sizes_of_split(recipe.split)
-    if "\0" in (recipe.data_path or ""):
-        raise InputError(
-            f"flags.json has --data_path={recipe.data_path}, which no folder is called: put a right one there"
-        )
     return recipe
 
 
 def from_run_name(name: str, data_set: str) -> Recipe:
-    """Makes the recipe of a run folder without flags.json, such as the original's released model, from its name.
+    """Return the recipe of a run folder without flags.json, such as the original's released model, from its name.
 
-    The name is the original's, and it does not say the data set. What it leaves out has its default.
-    Raises InputError where it is another name, or says a value that its flag cannot have.
+    The name is the original's, and does not say the data set. What it leaves out has its default.
+    Raise InputError for another name, or for a value that its flag does not accept.
     """
     found = RUN_NAME.fullmatch(name)
     if not found:
         raise InputError(
-            f"{name} has no flags.json, and its name does not say how it was trained, as the original's do "
-            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm): give the folder of a run"
+            f"{name}: has no flags.json, and the name does not say how it was trained, as the original's do "
+            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm); give the folder of a run"
         )
     way, meta_batch, shot, inner_steps, inner_lr, filters, max_pool, first_order, baseline, norm = found.groups()
     recipe = Recipe(
@@ -233,152 +493,82 @@ def from_run_name(name: str, data_set: str) -> Recipe:
         max_pool=bool(max_pool),
         first_order=bool(first_order),
     )
-    _check_values(recipe, f"the name {name} says", "give the folder of a run")
-    return recipe
-
-
-def _check_values(recipe, source, way_out):
-    """Raises InputError where a value is of another type, or not one that its flag can have."""
-    for flag, field in FIELDS.items():
-        value = getattr(recipe, field.name)
-        right = _is_a(value, field.type) and value in CHOICES.get(flag, (value,))
-        if not right or (value is not None and flag in RANGES and value not in RANGES[flag]):
-            raise InputError(f"{source} --{flag}={printable(value)[:60]}, which that flag cannot be: {way_out}")
+    return from_flags(to_flags(recipe), name)
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """As isinstance, but a bool is no number, and a whole number may stand for a float."""
+    """As isinstance, but a bool is not a number, and an integer may stand for a float."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
 
 
-def to_flags(recipe: Recipe) -> dict[str, Any]:
-    """Makes the content of flags.json, by the flags' names."""
-    return {flag: getattr(recipe, field.name) for flag, field in FIELDS.items()}
+def sizes_of_split(split: str | None) -> tuple[int, int, int] | None:
+    """Return the numbers of classes in train, val and test of a value such as "64,16,20"."""
+    if split is None:
+        return None
+    if not re.fullmatch(SPLIT, split):
+        raise InputError(f"--split={printable(split)[:60]}: must be three numbers of classes, e.g. 64,16,20")
+    return tuple(map(int, split.split(",")))
 
 
-DEFAULTS = to_flags(Recipe())
+# -- the model --------------------------------------------------------------------------------------------------------
 
 
-def build(recipe: Recipe, layout: Layout = Layout()) -> MAML:  # noqa: B008  a constant
+def build(recipe: Recipe, layout: "Layout | None" = None) -> "MAML":
     """Return the model with its initial weights.
 
     recipe: with the K and alpha of what it is built for, which may differ between training and test.
-    Raise InputError if its images are too small for its network, or its weights too many for the memory.
+    Raise InputError if its images are too small for its network.
     """
-    row, network = recipe.dataset, _network(recipe)
-    _check_memory(recipe, {"weights": 5 * _size(_weights(network))})
+    # The record is a leaf; this function is above the method, and needs TensorFlow.
+    from maml import MAML, InnerLoop  # tach-ignore
+    from networks import NETWORKS, adapting, with_step_sizes  # tach-ignore
+    from parallel import Layout  # tach-ignore
+    from utils import accuracy, mean_xent, mse, xent  # tach-ignore
+
+    row = recipe.dataset
+    name = row.network if recipe.conv or row.images is None else "no_conv"
+    name = name if recipe.network == "paper" else recipe.network
+    network = NETWORKS[name](*input_and_outputs(recipe), recipe.norm, recipe.filters, recipe.max_pool)
+    network = with_step_sizes(
+        adapting(network, recipe.adapt), recipe.learn_inner_lr, recipe.inner_lr, recipe.inner_steps
+    )
+    loss = mean_xent if recipe.loss == "mean" else functools.partial(xent, shot=recipe.shot)
     return MAML(
-        InnerLoop(
-            with_step_sizes(network, recipe.learn_inner_lr, recipe.inner_lr, recipe.inner_steps),
-            _loss(recipe),
-            alpha=recipe.inner_lr,
-            steps=recipe.inner_steps,
-            first_order=recipe.first_order,
-        ),
+        InnerLoop(network, loss if row.images else mse, recipe.inner_lr, recipe.inner_steps, recipe.first_order),
         accuracy if row.images else None,
         meta_lr=recipe.meta_lr,
         clip=row.clip if recipe.network == "paper" else None,
         seed=recipe.seed,
-        layout=layout,
+        layout=layout or Layout(),
     )
 
 
-def _input_and_outputs(recipe):
-    """The shape of one input, and the number of outputs."""
+def input_and_outputs(recipe: Recipe) -> tuple[tuple[int, ...], int]:
+    """Return the shape of one input, and the number of outputs."""
     images = recipe.dataset.images
     if images is None:
         return (3 if recipe.baseline else 1,), 1
     return (*images.size, images.channels), recipe.way
 
 
-def _loss(recipe):
-    if recipe.dataset.images is None:
-        return mse
-    return mean_xent if recipe.loss == "mean" else functools.partial(xent, shot=recipe.shot)
+def check_memory(recipe: Recipe, layout: "Layout", memory: int) -> None:
+    """Raise InputError if the activations of a training step of ResNet-12 certainly fill the memory, in bytes.
 
-
-def _network(recipe):
-    shape, outputs = _input_and_outputs(recipe)
-    row = recipe.dataset
-    network = row.network if recipe.conv or row.images is None else "no_conv"
-    if recipe.network != "paper":
-        network = recipe.network
-    return adapting(NETWORKS[network](shape, outputs, recipe.norm, recipe.filters, recipe.max_pool), recipe.adapt)
-
-
-# -- what would fill the memory ----------------------------------------------------------------------------------------
-
-
-def check_training(recipe: Recipe, layout: Layout) -> None:
-    """Raises InputError where a step of training certainly needs more memory than there is. Computes nothing.
-
-    Counted are two blocks of tasks, since one is drawn while the steps on the other are taken; weights with Adam's
-    moments, a gradient for each task that is computed at once, and their sum in float64; and the layers' outputs, which
-    second derivatives need of every update.
+    The system would kill the program without a word. For each pixel, the network's convolutions have some 512 outputs,
+    and a second derivative keeps those of every inner step.
     """
-    network = _network(recipe)
-    together = network.steps_a_call > 1 or layout.group == 0
-    at_once = recipe.meta_batch if together else min(recipe.meta_batch, layout.cores * layout.group)
-    held = 1 if recipe.first_order or recipe.adapt == "head" else recipe.inner_steps
-    _check_tasks(
-        recipe,
-        drawn=2 * network.steps_a_call * recipe.meta_batch,
-        gradients=at_once + 2,
-        at_once=at_once,
-        updates=held,
-        query=recipe.query_examples(training=True),
-    )
-
-
-def check_test(recipe: Recipe, at_once: int) -> None:
-    """The same of a test, of so many tasks at once. recipe: with the K and Q of the test."""
-    query = recipe.query_examples(training=False)
-    _check_tasks(recipe, drawn=at_once, gradients=at_once, at_once=at_once, updates=1, query=query)
-
-
-def _check_tasks(recipe, drawn, gradients, at_once, updates, query):
-    network, (shape, outputs) = _network(recipe), _input_and_outputs(recipe)
-    way = 1 if recipe.dataset.images is None else recipe.way
-    support, query, weights = way * recipe.shot, way * query, _weights(network)
-    apply = tf.function(network.apply, autograph=False).get_concrete_function(weights, tf.TensorSpec((1, *shape)))
-    layers = [one.outputs[0] for one in apply.graph.get_operations() if one.type in ("Conv2D", "MatMul")]
-    numbers = {
-        "weights": (5 + gradients) * _size(weights),
-        "tasks": drawn * (support + query) * (math.prod(shape) + outputs),
-    }
-    if not devices.gpus():  # they have a memory of their own
-        numbers["updates"] = at_once * (updates * support + query) * sum(math.prod(layer.shape) for layer in layers)
-    _check_memory(recipe, numbers)
-
-
-def _weights(network):
-    """The shapes of a network's weights, of which none is made."""
-    made = tf.function(network.init, autograph=False).get_concrete_function(0).structured_outputs
-    return {name: tf.TensorSpec(weight.shape, weight.dtype) for name, weight in made.items()}
-
-
-def _size(weights):
-    return sum(math.prod(weight.shape) for weight in weights.values())
-
-
-def _check_memory(recipe, numbers):
-    """numbers: what -> how many float32 numbers of it are in memory."""
-    needed, memory = 4 * sum(numbers.values()), devices.memory()
+    images = recipe.dataset.images
+    if recipe.network != "resnet12":
+        return
+    tasks = recipe.meta_batch if layout.group == 0 else min(recipe.meta_batch, layout.cores * layout.group)
+    updates = 1 if recipe.first_order or recipe.adapt == "head" else recipe.inner_steps
+    examples = recipe.way * (updates * recipe.shot + recipe.query_examples(training=True))
+    needed = 4 * tasks * examples * 512 * math.prod(images.size)
     if needed > memory:
-        flags = "meta_batch_size num_classes update_batch_size num_query num_updates num_filters image_size".split()
-        listed = " ".join(f"--{flag}={getattr(recipe, FIELDS[flag].name)}" for flag in flags)
+        flags = "--tasks_at_once" if layout.group != 1 else "--threads"
         raise InputError(
-            f"this takes {needed / 2**30:,.0f} GB of memory or more, most of it for {max(numbers, key=numbers.get)}, "
-            f"and this process may use {memory / 2**30:,.0f} GB: lower what is large of {listed}"
+            f"{flags}: {tasks} tasks of ResNet-12 at once need {needed / 2**30:,.0f} GB or more, and there are "
+            f"{memory / 2**30:,.0f} GB; lower {flags}, --image_size or --num_query"
         )
-
-
-def sizes_of_split(split: str | None) -> tuple[int, int, int] | None:
-    """Reads numbers of classes in train, val and test, as "64,16,20". Raises InputError on anything else."""
-    if split is None:
-        return None
-    if not re.fullmatch(SPLIT, split):
-        raise InputError(f"--split={printable(split)[:60]} must be three numbers of classes, e.g. 64,16,20")
-    return tuple(map(int, split.split(",")))

@@ -32,14 +32,13 @@ import tensorflow as tf
 
 import devices
 import recipe
-from data_generator import DATASETS
 from files import (
     InputError,
     folder_lock,
     lock,
     move_in,
     printable,
-    read_regular,
+    read_json,
     remove_leftovers,
     say,
     write_whole,
@@ -47,13 +46,12 @@ from files import (
 )
 from maml import MAML
 from parallel import Layout
-from recipe import Recipe
+from recipe import DATASETS, Recipe
 from utils import statistics
 
 KEPT_CHECKPOINTS = 10  # as the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations", "iterations")
 COUNTERS = ("step", "updates", "pretrain/updates", "validation")  # keys of a checkpoint besides weights and moments
-MOST_JSON = 10_000_000  # bytes; ours have some thousands
 WRITTEN = (
     "flags.json",
     "computed.json",
@@ -575,19 +573,3 @@ def _check_shapes(prefix, expected, stored):
                 f"checkpoint {prefix} is of another network: {name} has shape {there} there, {here} here; "
                 "give the flags that it was trained with"
             )
-
-
-def read_json(path: Path, kind: type, way_out: str, items: type = dict) -> list | dict:
-    """A dict, or a list of `items`, in a file that anybody may have written.
-
-    Raises InputError, or FileNotFoundError.
-    """
-    try:
-        found = json.loads(read_regular(path, MOST_JSON))
-        if not (isinstance(found, kind) and all(isinstance(one, items) for one in found if kind is list)):
-            raise ValueError(f"not a {kind.__name__}")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): {way_out}") from None
-    return found

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     eval_seed: int = 0  # of the validation tasks
     save_interval: int = 1000  # iterations
     log: bool = True  # write TensorBoard events
+    data: Mapping[str, object] = {}  # where the images are, for --run: flags.json has it, but it is not compared
 
 
 class Clock(NamedTuple):
@@ -117,7 +118,7 @@ def train(
     )
     check_same_classes(data, workers)
     if start <= total:  # else the folder has more than this recipe says
-        run.record(to_flags(recipe))
+        run.record(to_flags(recipe) | ({"data": settings.data} if settings.data else {}))
     schedule = Schedule.of(total, settings.save_interval, validates=images is not None)
     # A stop may have cut the validation of the newest checkpoint short.
     missed = schedule.validation.due(start - 1) and run.validation.last != start - 1
@@ -209,7 +210,7 @@ def train(
             when = "before the first step, nothing to save"
             if saved > start:
                 when = f"after iteration {saved - 1}, saved in {prefix}"
-            tell(f"Stopped by {stop.reason} {when}. The same command goes on from there.")
+            tell(f"Stopped by {stop.reason} {when}. To continue: python main.py --run={run.folder}")
             return False
         if images and run.validation.best != total - 1:
             picture(total - 1)

@@ -1,7 +1,7 @@
 """Reinforcement learning by MAML (paper section 5.3): 2D navigation and the half-cheetah.
 
   Train  python rl/main.py --env=point --iterations=100 --logdir=logs/rl/point
-  Test   the same command plus --train=False
+  Test   the same command plus --train=False, or python rl/main.py --run=logs/rl/point/<run> --train=False
 
 experiments/rl_*.sh have the commands of docs/rl.md, which has the returns beside the authors'.
 """
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import runs
 from cluster import stopping_on_signals
 from events import Events
-from files import InputError, write_whole, writing
+from files import InputError, read_json, write_whole, writing
 from maml import InnerLoop
 from recipe import EXAMPLES, ITERATIONS, Range
 from rl.environments import ENVIRONMENTS, Environment
@@ -69,6 +69,13 @@ flags.DEFINE_float(
     "Bound on an outer step's mean KL divergence, in nats. Default, the paper's code: 0.01; 0.02 cheetah_direction.",
     flag_values=FLAGS,
 )
+flags.DEFINE_string(
+    "run",
+    None,
+    "A run folder to resume, or to test with --train=False. Its flags.json gives all other flags except --iterations, "
+    "which may be more.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string("logdir", "logs/rl", "Folder in which the run has its own folder.", flag_values=FLAGS)
 flags.DEFINE_bool("train", True, "Train; --train=False: test.", flag_values=FLAGS)
 flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint.", flag_values=FLAGS)
@@ -83,7 +90,7 @@ for _name, _range in {
     "meta_batch_size": EXAMPLES,
     "num_rollouts": EXAMPLES,
     "save_interval": ITERATIONS._replace(least=1),
-    "threads": Range(0, devices.MOST_THREADS),
+    "threads": Range(0, 1024),
 }.items():
     flags.register_validator(_name, _range.__contains__, f"must be {_range}", flag_values=FLAGS)
 for _name in ("update_lr", "meta_step_size"):
@@ -131,6 +138,20 @@ def run_identity() -> dict:
     return {name: FLAGS[name].value for name in IDENTITY}
 
 
+def take_run(folder: Path) -> None:
+    """Set the flags to those of a run folder's flags.json. Refuse flags that contradict it, except --iterations."""
+    try:
+        record = read_json(folder / "flags.json", dict, "put a copy in its place, or name another run")
+    except FileNotFoundError:
+        raise InputError(f"--run={folder}: has no flags.json; name a run folder") from None
+    for name in IDENTITY:
+        flag = FLAGS[name]
+        if flag.present and name != "iterations" and flag.value != record.get(name):
+            raise InputError(f"--{name}={flag.value}: the run in {folder} has {record.get(name)}; leave it out")
+        if not (flag.present and name == "iterations"):
+            flag.value = record.get(name)
+
+
 def asked_for(arguments: list[str]) -> dict | None:
     """The identity of the run that a command line asks for.
 
@@ -146,6 +167,8 @@ def asked_for(arguments: list[str]) -> dict | None:
 
 def run_folder(identity: dict) -> runs.Run:
     """The run of these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
+    if FLAGS.run:
+        return runs.Run(Path(FLAGS.run))
     name = "{env}.mbs_{meta_batch_size}.rollouts_{num_rollouts}.updatelr{update_lr}.kl{meta_step_size}".format(
         **identity
     )
@@ -197,7 +220,7 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
                 events.flush()  # a run that goes on from this checkpoint will not write them again
                 prefix = run.save(learner)
             if stop.reason and not last:
-                print(f"Stopped by {stop.reason}, saved in {prefix}. The same command goes on from there.")
+                print(f"Stopped by {stop.reason}, saved in {prefix}. To continue: python rl/main.py --run={run.folder}")
                 sys.exit(128 + signal.Signals[stop.reason])
     print(f"Done: {total} iterations, the last saved in {prefix}.")
     parts = {tag: np.median([values[tag] for values in history]) for tag in history[0] if tag.endswith("_seconds")}
@@ -281,6 +304,8 @@ def program(argv: list[str]) -> None:
             return
         if unexpected:
             raise InputError(f"unexpected argument {unexpected[0]}: flags are written --name=value")
+        if FLAGS.run:
+            take_run(Path(FLAGS.run))
         main()
     except flags.Error as error:
         sys.exit(f"rl/main.py: {' '.join(str(error).split())} (python rl/main.py --help lists the flags)")

@@ -300,5 +300,5 @@ def small_flags(omniglot: Path) -> list[str]:
 def saved_by(number: signal.Signals, stopped: Ended) -> Path:
     """The checkpoint that a stopped run names; it says how to go on, and its exit code is the signal's."""
     assert (stopped.code, stopped.err) == (128 + number, "")
-    message = rf"Stopped by {number.name}.*, saved in (\S+)\. The same command goes on from there\."
+    message = rf"Stopped by {number.name}.*, saved in (\S+)\. To continue: .*"
     return Path(re.fullmatch(message, stopped.out.splitlines()[-1])[1])

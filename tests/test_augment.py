@@ -12,8 +12,9 @@ from PIL import Image
 import augment
 import main
 import predict
-from data_generator import DATASETS, ImageTasks
+from data_generator import ImageTasks
 from images import load_splits, read_image
+from recipe import DATASETS
 from tests.helpers import refusal, run
 
 IMAGES = DATASETS["folder"].images._replace(size=(16, 16), kept=32, augment=True)

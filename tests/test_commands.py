@@ -10,7 +10,8 @@ import pytest
 import main
 import networks
 import runs
-from data_generator import DATASETS, ImageTasks
+from data_generator import ImageTasks
+from recipe import DATASETS
 from tests.helpers import maml_of, models, only_run, read_csv, read_pickle, refusal, run, variables
 from utils import accuracy, xent
 

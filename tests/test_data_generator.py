@@ -30,10 +30,11 @@ from scipy import stats
 import data_generator
 import files
 import images
-from data_generator import DATASETS, ImageTasks, SinusoidTasks, tasks_from_arrays
+from data_generator import ImageTasks, SinusoidTasks, tasks_from_arrays
 from files import InputError
 from images import ROOT, SPLITS, Classes, load_splits, read_image
 from networks import Network
+from recipe import DATASETS
 from tests.helpers import maml_of
 from utils import Tasks, accuracy, xent
 

@@ -31,10 +31,10 @@ import main
 import publish
 import recipe
 import runs
-from data_generator import DATASETS
 from evaluate import MOST_NAME, Protocol
 from files import InputError
 from parallel import Layout
+from recipe import DATASETS
 from tests.helpers import (
     PROGRAM,
     end,

@@ -26,8 +26,8 @@ import tensorflow as tf
 import networks
 import recipe
 import runs
-from data_generator import DATASETS
 from maml import MAML, query_loss
+from recipe import DATASETS
 from tests.conftest import SHARED
 from tests.helpers import trajectory
 from utils import Tasks

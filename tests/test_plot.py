@@ -13,8 +13,10 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 
 import plot
 import recipe
+import runs
 from data_generator import SinusoidTasks
 from files import InputError
+from recipe import Recipe
 
 ROOT = Path(plot.__file__).parent
 RUN = ROOT / "logs" / "published" / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm"
@@ -28,7 +30,7 @@ def lines(panel) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def test_sinusoid_figure_shows_that_maml_adapts():
     models = {"MAML": plot.trained(RUN), "Pretrained": plot.trained(BASELINE, update_lr=0.01)}
-    assert models["Pretrained"].inner_lr == 0.01  # it was trained with 0.001
+    assert models["Pretrained"][0].alpha == 0.01  # it was trained with 0.001
     tasks = [SinusoidTasks(shot, shot, oracle=True).draw(0, "test", 10, 1) for shot in (5, 10)]
     figure = plot.sinusoid_figure(models, tasks)
     panels = {panel.get_title(): lines(panel) for panel in figure.axes}
@@ -58,7 +60,7 @@ def test_sinusoid_figure_of_an_oracle():
     maml.weights["w2"][0, 0].assign(1.0)
     maml.weights["w3"][0, 0].assign(1.0)
     task = SinusoidTasks(10, 10, oracle=True).draw(0, "test", 3, 1)
-    (panel,) = plot.sinusoid_figure({"Oracle": maml}, [task]).axes
+    (panel,) = plot.sinusoid_figure({"Oracle": (maml.inner, maml.values())}, [task]).axes
     np.testing.assert_allclose(lines(panel)["before any update"][1], task.support_x[0, 0, 1], rtol=1e-6)
 
 
@@ -292,9 +294,13 @@ def test_a_figure_of_too_many_pixels_is_refused(tmp_path):
 
 
 def test_learned_step_sizes_are_not_replaced(tmp_path):
-    flags = json.loads((RUN / "flags.json").read_text()) | {"learn_update_lr": "step"}
-    (tmp_path / "flags.json").write_text(json.dumps(flags))
-    with pytest.raises(InputError, match=r"--update_lr=0.5 changes nothing in .*\(--learn_update_lr=step\)"):
+    learned = Recipe(norm=None, learn_inner_lr="step")
+    run = runs.Run(tmp_path)
+    maml = recipe.build(learned)
+    maml.step.assign(1)
+    run.record(recipe.to_flags(learned))
+    run.save(maml)
+    with pytest.raises(InputError, match="--update_lr"):
         plot.trained(tmp_path, update_lr=0.5)
 
 
@@ -334,12 +340,12 @@ def test_command_writes_png_svg_and_pdf(arguments, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sinusoid", "MAML=nowhere"), "plot.py: no flags.json in nowhere: name a run folder"),
+        (("sinusoid", "MAML=nowhere"), "plot.py: nowhere: "),
         (("updates", f"MAML={RUN}/results.json", "--update_lr=0.5"), "results.json has no test with alpha 0.5"),
         (("updates", f"MAML={RUN}/results.json", "--update_lr=0"), "results.json has no test with alpha 0.0"),
         (("updates", f"MAML={RUN}"), "numstep1.updatelr0.01nonorm is damaged ("),
         (("updates", "MAML=nowhere.json"), "plot.py: no nowhere.json: name a file of results/"),
-        (("sinusoid", f"MAML={RUN}/results.json"), "results.json/flags.json is damaged ("),
+        (("sinusoid", f"MAML={RUN}/results.json"), "results.json: "),
         (("training", "empty=tests/data"), "no TensorBoard events of training"),
         (("training", f"MAML={RUN}", "--dpi=5"), "--dpi=5 must be 10 or more, and at most 1,200"),
         (("task", f"MAML={RUN}"), "is a run of the sinusoid, which has no classes: name a run of images"),

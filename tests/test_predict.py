@@ -21,9 +21,10 @@ import plot
 import predict
 import recipe
 import runs
-from data_generator import DATASETS, ImageTasks
+from data_generator import ImageTasks
 from files import InputError
 from images import Classes, read_image
+from recipe import DATASETS
 
 PUBLISHED = predict.PUBLISHED / "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm"
 
@@ -97,7 +98,7 @@ def test_all_images_are_asked_together(characters, tmp_path):
     np.testing.assert_allclose(np.array([row[3:] for row in rows], float), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", recipe.CHOICES["loss"])
+@pytest.mark.parametrize("loss", recipe.FLAGS["loss"].accepts)
 def test_the_loss_is_that_of_the_training(loss):
     """With K labelled images of each class."""
     trained = recipe.Recipe(data_set="omniglot", shot=2, filters=2, loss=loss)

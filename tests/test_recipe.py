@@ -1,6 +1,5 @@
 """The recipe: to and from flags.json, and that nothing in the process remembers an earlier one."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,9 +9,8 @@ from hypothesis import strategies as st
 
 import main
 import recipe
-from data_generator import DATASETS
 from files import InputError
-from recipe import NORMS, Recipe
+from recipe import DATASETS, NORMS, Recipe
 
 ROOT = Path(main.__file__).parent
 PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))
@@ -27,10 +25,10 @@ recipes = st.builds(
     shot=whole,
     inner_lr=numbers,
     norm=st.sampled_from(list(NORMS)),
-    adapt=st.sampled_from(recipe.CHOICES["adapt"]),
-    learn_inner_lr=st.sampled_from(recipe.CHOICES["learn_update_lr"]),
-    loss=st.sampled_from(recipe.CHOICES["loss"]),
-    network=st.sampled_from(recipe.CHOICES["network"]),
+    adapt=st.sampled_from(recipe.FLAGS["adapt"].accepts),
+    learn_inner_lr=st.sampled_from(recipe.FLAGS["learn_update_lr"].accepts),
+    loss=st.sampled_from(recipe.FLAGS["loss"].accepts),
+    network=st.sampled_from(recipe.FLAGS["network"].accepts),
     conv=st.booleans(),
     query=st.just(-1) | whole,
     data_path=st.none() | st.text(st.characters(exclude_characters="\0")),
@@ -49,10 +47,6 @@ def test_a_missing_key_means_the_flags_default():
     assert recipe.from_flags({}) == Recipe()
     assert recipe.from_flags({"num_classes": 20, "a_flag_of_another_version": 1}) == Recipe(way=20)
     assert {flag: main.FLAGS[flag].default for flag in recipe.DEFAULTS} == recipe.DEFAULTS
-
-
-def test_every_field_has_a_flag_of_its_own():
-    assert len(recipe.FIELDS) == len(dataclasses.fields(Recipe))
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
@@ -80,7 +74,6 @@ def test_a_published_models_flags_name_its_folder(path):
         {"split": "64,16"},
         {"split": "a,b,c"},
         {"data_path": 7},
-        {"data_path": "a\0b"},
         {"num_classes": 1},
         {"num_classes": 10**9},
         {"num_filters": 10**6},
@@ -132,7 +125,7 @@ def test_the_name_of_the_released_model():
     one = recipe.from_run_name(name, "miniimagenet")
     assert one.run_name == name
     assert (one.way, one.shot, one.inner_steps, one.inner_lr, one.filters, one.max_pool) == (5, 1, 5, 0.01, 32, True)
-    with pytest.raises(InputError, match=r"my_model has no flags.json, and its name does not say how it was trained"):
+    with pytest.raises(InputError, match="my_model"):
         recipe.from_run_name("my_model", "miniimagenet")
 
 
@@ -150,17 +143,17 @@ def test_a_name_says_every_value_that_the_original_has_in_it(one):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    "name",
     [
-        ("cls_5.mbs_4.ubs_1.numstep5.updatelr0.0.1batchnorm", "its name does not say how it was trained"),
-        ("cls_0.mbs_4.ubs_1.numstep5.updatelr0.1batchnorm", "says --num_classes=0, which that flag cannot be"),
-        ("cls_5.mbs_4.ubs_1.numstep5.updatelr0.1hidden0batchnorm", "says --num_filters=0, which that flag cannot be"),
-        ("cls_5.mbs_4.ubs_1.numstep5.updatelr0batchnorm", "says --update_lr=0.0, which that flag cannot be"),
+        "cls_5.mbs_4.ubs_1.numstep5.updatelr0.0.1batchnorm",
+        "cls_0.mbs_4.ubs_1.numstep5.updatelr0.1batchnorm",
+        "cls_5.mbs_4.ubs_1.numstep5.updatelr0.1hidden0batchnorm",
+        "cls_5.mbs_4.ubs_1.numstep5.updatelr0batchnorm",
     ],
 )
-def test_a_name_that_no_run_has(name, message):
-    with pytest.raises(InputError, match=message):
-        recipe.from_run_name(name, "omniglot")
+def test_a_name_that_no_run_has_is_refused(name):
+    with pytest.raises(InputError, match=name):
+        recipe.from_run_name(name, "miniimagenet")
 
 
 def test_queries_a_class():

@@ -15,12 +15,12 @@ import tensorflow as tf
 
 from files import InputError
 from maml import InnerLoop
+from networks import Network
 from rl import main, trpo
 from rl.environments import ENVIRONMENTS, centre_of_mass, half_cheetah, point
 from rl.policy import Experience, act, divergence, gaussian, log_probability, policy_gradient
 from rl.rollouts import DISCOUNT, RIDGE, Rollouts, advantages, collect, discounted_returns
 from rl.trpo import BACKTRACKS, CONJUGATE_STEPS, DAMPING, MetaBatch, MetaTRPO, conjugate_gradients
-from utils import Network
 
 # -- environments ------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ import recipe
 import runs
 import train
 from cluster import Cluster, Stop
-from data_generator import DATASETS, ImageTasks, SinusoidTasks
-from recipe import Recipe
+from data_generator import ImageTasks, SinusoidTasks
+from recipe import DATASETS, Recipe
 from utils import Curve, mean_xent, xent
 
 
@@ -55,7 +55,7 @@ def test_each_step_is_of_its_kind_on_its_own_tasks(block):
 
     maml = types.SimpleNamespace(
         step=0,
-        network=types.SimpleNamespace(steps_a_call=block),
+        inner=types.SimpleNamespace(network=types.SimpleNamespace(steps_a_call=block)),
         many_steps=many_steps,
         train_step=functools.partial(one_step, pretrain=False),
         pretrain_step=functools.partial(one_step, pretrain=True),
