@@ -151,7 +151,7 @@ def test_the_prose_quotes_what_was_measured():
 def test_extending_shows_a_row_and_its_script_as_they_are():
     diff = (ROOT / "docs" / "extending.md").read_text().split("```diff\n")[1].split("```")[0]
     row, script = (re.findall(r"^\+(?!\+)(.*)$", part, re.M) for part in diff.split("--- /dev/null\n"))
-    assert row[0] in (ROOT / "data_generator.py").read_text().splitlines()
+    assert row[0] in (ROOT / "recipe.py").read_text().splitlines()
     assert script == (ROOT / "data" / "fc100" / "prepare.py").read_text().splitlines()
 
 

@@ -190,13 +190,13 @@ def test_choices_that_are_none():
         ImageTasks(None, {}, 5, 1, 1, "uneven")
     for without in (network._replace(adapted=None), network._replace(head=())):
         for what in ("head", "body"):
-            with pytest.raises(InputError, match=f"adapt='{what}': this network does not name its last layer"):
+            with pytest.raises(InputError, match=f"adapt={what}: "):
                 networks.adapting(without, what)
 
 
 def test_a_recipe_says_what_adapts():
     for adapt, adapted in (("all", 6), ("head", 2), ("body", 4)):
-        assert len(recipe.build(Recipe(norm=None, adapt=adapt)).network.adapted) == adapted
+        assert len(recipe.build(Recipe(norm=None, adapt=adapt)).inner.network.adapted) == adapted
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_a_test_takes_the_learned_step_sizes(trained, tmp_path):
     (entry,) = json.loads((tmp_path / "results.json").read_text())
     assert entry["step_sizes_learned"] == one.learn_inner_lr
     assert entry.get("adapted") == ("head" if one.adapt == "head" else None)
-    assert "the learned step sizes are taken: leave it out" in refusal(*flags, "--train_update_lr=0.02")
+    assert "--update_lr" in refusal(*flags, "--train_update_lr=0.02")
 
 
 def test_an_answer_takes_the_learned_step_sizes(trained, tmp_path):

@@ -222,7 +222,7 @@ def test_a_run_without_its_flags(characters, model, tmp_path):
     expected = _adapted(model, characters).predict(asked)
     np.testing.assert_allclose(_adapted(found, characters).predict(asked), expected, atol=1e-6)
     copy.rename(tmp_path / "mine")
-    with pytest.raises(InputError, match=r"mine has no flags.json, and its name does not say"):
+    with pytest.raises(InputError, match="mine: "):
         predict.load(tmp_path / "mine")
 
 

@@ -245,7 +245,7 @@ def test_a_folder_without_a_record_is_tested_not_trained(run):
     "record",
     [
         *(b"", b'{"datasource": ', b'["sinusoid"]', b"7", b"[]", b"\xff\xfe\xfd", b"null"),
-        *(b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b"{" + b" " * runs.MOST_JSON + b"}"),
+        *(b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b"{" + b" " * files.MAX_JSON + b"}"),
     ],
     ids=lambda record: str(record[:20]),
 )
