@@ -36,10 +36,18 @@ class Row(NamedTuple):
     shot: int  # K at test
     alpha: float  # at test
     flags: Mapping[str, str] = MappingProxyType({})  # that the script is given
+    released: str = ""  # where others' weights are, which are only tested here; then no script trained the record
 
     @property
-    def command(self) -> str:
-        return " ".join([f"{self.script}.sh", *(f"--{flag}={value}" for flag, value in self.flags.items())])
+    def source(self) -> str:
+        """The command that trained the model, or where its weights are."""
+        command = " ".join([f"{self.script}.sh", *(f"--{flag}={value}" for flag, value in self.flags.items())])
+        return self.released or f"`{command}`"
+
+    @property
+    def trained_by(self) -> str:
+        """The script whose published numbers are this row's, too."""
+        return self.script.removesuffix("_released")
 
 
 SINUSOID = [
@@ -61,6 +69,14 @@ IMAGES = [
     Row("Omniglot 20-way 5-shot", "MAML", "omniglot_20way_1shot", 5, 0.1),
     Row("Omniglot 20-way 5-shot", "first order", "omniglot_20way_1shot_first_order", 5, 0.1),
     Row("MiniImagenet 5-way 1-shot", "MAML", "miniimagenet_1shot", 1, 0.01),
+    Row(
+        "MiniImagenet 5-way 1-shot",
+        "the authors' released model, tested here",
+        "miniimagenet_1shot_released",
+        1,
+        0.01,
+        released="[cbfinn/maml](https://github.com/cbfinn/maml/tree/master/logs/miniimagenet1shot)",
+    ),
     Row("MiniImagenet 5-way 1-shot", "first order", "miniimagenet_1shot_first_order", 1, 0.01),
     Row("MiniImagenet 5-way 5-shot", "MAML", "miniimagenet_5shot", 5, 0.01),
     Row("MiniImagenet 5-way 5-shot", "first order", "miniimagenet_5shot_first_order", 5, 0.01),
@@ -166,7 +182,7 @@ def published(row: Row, reported_by: str, results: Path, protocol: str = "") -> 
     for entry in json.loads((results / "published.json").read_text(), parse_float=str):
         of_row = entry["row"], entry["support_examples_a_class_K"], float(entry["inner_step_size_alpha"])
         query = entry["query_examples_a_class_Q"]
-        if of_row != (row.script, row.shot, row.alpha) or entry["reported_by"] != reported_by:
+        if of_row != (row.trained_by, row.shot, row.alpha) or entry["reported_by"] != reported_by:
             continue
         if METHOD | entry.get("flags", {}) != {flag: row.flags.get(flag, usual) for flag, usual in METHOD.items()}:
             continue
@@ -221,13 +237,15 @@ def table(rows: list[Row], queries: str, results: Path) -> str:
         for protocol, tests in (ours(row, results) or {"": []}).items():
             others = [published(row, reported_by, results, protocol) for reported_by in ("paper", "original code")]
             mine = "<br>".join(_seed(record, test) for record, test in tests) or "not run yet"
-            cells = ["" if row.test == above else row.test, row.model, *others, protocol, mine, f"`{row.command}`"]
+            cells = ["" if row.test == above else row.test, row.model, *others, protocol, mine, row.source]
             lines.append(f"| {' | '.join(cells)} |")
             above = row.test
     return "\n".join(lines)
 
 
 def _seed(record, test):
+    if "hours" not in record:  # the weights are others'
+        return _reported(test)
     cost = f" ({record['iterations']:,} iterations, {record['hours']:.1f} hours)"
     return f"seed {test['training_seed']}: {_reported(test)}{'' if _is_error(test) else cost}"
 
@@ -263,6 +281,8 @@ def summary(results: Path) -> str:
 
 def _cut_short(row, record):
     """Says how far a run went that was not trained for all the iterations of its script."""
+    if row.released:
+        return ""
     script = (ROOT / "experiments" / f"{row.script}.sh").read_text()
     whole = sum(int(number) for number in re.findall(r"--(?:pre|meta)train_iterations=(\d+)", script))
     done = record["iterations"]

@@ -95,11 +95,13 @@ def test_tables_have_every_test_of_every_script(tmp_path):
         for flags in tests:
             recipe = main.recipe_of(main.parsed([*training, *flags]))
             tested.add((script.stem, recipe.shot, recipe.inner_lr))
-    rows = [(one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES + table.MMFEWSHOT]
+    rows = [
+        (one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES + table.MMFEWSHOT if not one.released
+    ]
     assert sorted(rows) == sorted(tested)
 
 
-@pytest.mark.parametrize("one", table.FAMILY, ids=lambda row: f"{row.command} {row.shot}")
+@pytest.mark.parametrize("one", table.FAMILY, ids=lambda row: f"{row.source} {row.shot}")
 def test_a_method_is_a_row_of_its_script_with_flags(one, tmp_path):
     """The flags are taken, and one of the script's tests is the row's."""
     flags = [f"--{flag}={value}" for flag, value in one.flags.items()]
