@@ -13,10 +13,10 @@ import tensorflow as tf
 import devices
 from cluster import Cluster
 from data_generator import ImageTasks, SinusoidTasks
-from events import test_scalar
 from files import say
 from maml import MAML
 from recipe import Recipe
+from report import test_scalar
 from runs import Run, write_results
 from utils import Curve, statistics
 

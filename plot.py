@@ -13,6 +13,7 @@ import devices  # noqa: F401, isort: skip (it comes first, since it imports Tens
 
 import argparse
 import csv
+import functools
 import io
 import re
 import sys
@@ -33,12 +34,12 @@ except ImportError:
         sys.exit("plot.py needs matplotlib: pip install -r requirements-plot.txt")
     raise
 
-import events
 import predict
 import recipe
+import report
 import runs
 from data_generator import ImageTasks, SinusoidTasks
-from files import InputError, printable, read_regular, say, write_whole, writing
+from files import InputError, printable, say, write_whole, writing
 from images import ROOT
 from maml import InnerLoop, adapt, inner_step, prepare
 from utils import Tasks, Weights
@@ -63,13 +64,9 @@ STYLE = {
 # Paper, figure 2.
 LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # colour and marker of each label
 UPDATES = {0: ("before any update", ORANGE, ":"), 1: ("1 update", SKY, "--"), 10: ("10 updates", BLUE, "-")}
-MOST_PANELS = 20
-MOST_CLASSES = 50  # in a table of confusions
-MOST_CSV = 10**8  # bytes
 QUERIES = 5  # query images of each class in the figure of a task
 SCREEN = 110  # pixels an inch, for pages
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # of a figure: Pillow, which makes the PNG small, warns above it
-LONGEST_SIDE = 2**16 - 1  # pixels; matplotlib draws no more
+PERCENT_TICKS = [1, 2, 5, 10, 20, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]
 SMOOTHED = 1 / 20  # of the run, in a running mean
 
 
@@ -125,33 +122,27 @@ def updates_figure(
         listed = "; ".join(f"{label}: {', '.join(sorted(found))}" for label, found in metrics.items())
         raise InputError(f"an error and an accuracy do not share an axis ({listed}): draw a figure of each")
     shots = sorted({test["support_examples_a_class_K"] for entries in tests.values() for test in entries})
-    if len(shots) > MOST_PANELS:
-        raise InputError(f"{len(shots):,} numbers of shots, of {MOST_PANELS} at most a figure can be drawn: give fewer")
     figure = Figure(figsize=(0.8 + 3.2 * len(shots), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shots), squeeze=False, sharey=True)[0]
     shown = {}
     for label, (colour, marker) in zip(tests, LINES, strict=False):
         for test in tests[label]:
             panel = axes[shots.index(test["support_examples_a_class_K"])]
-            percent = 1 if test["metric"] == "mean squared error" else 100
             columns = [column for column in test["results"] if column["mean"] is not None]  # None: tasks diverged
             updates, means, ci95 = (np.array([c[key] for c in columns]) for key in ("updates", "mean", "ci95"))
-            means, ci95 = percent * means, percent * ci95
             panel.fill_between(updates, means - ci95, means + ci95, color=colour, alpha=0.2, linewidth=0)
             (shown[label],) = panel.plot(updates, means, marker=marker, color=colour, markersize=4, label=label)
             if theirs := (paper or {}).get(label, {}).get(test["support_examples_a_class_K"]):
-                mean, half_width = theirs
+                mean, half_width = (percent / 100 for percent in theirs)
                 panel.axhspan(mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
                 panel.axhline(mean, color=colour, linestyle="--", linewidth=1.2)
     for panel, shot in zip(axes, shots, strict=True):
         panel.set_title(f"{shot}-shot")
         panel.set_xlabel("updates (0: support set, before any)")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if percent == 1:
-        _log_scale(axes[0])
-    else:
-        _accuracy_scale(axes[0])
-    axes[0].set_ylabel("mean squared error" if percent == 1 else "accuracy, %")
+    is_error = "mean squared error" in set().union(*metrics.values())
+    (_log_scale if is_error else _accuracy_scale)(axes)
+    axes[0].set_ylabel("mean squared error" if is_error else "accuracy, %")
     if paper and any(paper.values()):
         shown["paper, in the same colour"] = Line2D([], [], color="black", linestyle="--", linewidth=1.2)
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown))
@@ -167,8 +158,8 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
     figure = Figure(figsize=(0.8 + 5.4 * len(folders), 3.8), layout="constrained")
     axes = figure.subplots(1, len(folders), squeeze=False)[0]
     for panel, (label, folder) in zip(axes, folders.items(), strict=True):
-        curves, updates = scalars(folder), recipe.from_flags(_flags(folder)).inner_steps
-        metric, percent = ("accuracy", 100) if "metatrain_Pre-update_accuracy" in curves else ("loss", 1)
+        curves, updates = report.scalars(folder), recipe.from_flags(_flags(folder)).inner_steps
+        metric = "accuracy" if "metatrain_Pre-update_accuracy" in curves else "loss"
         after = f"Post-update_{metric}__step_{updates}"
         times = f"{updates} update" + "s" * (updates > 1)
         for tag, shown, colour in (
@@ -176,20 +167,17 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
             (f"metatrain_{after}", f"training, query set after {times}", BLUE),
         ):
             if tag not in curves:
-                raise InputError(f"{folder} has no events of {tag}: its flags.json is of another run")
-            steps, values = curves[tag]
-            panel.plot(steps, percent * values, color=colour, alpha=0.25, linewidth=0.7)
+                raise InputError(f"{folder}: has no TensorBoard events of {tag}; name a run trained without --nolog")
+            steps, values = np.transpose(sorted(curves[tag].items()))
+            panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
             window = max(1, round(SMOOTHED * len(values)))
             smooth = np.convolve(values, np.full(window, 1 / window), "valid")
             middle = (window - 1) // 2
-            panel.plot(steps[middle : middle + len(smooth)], percent * smooth, color=colour, linewidth=1.8, label=shown)
+            panel.plot(steps[middle : middle + len(smooth)], smooth, color=colour, linewidth=1.8, label=shown)
         if f"metaval_{after}" in curves:
-            steps, values = curves[f"metaval_{after}"]
-            panel.plot(steps, percent * values, color="black", linewidth=1, label=f"validation, after {times}")
-        if metric == "loss":
-            _log_scale(panel)
-        else:
-            _accuracy_scale(panel)
+            steps, values = np.transpose(sorted(curves[f"metaval_{after}"].items()))
+            panel.plot(steps, values, color="black", linewidth=1, label=f"validation, after {times}")
+        (_log_scale if metric == "loss" else _accuracy_scale)([panel])
         panel.set_title(label)
         panel.set_xlabel("outer iteration")
         panel.xaxis.set_major_formatter("{x:,.0f}")
@@ -273,41 +261,24 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
     return figure
 
 
-def scalars(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """tag -> (iterations, values) of a run's event files, in order of the iterations. metatrain_ and metaval_ alone."""
-    found = {}
-    for event, _ in events.read_all(folder):
-        for value in event.summary.value:
-            if value.tag.startswith(("metatrain_", "metaval_")) and (number := events.number(value)) is not None:
-                found.setdefault(value.tag, {})[event.step] = number
-    if not found:
-        raise InputError(f"{folder} has no TensorBoard events of training: name a run folder, trained without --nolog")
-    return {tag: tuple(map(np.array, zip(*sorted(points.items()), strict=True))) for tag, points in found.items()}
+def _log_scale(panels):
+    """Show errors on a log scale: ticks at 0.1, 0.2, 0.5, 1 if it has few decades, and plain numbers."""
+    panels[0].set_yscale("log", nonpositive="clip")
+    low, high = panels[0].get_ylim()
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e5 * low else (1,)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_locator(NullLocator())
 
 
-def _log_scale(panel):
-    """Marked 0.1, 0.2, 0.5, 1 where there are few decades, and as numbers rather than powers of ten."""
-    panel.set_yscale("log", nonpositive="clip")
-    low, high = panel.get_ylim()
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e5 * low else (1,)))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_locator(NullLocator())
-
-
-def _accuracy_scale(panel):
-    """Wide near 100 %, as a log scale of the distance to it; as it is where all accuracies are below 90 %."""
-    low, high = panel.get_ylim()
-    if high < 90:
-        return
-
-    def forward(percent):
-        return -np.log10(np.maximum(100.5 - percent, 0.1))
-
-    panel.set_yscale("function", functions=(forward, lambda place: 100.5 - 10**-place))
-    panel.yaxis.set_major_locator(FixedLocator([0, 20, 50, 80, 90, 95, 98, 99, 99.5, 100]))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.set_ylim(max(low, 0), 100.1)
+def _accuracy_scale(panels):
+    """Show accuracies on a logit scale in percent. 100 % is infinitely far up: a line leaves its panel there."""
+    values = np.concatenate([line.get_ydata() for panel in panels for line in panel.get_lines()])
+    values = values[(values > 0) & (values < 1)]
+    panels[0].set_yscale("logit", nonpositive="clip")
+    panels[0].yaxis.set_major_locator(FixedLocator([percent / 100 for percent in PERCENT_TICKS]))
+    panels[0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
+    panels[0].yaxis.set_minor_locator(NullLocator())
+    panels[0].set_ylim(0.8 * values.min(initial=0.5), 1 - 0.8 * (1 - values.max(initial=0.5)))
 
 
 def pixels(figure: Figure, dpi: int = SCREEN) -> np.ndarray:
@@ -317,30 +288,19 @@ def pixels(figure: Figure, dpi: int = SCREEN) -> np.ndarray:
     return np.asarray(Image.open(drawn).convert("RGB"))
 
 
-def png(figure: Figure, dpi: int = SCREEN) -> bytes:
-    """The figure as a PNG file, of 64 colours: a third of the size."""
-    small = io.BytesIO()
-    drawn = Image.fromarray(pixels(figure, dpi)).quantize(64)
-    drawn.save(small, format="png", optimize=True, dpi=(dpi, dpi))
-    return small.getvalue()
-
-
 @matplotlib.rc_context(STYLE)
 def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
-    """Writes <output>.png, of so many pixels an inch, .svg and .pdf. Raises InputError where they cannot be made."""
+    """Write <output>.png at this many pixels per inch, .svg and .pdf. Raise InputError if they cannot be written."""
     if not output.name:
-        raise InputError(f"--output={output} is a folder: name the files in it, without .png and the like")
-    width, height = (round(dpi * inches) for inches in figure.get_size_inches())
-    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
-        raise InputError(f"the PNG would have {width:,} x {height:,} pixels: draw less in one figure, or lower --dpi")
+        raise InputError(f"--output={output}: is a folder; name the files in it, without .png and the like")
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output.with_name(output.name + ".png"), lambda file: file.write(png(figure, dpi)))
-        for ending, date in (("svg", "Date"), ("pdf", "CreationDate")):
-            write_whole(
-                output.with_name(f"{output.name}.{ending}"),
-                lambda file, ending=ending, date=date: figure.savefig(file, format=ending, metadata={date: None}),
-            )
+        for ending, metadata in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
+            draw = functools.partial(figure.savefig, format=ending, dpi=dpi, metadata=metadata)
+            try:
+                write_whole(output.with_name(f"{output.name}.{ending}"), draw)
+            except (ValueError, MemoryError) as error:
+                raise InputError(f"--dpi={dpi}: is not possible for this figure ({error}); change it") from None
 
 
 def trained(folder: Path, update_lr: float | None = None) -> tuple[InnerLoop, Weights]:
@@ -394,20 +354,17 @@ def confusions(path: Path) -> tuple[list[str], np.ndarray]:
     """
     way_out = "name what predict.py --csv=FILE wrote"
     try:
-        text = read_regular(path, MOST_CSV).decode(errors="surrogateescape")
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}): {way_out}") from None
-    try:
-        header, *rows = csv.reader(io.StringIO(text), strict=True)
+        with open(path, errors="surrogateescape", newline="") as file:
+            header, *rows = csv.reader(file, strict=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
     except (ValueError, csv.Error):
         header, rows = [], []
     classes = header[3:]
     if header[:3] != ["image", "class", "probability"] or not all(
         len(row) == len(header) and row[1] in classes for row in rows
     ):
-        raise InputError(f"{path} is no table of answers: {way_out}")
-    if len(classes) > MOST_CLASSES:
-        raise InputError(f"{path} has {len(classes):,} classes, of {MOST_CLASSES} at most a figure can be drawn")
+        raise InputError(f"{path}: is not a table of answers; {way_out}")
     counts = np.zeros((len(classes), len(classes)), int)
     for image, guess, *_ in rows:
         parent = "/" + Path(image).parent.as_posix()
@@ -485,8 +442,6 @@ def main() -> None:
 
 def _drawn(args, what):
     """The figure that the flags ask for, of label -> path."""
-    if not 10 <= args.dpi <= 1200:
-        raise InputError(f"--dpi={args.dpi} must be 10 or more, and at most 1,200")
     if args.figure in ("sinusoid", "task"):
         if not all(shot in recipe.EXAMPLES for shot in args.shots):
             raise InputError(f"--shots={' '.join(map(str, args.shots))}: each must be {recipe.EXAMPLES}")

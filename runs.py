@@ -2,7 +2,7 @@
 
 <logdir>/<run name>/flags.json                              the flags that this run's numbers depend on
                     model<i>.index, model<i>.data-...       state after i + 1 outer steps;   the ten latest and the best
-                    events.out.tfevents...                  TensorBoard (events.py)
+                    events.out.tfevents...                  TensorBoard (report.py)
                     test_ubs<K>_stepsize<alpha>.csv, .pkl   the original's test results
                     results.json                            the same, named in plain words
                     test/events.out.tfevents...             the number of a test, for TensorBoard's table of runs

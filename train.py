@@ -1,4 +1,4 @@
-"""The training loop: its clocks, its steps, and what it prints and writes on the way."""
+"""The training loop: its clocks and its steps."""
 
 import functools
 import math
@@ -16,16 +16,15 @@ import devices
 from cluster import Cluster, Stop
 from data_generator import ImageTasks, SinusoidTasks
 from evaluate import check_same_classes, evaluate, known_classes
-from events import Events, curve_scalars, task_picture
 from files import InputError, say
 from maml import MAML, adapt
 from recipe import Recipe, to_flags
+from report import Report, before_and_after, task_picture, tell
 from runs import Run
-from utils import Curve, Tasks
+from utils import Tasks
 
 # The original's (its main.py), in iterations.
 SUMMARY_INTERVAL = 100
-PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000
 VALIDATION_INTERVAL = 500
 
 CURVE_INTERVAL = 1000  # of summaries beyond J updates. Differs: every 100 in the original, 3 % of an Omniglot run
@@ -136,16 +135,14 @@ def train(
     print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")
     print("Done initializing, starting training.", flush=True)
     with (
-        Events(run.folder, start, settings.log, run.validation.last if missed else None) as events,
-        tqdm(total=total, initial=start, unit=" iterations", disable=None if workers.chief else True) as progress,
-        Steps(maml, data, recipe, stop, progress, workers) as steps,
+        Report(run.folder, start, recipe, settings.log, workers.chief) as report,
+        Steps(maml, data, recipe, stop, report.progress, workers) as steps,
     ):
-        events.overview(start, to_flags(recipe), recipe.inner_steps, images is not None)
-        report = Report(data, recipe, events, progress, workers)
+        report.overview(start, recipe)
 
         def save() -> None:
             nonlocal prefix, saved
-            events.flush()  # a run that goes on from this checkpoint will not write them again
+            report.flush()  # a run that resumes from this checkpoint does not write these events again
             prefix, saved = run.save(maml), steps.done
 
         def validate(iteration: int) -> bool:
@@ -173,7 +170,7 @@ def train(
 
         def picture(iteration: int) -> None:
             if settings.log:
-                events.picture(iteration, "validation_task", _task_picture(maml, data, settings, recipe.inner_steps))
+                report.picture(iteration, "validation_task", _task_picture(maml, data, settings, recipe.inner_steps))
 
         if images and start == 0:
             picture(0)  # before any step
@@ -183,8 +180,9 @@ def train(
         while steps.done < total and not stop.reason:
             iteration, curve = steps.done, None
             if schedule.summary.due(iteration):
-                curve = report.curve(iteration, maml, steps.meta_batch(iteration))
-                if not math.isfinite(loss := report.loss(iteration, curve)):
+                curve = _training_curve(maml, recipe, iteration, steps.meta_batch(iteration), workers)
+                updates = 0 if iteration < recipe.pretrain_steps else recipe.inner_steps
+                if not math.isfinite(loss := np.mean(curve.losses[:, updates])):
                     raise run.diverged(f"the loss at iteration {iteration} is {loss}")
             end = min(
                 schedule.summary.next(iteration + 1),
@@ -215,7 +213,7 @@ def train(
         if images and run.validation.best != total - 1:
             picture(total - 1)
         if settings.log and last_picture and (pixels := last_picture(maml)) is not None:
-            events.picture(total - 1, "test_task", pixels)
+            report.picture(total - 1, "test_task", pixels)
     say(f"Done: {total} iterations, the last saved in {prefix}.")
     if (best := run.validation).best >= 0:
         print(f"Best on validation: model{best.best}, accuracy {best.accuracy:.6g} on {best.tasks} tasks.")
@@ -309,80 +307,17 @@ class Steps:
         return Tasks(*(part.reshape(self.block, share, *part.shape[1:]) for part in tasks))
 
 
-class Report:
-    """What a training run tells: the original's lines, the progress line, and TensorBoard's curves."""
-
-    def __init__(
-        self, data: SinusoidTasks | ImageTasks, recipe: Recipe, events: Events, progress: tqdm, workers: Cluster
-    ):
-        self.data, self.recipe, self.events, self.progress, self.workers = data, recipe, events, progress, workers
-        self.images = recipe.dataset.images is not None
-        self.sampled = []  # (before, after) of each summary since the last printed line
-
-    def curve(self, iteration: int, maml: MAML, tasks: Tasks) -> Curve:
-        """Evaluates the training tasks of an iteration, before its step. tasks: this process's share of them."""
-        further = 0 if iteration % CURVE_INTERVAL else self.recipe.dataset.curve_steps
-        curve = maml.evaluate(tasks, max(self.recipe.inner_steps, further))
-        return tf.nest.map_structure(self.workers.gathered, curve)
-
-    def loss(self, iteration: int, curve: Curve) -> float:
-        """Gives the mean over tasks of the loss that the iteration's step minimises."""
-        updates = 0 if iteration < self.recipe.pretrain_steps else self.recipe.inner_steps
-        return float(np.mean(curve.losses[:, updates]))
-
-    def training(self, iteration: int, curve: Curve, gradient_norm: float, milliseconds: float) -> None:
-        """Tells the summary of an iteration, once its step is taken."""
-        values = {
-            **self._scalars("metatrain", curve),
-            "metatrain_gradient_norm": gradient_norm,
-            "metatrain_step_milliseconds": milliseconds,
-        }
-        self.events.scalars(iteration, values)
-        self.progress.set_postfix_str("loss {:.4g} -> {:.4g}".format(*self._mean_losses(curve)), refresh=False)
-        self.sampled.append(before_and_after(curve, self.recipe.inner_steps))
-        if iteration and iteration % (PRINT_INTERVAL if self.images else SINUSOID_PRINT_INTERVAL) == 0:
-            pretrain = self.recipe.pretrain_steps
-            name = f"Iteration {iteration - pretrain}" if iteration >= pretrain else f"Pretrain Iteration {iteration}"
-            tell("{}: {:.6g}, {:.6g}".format(name, *np.mean(self.sampled, axis=0)))
-            self.sampled = []
-
-    def validation(self, iteration: int, curve: Curve) -> None:
-        """Tells the curve of the validation tasks."""
-        self.events.scalars(iteration, self._scalars("metaval", curve))
-        tell("Validation results: {:.6g}, {:.6g}".format(*before_and_after(curve, self.recipe.inner_steps)))
-
-    def _scalars(self, prefix, curve):
-        values = curve_scalars(prefix, curve)
-        if self.images:  # the mean squared error is a mean as it is
-            tags = "Pre-update_mean_loss", f"Post-update_mean_loss__step_{self.recipe.inner_steps}"
-            values |= {f"{prefix}_{tag}": mean for tag, mean in zip(tags, self._mean_losses(curve), strict=True)}
-        return values
-
-    def _mean_losses(self, curve):
-        """Losses per example, before any update and after J."""
-        before, after = (float(np.mean(curve.losses[:, j])) for j in (0, self.recipe.inner_steps))
-        if self.images and self.recipe.loss == "sum_over_shot":  # it is a sum divided by K
-            before /= self.data.way
-            after *= self.data.shot / (self.data.way * self.data.query)
-        return before, after
-
-
-def before_and_after(curve: Curve, updates: int) -> tuple[float, float]:
-    """Gives the means over tasks before any update and after `updates`: accuracies, or losses in regression."""
-    values = curve.accuracies if curve.accuracies.shape[1] else curve.losses
-    return float(np.mean(values[:, 0])), float(np.mean(values[:, updates]))
-
-
-def tell(line: str) -> None:
-    """Prints a line, above the progress line where there is one."""
-    with tqdm.external_write_mode():
-        say(line)
-
-
 def _checksum(maml):
     """Of all that a step changes."""
     crc = functools.reduce(lambda crc, one: zlib.crc32(one.numpy().tobytes(), crc), maml.state.values(), 0)
     return format(crc, "08x")
+
+
+def _training_curve(maml, recipe, iteration, tasks, workers):
+    """Evaluate the training tasks of an iteration before its step. tasks: this process's share of them."""
+    further = 0 if iteration % CURVE_INTERVAL else recipe.dataset.curve_steps
+    curve = maml.evaluate(tasks, max(recipe.inner_steps, further))
+    return tf.nest.map_structure(workers.gathered, curve)
 
 
 def _task_picture(maml, data, settings, updates):

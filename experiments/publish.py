@@ -7,6 +7,7 @@ curves, every 1,000 iterations, the flags, the layout of the charts, the last pi
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ import devices  # noqa: F401, isort: skip (it comes first, since it imports Tens
 
 import tensorflow as tf
 
-import events
+import report
 import runs
 from files import InputError, say, writing
 
@@ -50,30 +51,26 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
                 shutil.copyfile(folder / name, copy / name)
         runs.write_checkpoint(copy / prefix.name, {maml.keys[name]: weight for name, weight in maml.weights.items()})
         write_events(folder, copy)
-        if (folder / events.TEST_FOLDER).is_dir():
-            write_events(folder / events.TEST_FOLDER, copy / events.TEST_FOLDER)
+        if (folder / report.TEST_FOLDER).is_dir():
+            write_events(folder / report.TEST_FOLDER, copy / report.TEST_FOLDER)
     return copy
 
 
 def write_events(folder: Path, copy: Path) -> None:
-    """The metatrain_ and metaval_ events of every 1,000th iteration, and of all others the last of each tag, in a file.
+    """Write one event file: the curves of every 1,000th iteration, and the last event of every other tag.
 
-    The others are the flags, the layout of the charts, pictures, and the number of a test.
+    The others are the flags, the layout of the charts, pictures, and the result of a test.
     """
-    kept, others = [], {}
-    for event, record in events.read_all(folder):
-        curve = all(value.tag.startswith(("metatrain_", "metaval_")) for value in event.summary.value)
-        if curve and event.step % EVENT_INTERVAL == 0:
-            kept.append((event.step, event.wall_time, record))
-        elif not curve:
-            tags = tuple(value.tag for value in event.summary.value)
-            found = (event.step, event.wall_time, record)
-            others[tags] = max(found, others.get(tags, found))
-    kept += others.values()
+    kept = {}  # the last event of each key
+    for event in itertools.chain(*report.read(folder)):
+        tags = tuple(value.tag for value in event.summary.value)
+        curve = bool(tags) and all(tag.startswith(("metatrain_", "metaval_")) for tag in tags)
+        if event.file_version or (tags and not (curve and event.step % EVENT_INTERVAL)):
+            kept[tags, event.step if curve else None] = event
     copy.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(copy / EVENTS)) as writer:
-        for _, _, record in sorted(kept):
-            writer.write(record)
+        for event in sorted(kept.values(), key=lambda event: (not event.file_version, event.step, event.wall_time)):
+            writer.write(event.SerializeToString())
 
 
 if __name__ == "__main__":

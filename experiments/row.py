@@ -31,9 +31,9 @@ import numpy as np
 import tensorflow as tf
 from absl.flags import Error
 
-import events
 import main
 import recipe
+import report
 from files import write_whole
 
 
@@ -116,17 +116,17 @@ def circumstances(folder: Path) -> dict:
 
 
 def training_hours(folder: Path) -> float:
-    """Hours in which the run was at work, by the times of its events.
+    """Return the hours for which the run was at work, by the times of its events.
 
     Every start of main.py begins a file, with an event before the graph is traced, so the time between a stop and the
-    next start does not count. Nor does a gap between two iterations with events that is longer than a minute and than
-    ten usual ones of its file: then the machine slept, or the program was halted.
+    next start does not count. Nor do iterations that a later start repeats. Nor does a gap between two iterations with
+    events that is longer than a minute and than ten usual gaps of its file: the machine slept, or the program was
+    suspended.
     """
     seconds = 0.0
-    for path in folder.glob(events.FILES):
-        found = [event for event, _ in events.read(path).events]
-        iterations = {event.step: event.wall_time for event in found}  # the last of each: its others come in one moment
-        gaps = np.diff(sorted([*(event.wall_time for event in found[:1]), *iterations.values()]))
+    for events in report.read(folder):
+        times = {event.step: event.wall_time for event in events}  # the last of each: its others come in one moment
+        gaps = np.diff(sorted([*(event.wall_time for event in events[:1]), *times.values()]))
         if gaps.size:  # none where the disk was full
             seconds += gaps[gaps <= max(60, 10 * np.median(gaps))].sum()
     return float(seconds) / 3600

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import runs
 from cluster import stopping_on_signals
-from events import Events
 from files import InputError, read_json, write_whole, writing
 from maml import InnerLoop
 from recipe import EXAMPLES, ITERATIONS, Range
+from report import Events, tell
 from rl.environments import ENVIRONMENTS, Environment
 from rl.policy import gaussian, policy_gradient
 from rl.trpo import BACKTRACKS, MetaTRPO
@@ -213,11 +213,10 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
             progress.update()
             if iteration % PRINT_INTERVAL == 0 or iteration == total - 1:
                 returns = ", ".join(f"{value:.4g}" for tag, value in values.items() if "return" in tag)
-                with tqdm.external_write_mode():
-                    print(f"Iteration {iteration}: {returns}", flush=True)
+                tell(f"Iteration {iteration}: {returns}")
             last = iteration == total - 1
             if last or stop.reason or (iteration + 1) % FLAGS.save_interval == 0:
-                events.flush()  # a run that goes on from this checkpoint will not write them again
+                events.flush()  # a run that resumes from this checkpoint does not write these events again
                 prefix = run.save(learner)
             if stop.reason and not last:
                 print(f"Stopped by {stop.reason}, saved in {prefix}. To continue: python rl/main.py --run={run.folder}")

@@ -24,7 +24,6 @@ import main
 import maml as method
 import networks
 import runs
-from events import Events
 from maml import MAML, InnerLoop
 from networks import Network, with_step_sizes
 from parallel import Layout
@@ -217,9 +216,9 @@ STEP_TIME = "metatrain_step_milliseconds"
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """tag -> (step, value), in the order in which TensorBoard's reader meets them; without the time of a step."""
-    kept = {tag: points for tag, points in events(folder, "scalars").items() if tag != STEP_TIME}
-    return {tag: [(step, value.item()) for step, value in points] for tag, points in kept.items()}
+    """Return tag -> (step, last value), sorted by step, without the time of a step."""
+    kept = {tag: dict(points) for tag, points in events(folder, "scalars").items() if tag != STEP_TIME}
+    return {tag: [(step, value.item()) for step, value in sorted(points.items())] for tag, points in kept.items()}
 
 
 def events(folder: Path, plugin: str) -> dict[str, list[tuple[int, np.ndarray]]]:
@@ -249,23 +248,6 @@ def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
 def read_pickle(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         return pickle.load(file)["mses"]
-
-
-def write_events(folder: Path, start: int, steps: list[int], value: float) -> None:
-    with Events(folder, start) as events:
-        for step in steps:
-            events.scalars(step, {"loss": value})
-
-
-def read_events(folder: Path) -> list[tuple[int, float]]:
-    """(step, value) in the order in which TensorBoard reads a folder: by file name."""
-    found = []
-    # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
-    paths = sorted(folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
-    for path in paths:
-        for event in EventFileLoader(str(path)).Load():
-            found += [(event.step, float(tf.make_ndarray(value.tensor).item())) for value in event.summary.value]
-    return found
 
 
 @contextlib.contextmanager

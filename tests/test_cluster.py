@@ -31,8 +31,8 @@ from tests.helpers import Ended, assert_same_ending, only_run, refusal, scalars,
 ROOT = Path(main.__file__).parent
 STEPS = "--metatrain_iterations=45"
 OFTEN = """
-import main, train
-train.SUMMARY_INTERVAL = train.PRINT_INTERVAL = 20
+import main, report, train
+train.SUMMARY_INTERVAL = report.PRINT_INTERVAL = 20
 train.VALIDATION_INTERVAL = 10
 main.DATASETS["omniglot"] = main.DATASETS["omniglot"]._replace(curve_steps=1)
 """

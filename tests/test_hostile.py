@@ -24,12 +24,12 @@ from PIL import Image
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 import devices
-import events
 import files
 import images
 import main
 import publish
 import recipe
+import report
 import runs
 from evaluate import MOST_NAME, Protocol
 from files import InputError
@@ -41,105 +41,24 @@ from tests.helpers import (
     line_model_at,
     not_compiled,
     only_run,
-    read_events,
     refusal,
     saved_by,
     spawn,
     start_main,
-    write_events,
 )
 
 ROOT = Path(main.__file__).parent
 
-# -- events -----------------------------------------------------------------------------------------------------------
-
-
-def event_file(folder: Path) -> Path:
-    """Of the events 0, 100 and 200, value 1."""
-    write_events(folder, 0, [0, 100, 200], value=1)
-    (path,) = folder.iterdir()
-    return path
-
-
-def record(data: bytes, length: int | None = None) -> bytes:
-    """A record with right checksums, whatever its length says."""
-    header = struct.pack("<Q", len(data) if length is None else length)
-    return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
+NOT_REGULAR = {  # what takes the place of a file
+    "a pipe": lambda path: path.unlink() or os.mkfifo(path),
+    "an endless device": lambda path: path.unlink() or path.symlink_to("/dev/zero"),
+}
 
 
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 4
     path.write_bytes(data)
-
-
-def second_record(path: Path) -> int:
-    """Where the record of event 0 begins, behind that of the file's version."""
-    return 16 + int.from_bytes(path.read_bytes()[:8], "little")
-
-
-DAMAGES = {  # name -> (what is done, the steps that can still be read)
-    "an enormous length": (lambda path: path.write_bytes(path.read_bytes() + record(b"x", 2**36)), [0, 100, 200]),
-    "an absurd length": (lambda path: path.write_bytes(path.read_bytes() + record(b"x", 2**64 - 1)), [0, 100, 200]),
-    "no event": (lambda path: path.write_bytes(path.read_bytes() + record(b"\xff" * 9)), [0, 100, 200]),
-    "a bit of an event": (lambda path: flip(path, second_record(path) + 20), [100, 200]),
-    "a bit of a length": (lambda path: flip(path, second_record(path) + 5), []),
-    "text": (lambda path: path.write_text("events\n" * 99), []),
-    "a pipe": (lambda path: path.unlink() or os.mkfifo(path), []),
-    "an endless device": (lambda path: path.unlink() or path.symlink_to("/dev/zero"), []),
-}
-
-
-@pytest.mark.parametrize(("damage", "steps"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_file_of_events_is_set_aside(tmp_path, capsys, damage, steps):
-    """Under a name that TensorBoard passes over, in one line; what can be read of it stays, and the run goes on."""
-    path = event_file(tmp_path)
-    damage(path)
-    damaged = path.read_bytes() if path.is_file() else None
-    write_events(tmp_path, 201, [300], value=2)
-    aside = path.with_name(path.name.replace("events.out.tfevents", "damaged-events"))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"WARNING: {path} is damaged (")
-    assert line.endswith(f"): it is now {aside.name}.")
-    assert damaged is None or aside.read_bytes() == damaged
-    assert read_events(tmp_path) == [*((step, 1) for step in steps), (300, 2)]
-    write_events(tmp_path, 301, [400], value=3)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_reader_of_events_takes_what_it_can(tmp_path, capsys):
-    """As plot.py, publish.py and row.py read them."""
-    DAMAGES["an enormous length"][0](event_file(tmp_path))
-    assert [event.step for event, _ in events.read_all(tmp_path) if event.summary.value] == [0, 100, 200]
-    assert "what can be read of it is used" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("value", "number"),
-    [
-        (tf.compat.v1.Summary.Value(simple_value=2.0), 2.0),
-        (tf.compat.v1.Summary.Value(tensor=tf.make_tensor_proto(3.0)), 3.0),
-        (tf.compat.v1.Summary.Value(tensor=tf.make_tensor_proto(b"text")), None),
-        (tf.compat.v1.Summary.Value(tensor=tf.make_tensor_proto(0.0, shape=[2**20])), None),  # small in the file
-        (tf.compat.v1.Summary.Value(), None),
-    ],
-    ids=["the original's", "ours", "text", "many", "none"],
-)
-def test_only_numbers_are_numbers(value, number):
-    assert events.number(value) == number
-
-
-def test_a_clock_that_was_set_back(tmp_path):
-    """TensorBoard takes files in the order of their names, which begin with the time."""
-    for start in (0, 100):
-        write_events(tmp_path, [start], value=1)
-    paths = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    for path, hours in zip(paths, (24, 48), strict=True):
-        seconds = int(time.time()) + 3600 * hours
-        path.rename(path.with_name(f"events.out.tfevents.{seconds}.here.1.1.v2"))
-    write_events(tmp_path, 200, [200], value=1)
-    assert read_events(tmp_path) == [(0, 1), (100, 1), (200, 1)]
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -284,11 +203,11 @@ def test_an_image_replaced_by_one_of_the_same_size_and_time(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["all_4x4x3.npy", "all_4x4x3.json"])
-@pytest.mark.parametrize("kind", ["a pipe", "an endless device"])
+@pytest.mark.parametrize("kind", NOT_REGULAR)
 def test_a_cache_that_is_no_regular_file(tmp_path, name, kind):
     folder = photographs(tmp_path)
     expected = pixels(folder)
-    DAMAGES[kind][0](folder / ".cache" / name)
+    NOT_REGULAR[kind](folder / ".cache" / name)
     np.testing.assert_array_equal(pixels(folder), expected)
     assert (folder / ".cache" / name).is_file()
 
@@ -439,9 +358,9 @@ CHECKPOINTS = {
     "huge moments": lambda run: claiming(run, "meta_optimizer/m/w1"),
     "huge step": lambda run: claiming(run, "step"),
     "text": lambda run: crafted(run, 599, step=tf.Variable(b"600")),
-    "a pipe": lambda run: crafted(run, 599) or DAMAGES["a pipe"][0](Path(run.prefix(599) + ".index")),
+    "a pipe": lambda run: crafted(run, 599) or NOT_REGULAR["a pipe"](Path(run.prefix(599) + ".index")),
     "a device": lambda run: (
-        crafted(run, 599) or DAMAGES["an endless device"][0](Path(run.prefix(599) + ".data-00000-of-00001"))
+        crafted(run, 599) or NOT_REGULAR["an endless device"](Path(run.prefix(599) + ".data-00000-of-00001"))
     ),
 }
 
@@ -590,7 +509,7 @@ def test_a_trillion_iterations_cost_no_memory(tmp_path, monkeypatch):
     def stop(kept, at, values):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(events.Events, "scalars", stop)
+    monkeypatch.setattr(report.Events, "scalars", stop)
     flags = "--norm=None", "--metatrain_iterations=1000000000000", "--save_interval=1", f"--logdir={tmp_path}"
     with not_compiled():
         assert saved_by(signal.SIGTERM, start_main(*flags)).parent == only_run(tmp_path)
@@ -764,7 +683,7 @@ def test_a_run_folder_with_no_regular_files(tmp_path):
         assert start_main(*flags, *commands["test"]).code == 0
         for name, met, message, kind in NO_FILES:
             shutil.copy(folder / name, kept)
-            DAMAGES[kind][0](folder / name)
+            NOT_REGULAR[kind](folder / name)
             assert re.search(message, refusal(*flags, *commands[met]))
             (folder / name).unlink()
             shutil.copy(kept, folder / name)
@@ -831,7 +750,6 @@ STRANGE_ENTRIES = [
     [PLOT_ENTRY | {"results": [{"updates": 0, "mean": 10**400, "ci95": 0.1}]}],
     [PLOT_ENTRY | {"results": [{"updates": 0, "mean": 1.0, "ci95": None}]}],
     [PLOT_ENTRY | {"results": [{"updates": 0, "mean": float("nan"), "ci95": 1.0}]}],
-    [PLOT_ENTRY | {"support_examples_a_class_K": shots} for shots in range(1, 99)],
 ]
 
 
@@ -853,7 +771,7 @@ def test_plot_of_a_strangers_results(entries, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(entries))
     line = plot_refusal("updates", f"theirs={path}", f"--output={tmp_path / 'figure'}")
-    assert "has what is no result of a test: name a file of results/" in line or "98 numbers of shots" in line
+    assert str(path) in line
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -868,14 +786,14 @@ def test_plot_with_wrong_flags(tmp_path):
     entries = "updates", f"$MAML_$={SINUSOID}/results.json", "--update_lr=0.01"
     (tmp_path / "file").write_text("mine")
     assert f"cannot write to {tmp_path}/file (" in plot_refusal(*entries, f"--output={tmp_path}/file/figure")
-    assert "--output=. is a folder" in plot_refusal(*entries, "--output=.")
+    assert "--output=." in plot_refusal(*entries, "--output=.")
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"num_updates": 9}, "has no events of metatrain_Post-update_loss__step_9: its flags.json is of another run"),
+        ({"num_updates": 9}, "metatrain_Post-update_loss__step_9"),
         ({"num_updates": 10**9}, "flags.json has --num_updates=1000000000, which that flag cannot be"),
         ({"num_filters": [1]}, "flags.json has --num_filters=[1], which that flag cannot be"),
     ],

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -33,9 +32,9 @@ import plot
 import runs
 import train
 from data_generator import ImageTasks, SinusoidTasks
-from events import Events
 from maml import adapt, support_loss
 from recipe import DATASETS
+from report import Events
 from tests.helpers import (
     NUMBER,
     PROGRAM,
@@ -621,40 +620,6 @@ def test_stop_in_a_validation(omniglot_run, monkeypatch, tmp_path):
     assert "Validation results" in run(*flags)
     assert_same_ending(only_run(tmp_path), omniglot_run.folder)  # what is the best is a part of it
     assert scalars(only_run(tmp_path)) == scalars(omniglot_run.folder)
-
-
-def test_a_validation_made_up_for_stands_once_in_the_events(small, monkeypatch, tmp_path):
-    """Stopped in a validation that finds no new best; made up for and killed; and gone on with: one point, not two."""
-    monkeypatch.setattr(train, "VALIDATION_INTERVAL", 10)
-    flags = *small, "--metatrain_iterations=40", f"--logdir={tmp_path}"
-
-    def draw(data, seed, split, first, count, draw=ImageTasks.draw):
-        if split == "val" and signals:
-            signal.raise_signal(signals.pop())
-        return draw(data, seed, split, first, count)
-
-    validated = []
-
-    def then(validation, iteration, accuracy, tasks, then=runs.Validation.then):
-        validated.append(iteration)
-        return then(validation, iteration, 0.5, tasks)  # so the first is the best, and stays it
-
-    monkeypatch.setattr(ImageTasks, "draw", draw)
-    monkeypatch.setattr(runs.Validation, "then", then)
-    signals = []
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "SUMMARY_INTERVAL", 20)
-        signal_at(patch, 20, signal.SIGTERM)
-        saved_by(signal.SIGTERM, start_main(*flags))  # at 20, and then the validation of 20 is asked to stop at once
-    assert validated == [10]
-    with monkeypatch.context() as patch:
-        patch.setattr(Events, "flush", lambda events: events.writer.flush() or sys.exit(9))  # as killed before it saves
-        assert start_main(*flags).code == 9
-    assert validated == [10, 20]
-    run(*flags)
-    assert validated == [10, 20, 20, 30]
-    points = scalars(only_run(tmp_path))["metaval_Post-update_accuracy__step_1"]
-    assert [step for step, _ in points] == [10, 20, 30]
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch, tmp_path):

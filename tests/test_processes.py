@@ -11,12 +11,12 @@ from tests.helpers import PROGRAM, assert_same_ending, end, models, only_run, ru
 def test_kill_and_resume(tmp_path):
     """kill -9 at the summary of iteration 500, when model299 is the latest: the second run ends as if it were one."""
     killed = (
-        "import os, signal, sys, main, events\n"
-        "scalars = events.Events.scalars\n"
-        "def kill(events, iteration, values):\n"
+        "import os, signal, sys, main, report\n"
+        "scalars = report.Events.scalars\n"
+        "def kill(kept, iteration, values):\n"
         "    if iteration == 500: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    scalars(events, iteration, values)\n"
-        "events.Events.scalars = kill\n"
+        "    scalars(kept, iteration, values)\n"
+        "report.Events.scalars = kill\n"
         "main.run(main.parse(sys.argv))\n"
     )
     flags = "--metatrain_iterations=600", "--norm=None", "--save_interval=299", f"--logdir={tmp_path / 'killed'}"
@@ -36,8 +36,8 @@ def test_kill_and_resume(tmp_path):
 
 
 KILLED_AT_RANDOM = """
-import contextlib, os, random, signal, sys, time, main, runs, train
-train.SUMMARY_INTERVAL = train.PRINT_INTERVAL = 20
+import contextlib, os, random, signal, sys, time, main, report, runs, train
+train.SUMMARY_INTERVAL = report.PRINT_INTERVAL = 20
 train.VALIDATION_INTERVAL = 10
 main.DATASETS["omniglot"] = main.DATASETS["omniglot"]._replace(curve_steps=1)
 from tests.helpers import tiny_networks

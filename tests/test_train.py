@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import recipe
+import report
 import runs
 import train
-from cluster import Cluster, Stop
+from cluster import Stop
 from data_generator import ImageTasks, SinusoidTasks
 from recipe import DATASETS, Recipe
 from utils import Curve, mean_xent, xent
@@ -72,16 +73,14 @@ def test_each_step_is_of_its_kind_on_its_own_tasks(block):
 @pytest.mark.parametrize(
     ("loss", "function"), [("sum_over_shot", functools.partial(xent, shot=2)), ("mean", mean_xent)]
 )
-def test_the_mean_losses_are_of_an_example(loss, function, capsys):
+def test_the_mean_losses_are_of_an_example(loss, function, tmp_path, capsys):
     """Whatever the loss that is minimised, and however many queries there are: ln 5 where all is as likely."""
     one = Recipe(data_set="cub", shot=2, query=3, loss=loss)
     losses = [function(np.zeros((5 * n, 5), np.float32), np.tile(np.eye(5, dtype=np.float32), (n, 1))) for n in (2, 3)]
-    curve, told = Curve(np.array([losses]), np.array([[0.25, 0.5]])), {}
-    events = types.SimpleNamespace(scalars=lambda iteration, values: told.update(values))
-    data = types.SimpleNamespace(way=5, shot=2, query=3)
-    train.Report(data, one, events, progress=None, workers=Cluster()).validation(500, curve)
+    with report.Report(tmp_path, 0, one) as kept:
+        kept.validation(500, Curve(np.array([losses]), np.array([[0.25, 0.5]])))
     for tag in ("metaval_Pre-update_mean_loss", "metaval_Post-update_mean_loss__step_1"):
-        np.testing.assert_allclose(told[tag], np.log(5), rtol=1e-6)
+        assert report.scalars(tmp_path)[tag] == {500: pytest.approx(np.log(5), rel=1e-6)}
     assert capsys.readouterr().out == "Validation results: 0.25, 0.5\n"
 
 

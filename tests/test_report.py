@@ -1,0 +1,100 @@
+"""TensorBoard events: what readers see of a resumed run and of damaged files; the picture of a task."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+import report
+from report import ENLARGE_TO, GAP, LETTERS, RIGHT, WHITE, WRONG, Events, task_picture
+from utils import Tasks
+
+
+def write(folder, start, steps, value):
+    with Events(folder, start) as events:
+        for step in steps:
+            events.scalars(step, {"loss": value})
+
+
+@pytest.mark.parametrize(
+    ("starts", "newest"),
+    [
+        ([(0, [0, 100, 200, 300]), (201, [300, 400]), (301, [400])], {0: 1, 100: 1, 200: 1, 300: 2, 400: 3}),
+        ([(0, [0, 100, 200]), (101, [])], {0: 1, 100: 1}),
+        ([(0, [0, 100]), (0, [0])], {0: 2}),
+    ],
+    ids=["resumed twice", "resumed and killed", "started over"],
+)
+def test_readers_see_the_newest_values_of_a_resumed_run(starts, newest, tmp_path):
+    """Our reader and TensorBoard's. TensorBoard's default loader, which is a program, drops the older ones as well."""
+    for value, (start, steps) in enumerate(starts, 1):
+        write(tmp_path / "run", start, steps, value)
+    assert report.scalars(tmp_path / "run") == {"loss": newest}
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    points = [(event.step, tf.make_ndarray(event.tensor_proto)) for event in multiplexer.Tensors("run", "loss")]
+    assert points == list(newest.items())
+
+
+def test_values_of_the_original_are_read(tmp_path):
+    """TensorFlow 1 wrote simple values. Texts are not numbers."""
+    summary = tf.compat.v1.Summary(value=[tf.compat.v1.Summary.Value(tag="metatrain_Pre-update_loss", simple_value=2)])
+    event = tf.compat.v1.Event(step=100, summary=summary)
+    with tf.io.TFRecordWriter(str(tmp_path / "events.out.tfevents.1500000000.host")) as writer:
+        writer.write(event.SerializeToString())
+    with Events(tmp_path, 200) as events:
+        events.flags(200, {"seed": 1})
+    assert report.scalars(tmp_path) == {"metatrain_Pre-update_loss": {100: 2}}
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_a_killed_process_loses_no_value_before_its_last(cut, tmp_path):
+    write(tmp_path, 0, [0, 100, 200], value=1)
+    (path,) = tmp_path.iterdir()
+    os.truncate(path, path.stat().st_size - cut)
+    write(tmp_path, 201, [300], value=1)
+    assert report.scalars(tmp_path) == {"loss": {0: 1, 100: 1, 300: 1}}
+
+
+class Stranger:
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (self.made,)
+
+
+def test_an_event_file_runs_no_code(tmp_path):
+    (tmp_path / "events.out.tfevents.1").write_bytes(pickle.dumps(Stranger(str(tmp_path / "made"))))
+    assert report.scalars(tmp_path) == {}
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_picture_of_a_task():
+    """Two gray classes of 42x42 images, 1-shot: one query image is right, the other classified as the first class."""
+    support, query = (np.full((2, 42, 42, 1), [[[[0.2]]], [[[0.8]]]]) + shift for shift in (0, 0.1))
+    labels, names = np.eye(2), ["a\udcff", "b" * 500]  # the first has a byte that is not UTF-8
+    picture = task_picture(Tasks(support, labels, query, labels), names, scores=np.array([[1, 0], [0.7, 0.3]]))
+    side, line = ENLARGE_TO + 4, 2 * LETTERS  # a framed image; a line of text
+    height, width, _ = picture.shape
+    assert height == line + 2 * (line + side)
+    tops, lefts = [2 * line, 3 * line + side], [0, side + GAP, 2 * side + GAP]
+    assert lefts[-1] + side <= width < lefts[-1] + 2 * side  # as wide as the images or the legend, not as the name
+    colors = [[tuple(map(int, picture[y + side // 2, x + side // 2])) for x in lefts] for y in tops]
+    assert colors == [
+        [(51,) * 3, (77,) * 3, (230,) * 3],  # class 0: its support image; the query images classified as it
+        [(204,) * 3, WHITE, WHITE],
+    ]
+    assert tuple(picture[tops[0], lefts[1]]) == RIGHT
+    assert tuple(picture[tops[0], lefts[2]]) == WRONG
+    for top in tops:
+        assert (picture[top - line : top] < 128).any()  # a name
+
+
+def test_the_picture_of_a_task_has_five_examples_per_class():
+    images, labels = np.zeros((14, ENLARGE_TO, ENLARGE_TO, 1)), np.tile(np.eye(2), (7, 1))
+    picture = task_picture(Tasks(images, labels, images, labels), ["a", "b"], scores=labels)
+    assert picture.shape[1] == 2 * 5 * (ENLARGE_TO + 4) + GAP
