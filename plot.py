@@ -38,7 +38,7 @@ import predict
 import recipe
 import runs
 from data_generator import ImageTasks, SinusoidTasks
-from files import InputError, printable, read_regular, say, write_whole, writing
+from files import InputError, printable, say, write_whole, writing
 from images import ROOT
 from maml import InnerLoop, adapt, inner_step, prepare
 from utils import Tasks, Weights
@@ -65,7 +65,6 @@ LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # c
 UPDATES = {0: ("before any update", ORANGE, ":"), 1: ("1 update", SKY, "--"), 10: ("10 updates", BLUE, "-")}
 MOST_PANELS = 20
 MOST_CLASSES = 50  # in a table of confusions
-MOST_CSV = 10**8  # bytes
 QUERIES = 5  # query images of each class in the figure of a task
 SCREEN = 110  # pixels an inch, for pages
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # of a figure: Pillow, which makes the PNG small, warns above it
@@ -394,7 +393,7 @@ def confusions(path: Path) -> tuple[list[str], np.ndarray]:
     """
     way_out = "name what predict.py --csv=FILE wrote"
     try:
-        text = read_regular(path, MOST_CSV).decode(errors="surrogateescape")
+        text = path.read_bytes().decode(errors="surrogateescape")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({getattr(error, 'strerror', None) or error}): {way_out}") from None
     try:
