@@ -11,9 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-import augment
 from files import InputError, check_choice
-from images import SPLITS, Classes, load_splits
+from images import (
+    CROP_WORDS,
+    SPLITS,
+    Classes,
+    center_crops,
+    denormalize,
+    load_splits,
+    normalize,
+    random_crops,
+)
 from recipe import QUERY_SHARES, Images
 from utils import Tasks
 
@@ -96,14 +104,14 @@ class ImageTasks:
         """Draws tasks first .. first + count - 1 of a split's stream.
 
         Returns NumPy arrays, shaped as Tasks says: T = count, D = [height, width, channels], O = N. Pixels are 0 to 1,
-        or as augment.normalised makes them.
+        or as images.normalize makes them.
         """
         pixels, labels = self._pixels(seed, split, first, count)
         x = np.divide(pixels, 255, dtype=np.float32)
         if self.images.invert:
             np.subtract(1, x, out=x)
         if self.images.augment:
-            x = augment.normalised(x)
+            x = normalize(x)
         y = np.eye(self.way, dtype=np.float32)[labels]
         support = self.way * self.shot
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
@@ -130,14 +138,14 @@ class ImageTasks:
         """The random words of a task: for its classes, members, orders, the shares of its queries, and its crops."""
         images = self.way * self.examples
         shares = 0 if self.query_shares == "balanced" else 2 * self.way
-        crops = augment.WORDS * images if self.images.augment and split == "train" else 0
+        crops = CROP_WORDS * images if self.images.augment and split == "train" else 0
         return 2 * self.way, images, images, shares, crops
 
     def colours(self, task: Tasks) -> Tasks:
         """Gives a task with colours of 0 to 1, which its images have unless they are augmented."""
         if not self.images.augment:
             return task
-        support_x, query_x = (np.clip(augment.colours(part), 0, 1) for part in (task.support_x, task.query_x))
+        support_x, query_x = (np.clip(denormalize(part), 0, 1) for part in (task.support_x, task.query_x))
         return task._replace(support_x=support_x, query_x=query_x)
 
     def _pixels(self, seed, split, first, count):
@@ -175,9 +183,9 @@ class ImageTasks:
         """The crops of the images ids [T, n], at random where there are words for them."""
         pixels, aspects, size = classes.pixels[ids.ravel()], classes.aspects[ids.ravel()], self.images.size
         if words.size:
-            crops = augment.random_crops(pixels, aspects, words.reshape(len(pixels), augment.WORDS), size)
+            crops = random_crops(pixels, aspects, words.reshape(len(pixels), CROP_WORDS), size)
         else:
-            crops = augment.centre_crops(pixels, aspects, size)
+            crops = center_crops(pixels, aspects, size)
         return crops.reshape(*ids.shape, *crops.shape[1:])
 
 

@@ -1,14 +1,10 @@
-"""Files written whole, locks, and errors that a user can fix. It imports no TensorFlow."""
+"""Whole-file writes, locks, and errors that a user can fix. Imports no TensorFlow."""
 
 import contextlib
 import errno
-import fnmatch
-import glob
 import json
 import os
-import re
 import secrets
-import stat
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -21,96 +17,91 @@ except ImportError:  # Windows
     fcntl = None
 
 
-MAX_JSON = 10_000_000  # bytes; ours have thousands
-
-
 class InputError(Exception):
-    """Bad input: one line that names the thing, its value and the way out. main.py prints it and exits with 1."""
+    """An error that the user can fix, in one line: `<flag or path>: <what is wrong>; <what to do>`."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
 
 
 def printable(value: object) -> str:
-    """Writes a value on one line. Newlines, a terminal's commands and bytes that are no text are escaped."""
+    """Return the value on one line, with newlines, terminal commands and undecodable bytes escaped."""
 
-    def shown(character):
+    def escaped(character):
         if character.isprintable() or unicodedata.category(character) == "Zs":  # any kind of space
             return character
         return character.encode("unicode_escape").decode()
 
-    return "".join(map(shown, str(value)))
+    return "".join(map(escaped, str(value)))
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises InputError where a value is none of the choices that `name` has."""
+    """Raise InputError unless the value of `name` is one of the choices."""
     if value not in choices:
-        raise InputError(f"{name}={value!r}: it is one of {', '.join(choices)}")
+        raise InputError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Prints one line, whatever names are in it, to stdout unless `file` is given."""
+    """Print one line, to stdout unless `file` is given, with the names in it escaped."""
     print(printable(line), file=file, flush=True)
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What cannot be written below `folder`, as on a full disk, becomes an InputError."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write at or below `path`, such as a full disk, into an InputError."""
     try:
         yield
+        return
     except OSError as error:
-        raise _unwritable(folder, error.strerror or error) from error
+        cause, reason = error, error.strerror or error
     except Exception as error:
         tensorflow = sys.modules.get("tensorflow")
         if not (tensorflow and isinstance(error, tensorflow.errors.OpError)):
             raise
-        # "...<file>; No space left on device [Op:...]", and sometimes more lines
-        reason = error.message.splitlines()[0].rpartition("; ")[2].partition(" [Op:")[0]
-        raise _unwritable(folder, reason) from error
-
-
-def _unwritable(folder, reason):
-    return InputError(f"cannot write to {folder} ({reason}): make room there, then give the same command again")
+        # "...<file>; No space left on device [Op:...]", sometimes with more lines
+        cause, reason = error, error.message.splitlines()[0].rpartition("; ")[2].partition(" [Op:")[0]
+    raise InputError(f"{path}: cannot write ({reason}); free space there, then run the same command again") from cause
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes the whole file or none: `fill` writes it beside its place, and it is moved in.
+    """Write a file under a hidden name and move it into place, so that `path` is never half a file.
 
-    The file beside it is locked until then, so that one whose process was killed is known by its lack of a lock.
+    A process that is killed here may leave the hidden file.
     """
-    remove_leftovers(path.parent, glob.escape(path.name))
-    # Not the process's number: on a shared disk processes in other containers have the same.
-    beside = path.with_name(f".{path.name}.{secrets.randbelow(10**10)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp, whose files only the owner reads
     try:
-        with contextlib.ExitStack() as held:
-            with open(beside, "wb") as file:
-                with contextlib.suppress(OSError):  # some disks have no locks
-                    lock(file)
-                    held.callback(os.close, os.dup(file.fileno()))  # with it, the lock outlives `file`
-                fill(file)
-            move_in(beside, path)
+        with open(temporary, "xb") as file:
+            fill(file)
+        move_in(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Removes what write_whole left beside the files of this name, a glob pattern, when its process was killed.
+def move_in(temporary: Path, path: Path) -> None:
+    """Move a finished file into place, so that even a power cut leaves the old file or the new one, whole."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
-    Where there are no locks nothing is removed. An empty file is left too: its process may be about to lock it.
+
+def read_json(path: Path, kind: type, fix: str, items: type = dict) -> list | dict:
+    """Return the dict, or the list of `items`, in a JSON file.
+
+    Raise FileNotFoundError, or InputError with the way to fix a damaged file.
     """
-    with contextlib.suppress(OSError):
-        for left in fnmatch.filter(os.listdir(folder), f".{name}.*"):
-            path = folder / left
-            with contextlib.suppress(OSError):
-                status = path.lstat()
-                if re.fullmatch(r"\.[0-9]+", path.suffix) and stat.S_ISREG(status.st_mode) and status.st_size:
-                    with open(path, "r+b") as file:
-                        lock(file)
-                        path.unlink()
+    try:
+        found = json.loads(path.read_bytes())
+        if not (isinstance(found, kind) and all(isinstance(item, items) for item in found if kind is list)):
+            raise ValueError(f"not a {kind.__name__}")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged ({error}); {fix}") from None
+    return found
 
 
 def lock(file: BinaryIO | int, wait: bool = False) -> None:
-    """Locks an open file for this process. Raises BlockingIOError where another has it, OSError without locks."""
+    """Lock an open file for this process. Raise BlockingIOError if another has it, OSError if there are no locks."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, "this system has no file locks")
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -118,60 +109,15 @@ def lock(file: BinaryIO | int, wait: bool = False) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, waiting: str = "") -> Iterator[None]:
-    """Waits for others that hold it, and says so if it may take long. Where the system has no locks, there is none.
-
-    waiting: the line that it says then.
-    """
+    """Lock a folder, or do nothing if the system has no locks. Print `waiting` before waiting for another process."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            held = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, held)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             try:
-                lock(held, wait=not waiting)
+                lock(descriptor)
             except BlockingIOError:
-                say(waiting)
-                lock(held, wait=True)
+                if waiting:
+                    say(waiting)
+                lock(descriptor, wait=True)
         yield
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """Reads a file that anybody may have put there: a pipe would never end, and so would a device.
-
-    Raises FileNotFoundError, other OSErrors, or ValueError where it is no regular file or has more than `most` bytes.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
-    with open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"larger than {most:,} bytes")
-    return data
-
-
-def move_in(beside: Path, path: Path) -> None:
-    """Moves a finished file into its place, so that a power cut leaves the old one or the new one, whole."""
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    with contextlib.suppress(OSError):  # some systems cannot open a folder, and some disks cannot flush one
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def read_json(path: Path, kind: type, way_out: str, items: type = dict) -> list | dict:
-    """A dict, or a list of `items`, in a file that anybody may have written.
-
-    Raises InputError, or FileNotFoundError.
-    """
-    try:
-        found = json.loads(read_regular(path, MAX_JSON))
-        if not (isinstance(found, kind) and all(isinstance(one, items) for one in found if kind is list)):
-            raise ValueError(f"not a {kind.__name__}")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): {way_out}") from None
-    return found

@@ -1,43 +1,49 @@
-"""Images on disk: the folders of classes, their splits, and a cache of the decoded pixels beside them."""
+"""Image folders to arrays: classes, splits, a cache of decoded pixels, and augmentation.
+
+Augmentation is mmfewshot's: random crops, flips and color changes in training, a center crop at test. A photograph is
+kept whole, resized to a square, with its aspect (width / height). A crop is a box of that square: left, top, right,
+bottom, from 0 (left, top) to 1. The caller passes all random words, so the same words give the same crop.
+Source: open-mmlab/mmfewshot, configs/classification/maml, and the mmcls pipelines that they name.
+"""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
 import math
 import os
-import shutil
-import threading
 import warnings
-import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-import augment
-import devices
-from files import InputError, folder_lock, read_regular, remove_leftovers, say, write_whole
+from files import InputError, folder_lock, say, write_whole
 from recipe import Images
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # a split's place is part of the key of its random stream
-CACHE_FORMAT = 3
-DECODED_AT_ONCE = 1000  # images that the decoding threads may be ahead of the file that is written
-BYTES_AT_ONCE = 2**28  # the same in bytes
-MOST_INDEX = 10**8  # bytes of a cache's index, which names the broken images
-MOST_SIDE = 10**6  # pixels: to resize one side takes 48 bytes for each of its pixels, so 48 MB here
-MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million, Pillow's own limit for one image; here for all threads together
-# Why the system does not open a file, where that stays so until the file changes. Of other reasons the next start may
-# find nothing: the disk was away, or too many files were open.
-LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
+CACHE_FORMAT = 4
+DECODED_AHEAD = 256  # images decoded at most before they are written
+
+CROP_AREA = 0.08, 1.0  # as a fraction of the photograph
+CROP_RATIO = 3 / 4, 4 / 3  # width / height
+ATTEMPTS = 10  # random boxes to try before taking the largest box in the middle
+JITTER = 0.6, 1.4  # factors of brightness, contrast and saturation
+ENHANCERS = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+ORDERS = list(permutations(range(3)))
+SHORT_SIDE = 1.15  # of a photograph at test, relative to the crop; rounded down to pixels: 96 for a crop of 84
+CROP_WORDS = 2 * ATTEMPTS + 2 + 1 + 3 + 1  # random words per crop: boxes, place, flip, colors and their order
+# ImageNet's, of red, green and blue in 0 to 1.
+MEAN = np.array([123.675, 116.28, 103.53], np.float32) / 255
+STD = np.array([58.395, 57.12, 57.375], np.float32) / 255
 
 
 class Classes(NamedTuple):
@@ -50,78 +56,67 @@ class Classes(NamedTuple):
     aspects: np.ndarray | None = None  # [images], width / height before they were resized; None: not augmented
 
     def check(self, split: str, folder: Path, way: int, examples: int) -> None:
-        """Checks that tasks of `way` classes with K + Q = `examples` images a class can be drawn.
-
-        Raises InputError where they cannot. split and folder are named in its message.
-        """
+        """Raise InputError unless tasks of `way` classes with K + Q = `examples` images per class can be drawn."""
         if len(self.names) < way:
             raise InputError(
-                f"--num_classes={way}, but the {split} split of {folder} has {len(self.names)} classes: "
+                f"--num_classes={way}: the {split} split of {folder} has {len(self.names)} classes; "
                 "lower it, or add classes"
             )
         smallest = int(np.argmin(self.counts))
         if self.counts[smallest] < examples:
             raise InputError(
-                f"class {self.names[smallest]} ({split}) in {folder} has {self.counts[smallest]} images, but a task "
-                f"takes {examples} of each class (support and query): add images, remove that class, or lower "
+                f"{folder}: class {self.names[smallest]} ({split}) has {self.counts[smallest]} images, but a task "
+                f"takes {examples} per class (support and query); add images, remove that class, or lower "
                 "--update_batch_size or --num_query"
             )
 
     def named(self, names: list[str]) -> "Classes":
-        """Gives the classes of these names alone, in order of their names. The pixels stay shared."""
+        """Return the classes with these names, in order of their names. The pixels stay shared."""
         chosen = set(names)
         index = [i for i, name in enumerate(self.names) if name in chosen]
         names = [self.names[i] for i in index]
         return self._replace(names=names, starts=self.starts[index], counts=self.counts[index])
 
 
-def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[str, Classes]:
-    """Reads the classes of a data set, split by split, their images decoded.
+# -- folders and splits -----------------------------------------------------------------------------------------------
 
-    Args:
-        images: what the data set has on disk.
-        folder: where it is.
-        splits: those that are wanted, of SPLITS.
-    Returns the classes of each wanted split. Where one folder holds the classes of all splits, they share its pixels.
-    Raises InputError where the folder, a split, a class folder or an image is not as `images` says.
+
+def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[str, Classes]:
+    """Return the classes of each wanted split, their images decoded.
+
+    Splits that lie in one folder share its pixels.
+    Raise InputError if the folder, a split, a class folder or an image is not as `images` says.
     """
     if not os.path.isdir(folder):
         raise InputError(
-            f"no data folder {folder}: prepare it as {images.prepare} says, or name another with --data_path"
+            f"{folder}: no such data folder; prepare it as {images.prepare} says, or choose another with --data_path"
             " (--test_data_path for --test_datasource)"
         )
     if images.split_sizes is None and images.split_list is None:
         return {split: _load_classes(images, folder, split) for split in splits}
-    if images.split_sizes and (images.split_list or any(os.path.isdir(folder / split) for split in SPLITS)):
-        raise InputError(
-            f"--split={_listed(images.split_sizes)} is for class folders that are not split yet, but {folder} has "
-            f"{'a published split' if images.split_list else 'the folders train, val or test'}: leave --split out"
-        )
+    sizes = ",".join(map(str, images.split_sizes or ()))
+    if sizes and (images.split_list or any(os.path.isdir(folder / split) for split in SPLITS)):
+        has = "a published split" if images.split_list else "the folders train, val or test"
+        raise InputError(f"--split={sizes}: {folder} has {has} already; leave --split out")
     classes = _load_classes(images, folder, ".")
-    if images.split_sizes:
+    if sizes:
         if sum(images.split_sizes) != len(classes.names):
             raise InputError(
-                f"--split={_listed(images.split_sizes)} is {sum(images.split_sizes)} classes, but {folder} has "
-                f"{len(classes.names)}: give three numbers of that sum"
+                f"--split={sizes}: must add up to the {len(classes.names)} classes of {folder}; change the numbers"
             )
         named = _cut(classes.names, images.split_sizes)
     else:
-        # Without those that have no images, such as the __pycache__ of a script in the folder: a name that is not
-        # published would split all classes anew.
+        # Without folders that hold no images, such as __pycache__: an unknown name would change the whole split.
         filled = [name for name, count in zip(classes.names, classes.counts, strict=True) if count]
         named = _published_splits(filled, ROOT / "data" / "splits" / images.split_list, folder)
     return {split: classes.named(named[split]) for split in splits}
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    return ",".join(map(str, numbers))
-
-
 def _cut(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:
-    """Cuts names of classes into splits of these sizes: train, val, test. They are sorted, and shuffled by seed 1.
+    """Sort class names, shuffle them with seed 1, and cut them into train, val and test.
 
-    The seed is always that one, so that runs of other seeds are tested on the same classes.
-    Source: the original's data_generator.py, which shuffles by seed 1 too, but does not sort.
+    The seed is fixed, so that runs with other seeds are tested on the same classes.
+    Source: the original's data_generator.py, which also shuffles with seed 1, but does not sort.
     """
     shuffled = sorted(names)
     Random(1).shuffle(shuffled)
@@ -130,7 +125,7 @@ def _cut(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:
 
 
 def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[str, list[str]]:
-    """Finds the names of the classes of each split, by the published list; where they are others, a line says so."""
+    """Return the class names of each split by the published list. Print a line if the names differ from it."""
     published = json.loads(split_list.read_bytes())
     published = {split: published[split] for split in SPLITS}
     known = set().union(*published.values())
@@ -142,85 +137,72 @@ def _published_splits(names: list[str], split_list: Path, folder: Path) -> dict[
     # The published list is itself cut by this rule.
     train, val = (round(len(names) * len(published[split]) / len(known)) for split in ("train", "val"))
     sizes = (train, val, len(names) - train - val)
-    shown = "/".join(map(str, sizes))
-    say(f"{folder} has {len(names):,} classes, not the {len(known):,} published: split {shown} by a seed-1 shuffle.")
+    cut = "/".join(map(str, sizes))
+    say(f"{folder} has {len(names):,} classes, not the {len(known):,} published: split {cut} by a seed-1 shuffle.")
     return _cut(names, sizes)
 
 
 def _load_classes(images: Images, folder: Path, split: str) -> Classes:
-    """Reads the class folders below folder/split ('.': the folder itself), decoded once and kept in folder/.cache."""
+    """Return the classes of folder/split ('.': of the folder itself), decoded once and cached in folder/.cache."""
     root = os.path.normpath(folder / split)
     files = class_folders(root) if os.path.isdir(root) else {}
     if not any(files.values()):
         raise InputError(
-            f"no images in {root}: expected class folders of images there, as {images.prepare} says"
-            + ("" if images.split_list or split == "." else f"; if they lie directly in {folder}, give --split")
+            f"{root}: no images; fill it with class folders of images, as {images.prepare} says"
+            + ("" if images.split_list or split == "." else f", or give --split if they lie directly in {folder}")
         )
-    names = sorted(files)  # Differs: the original takes the disk's order, and its split and tasks with it
+    names = sorted(files)  # Differs: the original's split and tasks depend on the order in which the disk lists files
     paths = [f"{name}/{file}" for name in names for file in files[name]]
     pixels, broken, aspects = _cached(images, folder, root, paths, "all" if split == "." else split)
     if broken:
-        shown = ", ".join(broken[:10]) + (f" and {len(broken) - 10:,} more" if len(broken) > 10 else "")
-        say(f"Left out of {root}, {len(broken):,} of {len(paths):,} images, which cannot be read: {shown}")
+        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10:,} more" if len(broken) > 10 else "")
+        say(f"Left out of {root}, {len(broken):,} of {len(paths):,} images, which cannot be read: {listed}")
     left_out = Counter(path.rpartition("/")[0] for path in broken)
     counts = np.array([len(files[name]) - left_out[name] for name in names])
     return Classes(names, np.cumsum(counts) - counts, counts, pixels, np.array(aspects) if images.augment else None)
 
 
 def class_folders(root: str) -> dict[str, list[str]]:
-    """Finds the class folders below `root`: name, which is the path from there -> sorted file names of its images.
+    """Return the class folders below `root`: name, which is the path from there -> sorted file names of its images.
 
-    A class folder holds images, or nothing at all: that its class is too small is told later. Hidden ones are passed
-    over. Raises InputError where a folder cannot be read, or is a link to one above it.
+    An empty folder is a class too, so that an error can name it. Raise InputError if a folder cannot be read.
     """
-    return {name: files for name, files in _folders(root) if name}
+    return {name: images for name, images, _, leaf in _folders(root) if name and (images or leaf)}
 
 
 def image_files(root: str) -> list[str]:
-    """Finds the images in `root` and in the folders below it: their paths, sorted. Raises as class_folders."""
-    return sorted(os.path.join(root, name, file) for name, files in _folders(root) for file in files)
+    """Return the paths of the images in `root` and below, sorted. Raise as class_folders."""
+    return sorted(os.path.join(root, name, file) for name, images, _, _ in _folders(root) for file in images)
 
 
 def other_files(root: str) -> list[str]:
-    """Finds, as image_files does, the files that by their names are no images which can be read."""
-    found = _folders(root, lambda entry: entry.is_file() and not _is_image(entry))
-    return sorted(os.path.join(root, name, file) for name, files in found for file in files)
+    """Return the paths of the files in `root` and below whose names are not those of images. Raise as class_folders."""
+    return sorted(os.path.join(root, name, file) for name, _, others, _ in _folders(root) for file in others)
 
 
-def _folders(root: str, wanted: Callable[[os.DirEntry], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Finds `root`, whose name is empty, and all folders below it, of those that hold images or nothing at all.
+def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], bool]]:
+    """Yield `root`, with an empty name, and all folders below it: name, sorted images, other files, no folders inside.
 
-    wanted: tells which files count, if not images.
-    Yields the name of each, and the sorted names of its images. Raises as class_folders.
+    Hidden files and folders are passed over, and so is what macOS adds to archives.
     """
-    pending = [(root, "", frozenset())]
-    while pending:
-        folder, name, above = pending.pop()
-        real = os.path.realpath(folder)
-        if real in above:
-            raise InputError(f"{folder} is a link to {real}, a folder above it: remove it")
-        try:
-            entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
-            folders = [entry for entry in entries if entry.is_dir()]
-            files = sorted(entry.name for entry in entries if (wanted or _is_image)(entry))
-        except OSError as error:
-            raise InputError(
-                f"cannot read {error.filename} ({error.strerror}): make it readable, or remove it"
-            ) from error
-        if files or not folders:
-            yield name, files
-        pending += [(entry.path, f"{name}/{entry.name}".lstrip("/"), above | {real}) for entry in folders]
 
+    def refuse(error):
+        raise InputError(f"{error.filename}: cannot read ({error.strerror}); make it readable, or remove it") from error
 
-def _is_image(entry: os.DirEntry) -> bool:
-    """Tells by its name whether an entry is an image. A link that leads nowhere counts: who reads it tells of it."""
-    ending = os.path.splitext(entry.name)[1].lower()
-    return ending in _endings() and (entry.is_file() or not os.path.exists(entry.path))
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if os.path.islink(folder) and os.path.realpath(folder) in map(os.path.realpath, Path(folder).parents):
+            raise InputError(f"{folder}: is a link to a folder above it; remove it")
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        images, others = [], []
+        for name in sorted(files):
+            if name[0] != ".":
+                (images if os.path.splitext(name)[1].lower() in _endings() else others).append(name)
+        yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, not folders
 
 
 @functools.cache
 def _formats() -> list[str]:
-    """The image formats that Pillow reads by itself: not EPS, for which it would start another program."""
+    """Return the image formats that Pillow reads itself: not EPS, for which it would start another program."""
     Image.init()
     return [format for format in Image.OPEN if Image.MIME.get(format, "").startswith("image/")]
 
@@ -231,15 +213,18 @@ def _endings() -> frozenset[str]:
     return frozenset(ending for ending, format in Image.registered_extensions().items() if format in formats)
 
 
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
 def _cached(
     images: Images, folder: Path, root: str, paths: list[str], name: str
 ) -> tuple[np.ndarray, list[str], list[float]]:
-    """Reads the images root/path of all paths: from folder/.cache where its files are still true, else decoded.
+    """Return the images root/path of all paths, from folder/.cache if it is up to date, else decoded and cached.
 
-    Returns their pixels, uint8 [paths, height, width, channels], mapped from the disk where the cache can be written;
-    the paths that cannot be read; and, where images are augmented, the aspects (width / height) of the others. Images
-    that cannot be read have no row: the rows after them have moved up, and the last rows mean nothing.
-    Raises InputError as _decode.
+    They are three things: their pixels, uint8 [paths, height, width, channels], mapped from the disk if the cache can
+    be written; the paths that cannot be read; and, for augmentation, the aspects (width / height) of the others.
+    Unreadable images have no row: later rows move up, and the last rows are unused.
+    Raise InputError as _decode.
     """
     cache = folder / ".cache"
     if images.any_size:
@@ -248,269 +233,253 @@ def _cached(
     shape = (len(paths), *images.stored, images.channels)
     index = {"format": CACHE_FORMAT, "shape": list(shape), "files": _digest(root, paths)}
 
-    for pattern in ("*.npy", "*.json"):
-        remove_leftovers(cache, pattern)
-
-    def kept():
-        """What the cache has; None where there is none yet, or another, or a damaged one: it is made anew."""
+    def up_to_date():
         try:
-            found = json.loads(read_regular(index_file, MOST_INDEX))
-            broken, checksum, aspects = found.pop("broken"), found.pop("checksum"), found.pop("aspects", [])
-            whole = len(aspects) == (len(paths) - len(broken)) * images.augment
-            if found == index and whole and set(broken) <= set(paths) and (images.skip_broken or not broken):
-                pixels = _mapped(array_file, shape)
-                if zlib.crc32(pixels[: len(paths) - len(broken)]) == checksum:  # 0.24 s a GB on one core
-                    return pixels, broken, _as_aspects(aspects)
-        except Exception:  # a damaged one raises nearly every kind there is
-            pass
-        return None
+            found = json.loads(index_file.read_bytes())
+            broken, aspects = found.pop("broken"), found.pop("aspects")
+            pixels = np.load(array_file, mmap_mode="r", allow_pickle=False)
+            same = found == index and (pixels.shape, pixels.dtype) == (shape, np.uint8)
+            return (pixels, broken, aspects) if same and (images.skip_broken or not broken) else None
+        except Exception:  # a damaged cache raises nearly every kind of error; decode again
+            return None
 
-    if found := kept():
+    def fill(file):
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        end = file.tell() + math.prod(shape)
+        index["broken"], index["aspects"] = _decode(images, root, paths, file.write)
+        file.truncate(end)
+        index_file.unlink(missing_ok=True)  # it describes the array that this one replaces
+
+    if found := up_to_date():
         return found
     try:
         cache.mkdir(exist_ok=True)
-        # Of several processes that start at once, one decodes.
         with folder_lock(cache, waiting=f"Another process writes to {cache}: waiting for it."):
-            if found := kept():
+            if found := up_to_date():
                 return found
-            _check_room(cache, math.prod(shape))
-            broken, aspects = [], []
-
-            def decode(file):
-                index["checksum"] = _write_array(file, images, root, paths, shape, broken, aspects)
-
-            write_whole(array_file, decode)
-            record = json.dumps(index | {"broken": broken} | ({"aspects": aspects} if images.augment else {}))
-            write_whole(index_file, lambda file: file.write(record.encode()))
-            return _mapped(array_file, shape), broken, aspects
+            write_whole(array_file, fill)
+            write_whole(index_file, lambda file: file.write(json.dumps(index).encode()))
+            return np.load(array_file, mmap_mode="r", allow_pickle=False), index["broken"], index["aspects"]
     except OSError as error:
-        reason = error.strerror or str(error)
-    needed, memory = math.prod(shape), devices.memory()
-    if needed > memory:
-        raise InputError(
-            f"the image cache {cache} cannot be written ({reason}), and its {needed / 1e9:,.1f} GB are more than the "
-            f"memory, which has {memory / 1e9:,.1f} GB: make room there, and let it be written, or lower --image_size"
-        )
-    _tell_once(f"The image cache {cache} cannot be written ({reason})")
+        _say_once(f"The image cache {cache} cannot be written ({error.strerror or error}): decoding at every start.")
     pixels = np.zeros(shape, np.uint8)
-    row, aspects = iter(pixels), []
-    broken = _decode(images, root, paths, lambda image: np.copyto(next(row), image), aspects)
-    return pixels, broken, aspects
+    rows = iter(pixels)
+    return pixels, *_decode(images, root, paths, lambda image: np.copyto(next(rows), image))
 
 
-def _check_room(cache, needed):
-    """Raises OSError where the disk has not so many bytes: what will not fit is not decoded twice."""
-    disk = shutil.disk_usage(cache)
-    if disk.free < needed and disk.total:  # some network disks say that they have nothing at all
-        raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:,.1f} GB, and the disk has {disk.free / 1e9:,.1f} GB left")
-
-
-def _as_aspects(found):
-    """Gives the aspects of a cache's index, which anybody may have written. Raises ValueError where one is none."""
-    if not all(isinstance(one, float | int) and 1 / MOST_SIDE <= one <= MOST_SIDE for one in found):
-        raise ValueError("an aspect is none")
-    return found
+_say_once = functools.cache(say)  # for the splits of one folder together
 
 
 def _digest(root, paths):
-    """Makes a checksum of the names, sizes and times of all files.
-
-    The time of change is among them, which no program can set. So a file that was replaced by one of the same size and
-    time of modification is noticed. In a copy of the folder those times are others, and it is decoded anew.
-    """
+    """Return a checksum of the names, sizes and modification times of the files."""
     digest = hashlib.sha256()
     for path in paths:
         try:
             status = os.stat(f"{root}/{path}")
-            times = status.st_mtime_ns, status.st_ctime_ns
-            digest.update(b"%s %d %d %d\n" % (os.fsencode(path), status.st_size, *times))
-        except OSError:  # told where it is decoded
+            digest.update(b"%s %d %d\n" % (os.fsencode(path), status.st_size, status.st_mtime_ns))
+        except OSError:  # reported when the image is decoded
             digest.update(b"%s\n" % os.fsencode(path))
     return digest.hexdigest()
 
 
-def _mapped(file, shape):
-    """Maps the array of a cache from the disk, uint8 of this shape. Raises ValueError where it is another file."""
-    if not file.is_file():
-        raise ValueError(f"{file} is not a regular file")
-    pixels = np.load(file, mmap_mode="r", allow_pickle=False)
-    if pixels.shape != shape or pixels.dtype != np.uint8:
-        raise ValueError(f"{file} is another array")
-    return pixels
-
-
-@functools.cache
-def _tell_once(reason):
-    """Says it in one line, and once, though each split has an array of its own."""
-    say(f"{reason}: the images are decoded anew at every start.")
-
-
-def _write_array(file, images, root, paths, shape, broken, aspects):
-    """Writes an .npy file of the images, one image at a time, since a data set may be larger than the memory.
-
-    Adds to the lists `broken` and `aspects` as _decode. Returns the checksum of the images that are written.
-    """
-    checksum = 0
-
-    def put(image):
-        nonlocal checksum
-        checksum = zlib.crc32(image, checksum)
-        file.write(image)
-
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    end = file.tell() + math.prod(shape)
-    broken += _decode(images, root, paths, put, aspects)
-    file.truncate(end)
-    return checksum
-
-
-class UnreadableError(InputError):
-    """An image that cannot be read by a fault of its own; --skip_broken leaves it out."""
-
-    def __init__(self, message: str, reason: str = ""):
-        super().__init__(message)
-        self.reason = reason
-
-
 def _decode(
-    images: Images, root: str, paths: list[str], put: Callable[[np.ndarray], object], aspects: list[float]
-) -> list[str]:
-    """Decodes the images root/path in order, on all cores, and gives each to `put`.
+    images: Images, root: str, paths: list[str], put: Callable[[np.ndarray], object]
+) -> tuple[list[str], list[float]]:
+    """Decode the images root/path in order, on all cores, and pass each to `put`.
 
-    Where images are augmented, their aspects are added to the list `aspects`.
-    Returns the paths of the images that cannot be read, if --skip_broken allows them. Raises InputError otherwise, and
-    where an image has another size than `images` says.
+    Return the paths of unreadable images, if --skip_broken allows them, and, for augmentation, the aspects of the
+    others. Raise InputError if an image cannot be read or has another size than `images` says.
     """
 
     def decode(path):
-        at.path = path
         try:
             return read_whole(f"{root}/{path}", images)
         except UnreadableError as error:
             if images.skip_broken:
                 return None
             raise InputError(
-                f"cannot read image {root}/{path} of class {os.path.basename(os.path.dirname(f'{root}/{path}'))}: "
-                f"{error.reason}; replace or delete it, or leave out all such images with --skip_broken"
+                f"{root}/{path}: cannot read image ({error.reason}); replace or delete it, or leave out all such "
+                "images with --skip_broken"
             ) from error
 
-    broken, at = [], threading.local()
-    ahead = max(1, min(DECODED_AT_ONCE, BYTES_AT_ONCE // (math.prod(images.stored) * images.channels)))
+    broken, aspects = [], []
     with (
-        warnings_in_a_line(at, say, f" in {root}"),
+        pillow_warnings(say),
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(desc="Decoding images", total=len(paths), disable=None, unit=" images") as bar,
     ):
-        for first in range(0, len(paths), ahead):
-            some = paths[first : first + ahead]
-            for path, image in zip(some, pool.map(decode, some), strict=True):
+        for first in range(0, len(paths), DECODED_AHEAD):
+            chunk = paths[first : first + DECODED_AHEAD]
+            for path, image in zip(chunk, pool.map(decode, chunk), strict=True):
                 bar.update()
                 if image is None:
                     broken.append(path)
                 else:
                     put(image[0])
-                    if images.augment:
-                        aspects.append(image[1])
-    return broken
+                    aspects += [image[1]] * images.augment
+    return broken, aspects
+
+
+# -- reading one image ------------------------------------------------------------------------------------------------
+
+
+class UnreadableError(InputError):
+    """A damaged image, or one that Pillow does not read. --skip_broken leaves it out."""
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason
 
 
 @contextlib.contextmanager
-def warnings_in_a_line(at: threading.local, tell: Callable[[str], object], where: str = "") -> Iterator[None]:
-    """Tells in one line each thing that Pillow warns of, however many images it is.
-
-    at.path: what a thread reads. tell: what prints a line. where: stands behind the path.
-    """
-    warned = defaultdict(list)
-    with warnings.catch_warnings():
+def pillow_warnings(tell: Callable[[str], object]) -> Iterator[None]:
+    """Pass each kind of Pillow's warnings to `tell` once, as one line. Images above Pillow's size limit are errors."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_image has limits of its own
-        warnings.showwarning = lambda message, *_: warned[str(message)].append(getattr(at, "path", "?"))
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
-    for message, paths in warned.items():
-        others = f" and {len(paths) - 1:,} others" if len(paths) > 1 else ""
-        tell(f"Pillow warns of {paths[0]}{others}{where}: {message}")
-
-
-class _Room:
-    """An amount that threads share. A thread takes a part, waits if so much is not there, and gives it back."""
-
-    def __init__(self, size: int):
-        self.left, self.changed = size, threading.Condition()
-
-    @contextlib.contextmanager
-    def taken(self, part: int) -> Iterator[None]:
-        with self.changed:
-            self.changed.wait_for(lambda: part <= self.left)
-            self.left -= part
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.left += part
-                self.changed.notify_all()
-
-
-ROOM = _Room(MOST_PIXELS)  # so that many large images at once are no more than one
+    for message, count in Counter(str(warning.message) for warning in caught).items():
+        tell(f"Pillow warns of {count:,} images: {message}")
 
 
 def read_image(path: str | Path, images: Images) -> np.ndarray:
-    """Reads an image as the tasks of a test have it.
+    """Return an image as the tasks of a test have it: for augmentation, its center crop.
 
-    Returns uint8 [height, width, channels] of images.size: upright, grey or RGB, and white where it is transparent;
-    where tasks are augmented, its centre crop.
-    Raises InputError where it cannot be read, or has another size and may not be resized.
+    uint8 [height, width, channels] of images.size: upright, gray or RGB, and white where it is transparent.
+    Raise InputError if it cannot be read, or has another size and may not be resized.
     """
     image, aspect = read_whole(path, images)
-    if not images.augment:
-        return image
-    return augment.centre_crops(image[None], np.array([aspect]), images.size)[0]
+    return center_crops(image[None], np.array([aspect]), images.size)[0] if images.augment else image
 
 
 def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
-    """Reads an image whole, as the cache keeps it.
+    """Return a whole image, uint8 [height, width, channels] of images.stored, and its aspect before it was resized.
 
-    Returns uint8 [height, width, channels] of images.stored, and its aspect, width / height, before it is resized.
-    Raises InputError as read_image.
+    Raise as read_image.
     """
     height, width = images.stored
     try:
         with Image.open(path, formats=_formats()) as image:
-            pixels = math.prod(image.size)
-            if pixels > MOST_PIXELS or max(image.size) > MOST_SIDE:
-                raise ValueError(f"it says that it has {image.height:,} x {image.width:,} pixels, too many to decode")
-            with ROOM.taken(pixels):
-                if images.any_size and pixels > Image.MAX_IMAGE_PIXELS:  # a JPEG can be decoded smaller
-                    image.draft(None, (4 * width, 4 * height))
-                ImageOps.exif_transpose(image, in_place=True)
-                image = _in_colours(image, images.channels)
-                aspect = image.width / image.height
-                if images.any_size and image.size != (width, height):
-                    image = image.resize((width, height), Image.LANCZOS)
-    except Exception as error:  # on damaged files the decoders raise nearly every kind there is
+            ImageOps.exif_transpose(image, in_place=True)
+            image = _converted(image, images.channels)
+            aspect = image.width / image.height
+            if images.any_size and image.size != (width, height):
+                image = image.resize((width, height), Image.LANCZOS)
+    except Exception as error:  # on damaged files the decoders raise nearly every kind of error
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and error.errno not in {None, *LASTING}:  # Pillow's own have no number
-            raise InputError(
-                f"cannot read image {path} ({error.strerror}), which is no fault of the image: see to the disk, or to "
-                "the limit of open files, and give the same command again"
-            ) from error
-        message = f"cannot read image {path}: {reason}; replace it, or leave it out"
-        raise UnreadableError(message, reason) from error
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's: it may succeed at the next start
+            raise InputError(f"{path}: cannot read ({error.strerror}); make it readable, or remove it") from error
+        raise UnreadableError(f"{path}: cannot read image ({reason}); replace it, or leave it out", reason) from error
     if image.size != (width, height):
         raise InputError(
-            f"image {path} is {image.height}x{image.width} pixels, not {height}x{width}: prepare the folder as "
-            f"{images.prepare} says, or have all images resized with --image_size"
+            f"{path}: is {image.height}x{image.width} pixels, not {height}x{width}; prepare the folder as "
+            f"{images.prepare} says, or resize all images with --image_size"
         )
     return np.asarray(image).reshape(*images.stored, images.channels), aspect
 
 
-def _in_colours(image, channels):
-    """Makes an image grey (1 channel) or RGB (3), and white where it is transparent. Raises ValueError if it cannot."""
-    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion would cut at 255
+def _converted(image, channels):
+    """Return an image in gray (1 channel) or RGB (3), white where it is transparent. Raise ValueError if it cannot."""
+    if image.mode.startswith("I;16"):  # 16-bit gray, which Pillow's own conversion would cut at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"its mode {image.mode} has no white; save it with 8 or 16 bits a channel")
+        raise ValueError(f"mode {image.mode} has no white; save it with 8 or 16 bits per channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+# -- augmentation -----------------------------------------------------------------------------------------------------
+
+
+def random_crops(pixels: np.ndarray, aspects: np.ndarray, words: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crop photographs at random, flip half of them, and change their colors.
+
+    Args:
+        pixels: uint8 [n, S, S, 3], photographs in squares.
+        aspects: [n], width / height of each before it was a square.
+        words: uint64 [n, CROP_WORDS], random.
+        size: height and width of a crop in pixels.
+    Returns: uint8 [n, height, width, 3].
+    """
+    uniform = (words >> np.uint64(11)) * 2.0**-53  # [0, 1)
+    boxes = random_boxes(uniform[:, : 2 * ATTEMPTS + 2], aspects)
+    flips = uniform[:, -5] < 0.5
+    factors = JITTER[0] + (JITTER[1] - JITTER[0]) * uniform[:, -4:-1]
+    orders = (6 * uniform[:, -1]).astype(int)
+
+    def crop(i):
+        image = _crop(pixels[i], boxes[i], size)
+        if flips[i]:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for which in ORDERS[orders[i]]:
+            image = ENHANCERS[which](image).enhance(factors[i, which])
+        return np.asarray(image)
+
+    return _stack(crop, len(pixels))
+
+
+def center_crops(pixels: np.ndarray, aspects: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crop the middle of photographs whose short side is SHORT_SIDE times the crop's. Shapes as in random_crops."""
+    boxes = center_boxes(aspects, size)
+    return _stack(lambda i: np.asarray(_crop(pixels[i], boxes[i], size)), len(pixels))
+
+
+def normalize(x: np.ndarray) -> np.ndarray:
+    """Convert colors [..., 3] from 0 to 1 to network input: subtract MEAN and divide by STD."""
+    return (x - MEAN) / STD
+
+
+def denormalize(x: np.ndarray) -> np.ndarray:
+    """Return the colors from 0 to 1 that `normalize` converted to x [..., 3]."""
+    return x * STD + MEAN
+
+
+def random_boxes(uniform: np.ndarray, aspects: np.ndarray) -> np.ndarray:
+    """Choose a box in each photograph, like mmcls' RandomResizedCrop.
+
+    Areas are uniform within CROP_AREA, and logarithms of width / height within those of CROP_RATIO. The first attempt
+    that lies inside the photograph is taken.
+    Args:
+        uniform: [n, 2 * ATTEMPTS + 2], random, 0 to 1: the area of each attempt, then the shape of each, then the place
+            of the box, from left to right and from top to bottom.
+        aspects: [n], width / height of the photographs.
+    Returns: [n, 4]: left, top, right, bottom, 0 to 1.
+    """
+    area = CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * uniform[:, :ATTEMPTS]
+    low, high = np.log(CROP_RATIO)
+    ratio = np.exp(low + (high - low) * uniform[:, ATTEMPTS : 2 * ATTEMPTS])
+    # In units of the photograph's height.
+    width = np.sqrt(area * aspects[:, None] * ratio)
+    height = width / ratio
+    inside = (width <= aspects[:, None]) & (height <= 1)
+    first = np.arange(len(aspects)), inside.argmax(1)
+    any_inside = inside.any(1)
+    width = np.where(any_inside, width[first], np.minimum(aspects, CROP_RATIO[1])) / aspects
+    height = np.where(any_inside, height[first], np.minimum(1, aspects / CROP_RATIO[0]))
+    place = np.where(any_inside[:, None], uniform[:, -2:], 0.5)
+    left, top = place[:, 0] * (1 - width), place[:, 1] * (1 - height)
+    return np.stack([left, top, left + width, top + height], 1)
+
+
+def center_boxes(aspects: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the boxes of center_crops, for photographs with these aspects [n]. Shapes as in random_boxes."""
+    short = np.array([int(SHORT_SIDE * side) for side in size])
+    height, width = (side / max(short) for side in size)  # of a photograph whose short side is 1
+    width, height = width / np.maximum(aspects, 1), height * np.minimum(aspects, 1)
+    left, top = (1 - width) / 2, (1 - height) / 2
+    return np.stack([left, top, left + width, top + height], 1)
+
+
+def _crop(pixels, box, size):
+    """Return a box [4] of a photograph [S, S, 3], resized with Pillow's bilinear filter, which averages."""
+    side = len(pixels)
+    box = np.clip(box * side, 0, side)
+    return Image.fromarray(pixels).resize(size[::-1], Image.BILINEAR, tuple(box.tolist()))
+
+
+def _stack(crop, count):
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(crop, range(count))))

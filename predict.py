@@ -25,7 +25,6 @@ import io
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
@@ -38,11 +37,19 @@ from absl import logging
 from tensorflow.core.protobuf import saved_model_pb2
 from tqdm import tqdm
 
-import augment
 import recipe as recipes
 import runs
 from files import InputError, check_choice, printable, say, write_whole, writing
-from images import ROOT, UnreadableError, class_folders, image_files, other_files, read_image, warnings_in_a_line
+from images import (
+    ROOT,
+    UnreadableError,
+    class_folders,
+    image_files,
+    normalize,
+    other_files,
+    pillow_warnings,
+    read_image,
+)
 from maml import MAML, inner_step, prepare
 from networks import support_normalized
 from recipe import Recipe
@@ -145,7 +152,7 @@ class Model:
         """Makes of pixels, uint8 or floats of 0 to 1, what the network takes: float32, as training's were made."""
         x = tf.cast(pixels, tf.float32) / 255 if pixels.dtype == np.uint8 else tf.cast(pixels, tf.float32)
         x = 1 - x if self.images.invert else x
-        return augment.normalised(x) if self.images.augment else x
+        return normalize(x) if self.images.augment else x
 
     def probabilities(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
         """Computes the probability of each class, [n, N], with the weights after the updates."""
@@ -515,17 +522,16 @@ def _tell_of_others(folder):
 def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.ndarray | None]]:
     """(path, label, pixels) of all; the images that cannot be read are named, and have no pixels."""
 
-    broken, at = {}, threading.local()
+    broken = {}
 
     def read(path):
-        at.path = path
         try:
             return read_image(path, model.images)
         except UnreadableError as error:
             broken[path] = f"{path} ({error.reason})"
             return None
 
-    with warnings_in_a_line(at, _remark), ThreadPoolExecutor(devices.cores()) as pool:
+    with pillow_warnings(_remark), ThreadPoolExecutor(devices.cores()) as pool:
         images = list(pool.map(read, paths))
     if broken:
         listed = _some([broken[path] for path in paths if path in broken])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import unittest.mock
@@ -526,6 +527,34 @@ def test_a_run_is_not_published_onto_itself(tmp_path):
     for folder in (PUBLISHED[0].parent, tmp_path / "link"):
         with pytest.raises(InputError, match="already: give another --to"):
             publish.publish(folder, folder.parent)
+
+
+RUN = ROOT / "logs" / "published" / "cls_5.mbs_25.ubs_10.numstep1.updatelr0.01nonorm"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("flags.json", content) for content in ("", "[]", '{"num_filters": "64"}', '{"seed": -1}')),
+        *(("results.json", content) for content in ("", "{}", "[7]")),
+    ],
+)
+def test_publishing_a_damaged_record_is_refused(name, content, tmp_path):
+    folder = shutil.copytree(RUN, tmp_path / RUN.name)
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=r"flags\.json|results\.json"):
+        publish.publish(folder, tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
+def test_publishing_where_nothing_can_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=str(tmp_path / "file")):
+        publish.publish(RUN, tmp_path / "file")
+    with pytest.raises(InputError, match="--iteration=3"):
+        publish.publish(RUN, tmp_path / "to", iteration=3)
+    monkeypatch.chdir(RUN)
+    assert publish.publish(Path("."), tmp_path / "to") == tmp_path / "to" / RUN.name  # and not to `to` itself
 
 
 def numbers_of_the_test(folder: Path) -> dict[str, float]:

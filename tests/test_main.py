@@ -1,6 +1,7 @@
 """Whole runs: main with the flags of a command line, on generated images, and what a user finds afterwards."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -25,10 +26,12 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData as PluginData
 
 import devices
+import evaluate
 import main
 import maml as method
 import networks
 import plot
+import recipe
 import runs
 import train
 from data_generator import ImageTasks, SinusoidTasks
@@ -883,7 +886,8 @@ def test_the_oracle_is_the_sinusoids(small, tmp_path):
 
 def test_no_data_folder(small, tmp_path):
     line = refusal(*small, f"--data_path={tmp_path / 'none'}", f"--logdir={tmp_path}")
-    assert f"no data folder {tmp_path / 'none'}: prepare it as data/omniglot_resized/resize_images.py says" in line
+    assert f"{tmp_path / 'none'}: " in line
+    assert "data/omniglot_resized/resize_images.py" in line
     assert "--data_path" in line
     assert not list(only_run(tmp_path).glob("[!.]*"))  # nothing is recorded before all is checked
 
@@ -891,12 +895,12 @@ def test_no_data_folder(small, tmp_path):
 def test_an_empty_data_folder(small, tmp_path):
     (tmp_path / "data").mkdir()
     line = refusal(*small, f"--data_path={tmp_path / 'data'}", f"--logdir={tmp_path}")
-    assert f"no images in {tmp_path / 'data'}: expected class folders of images there" in line
+    assert f"{tmp_path / 'data'}: " in line
 
 
 def test_more_ways_than_classes(small, omniglot, tmp_path):
     line = refusal(*small, "--num_classes=21", f"--logdir={tmp_path}")
-    assert f"--num_classes=21, but the train split of {omniglot} has 20 classes: lower it, or add classes" in line
+    assert "--num_classes=21" in line and str(omniglot) in line
 
 
 @pytest.fixture
@@ -917,24 +921,21 @@ def test_a_class_with_too_few_images(own_images, tmp_path):
     for path in sorted((own_images / "val" / "n00000008").iterdir())[5:]:
         path.unlink()
     line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
-    assert f"class n00000008 (val) in {own_images} has 5 images, but a task takes 16 of each class" in line
-    assert "--update_batch_size or --num_query" in line
+    assert all(part in line for part in (str(own_images), "n00000008", "--update_batch_size", "--num_query"))
 
 
 def test_an_image_that_cannot_be_read(own_images, tmp_path):
     image = own_images / "train" / "n00000003" / "007.jpg"
     os.truncate(image, 500)
     line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
-    assert f"cannot read image {image} of class n00000003: " in line
-    assert line.endswith("; replace or delete it, or leave out all such images with --skip_broken")
+    assert f"{image}: " in line and "--skip_broken" in line
 
 
 def test_an_image_of_another_size(own_images, tmp_path):
     image = own_images / "train" / "n00000003" / "007.jpg"
     Image.new("RGB", (80, 64)).save(image)
     line = refusal(*small_miniimagenet(own_images, tmp_path / "logs"))
-    assert f"image {image} is 64x80 pixels, not 84x84: prepare the folder as " in line
-    assert "or have all images resized with --image_size" in line
+    assert f"{image}: " in line and "--image_size" in line
     flags = *small_miniimagenet(own_images, tmp_path / "logs"), "--metatrain_iterations=0"
     assert "Nothing left to do" in run(*flags, "--image_size=84")
 
@@ -946,7 +947,7 @@ def test_other_images_of_another_size_at_test(own_images, miniimagenet_like, few
     flags = small_miniimagenet(miniimagenet_like, tmp_path / "logs")
     run(*flags)
     flags += "--train=False", "--test_set=True", "--test_datasource=cub", f"--test_data_path={own_images}"
-    assert "or have all images resized with --image_size" in refusal(*flags)
+    assert "--image_size" in refusal(*flags)
     assert f"Images of {own_images}, read as 84x84x3: test 6 classes, 144 images." in run(*flags, "--image_size=84")
     names, task, _ = plot.answered_task(only_run(tmp_path / "logs"), 1, 0, own_images)
     assert len(names) == 5 and task.query_x.shape == (25, 84, 84, 3)
@@ -975,7 +976,7 @@ def test_a_folder_without_its_path(small, sinusoid_run, tmp_path):
 def test_another_way_at_test(omniglot_run):
     """The last layer has as many outputs as training had classes."""
     line = refusal(*omniglot_run.flags, "--train=False", "--num_classes=4")
-    assert f"but in {omniglot_run.folder}: a model has an output for each class of a training task" in line
+    assert str(omniglot_run.folder) in line
     assert "--num_classes" in line
 
 
@@ -1002,29 +1003,26 @@ def assert_refused(run: Finished, message: str, *flags: object) -> None:
 
 
 def test_another_runs_folder(held, small):
-    assert_refused(held, "belongs to another run (--num_query=-1 there, 7 here)", "--num_query=7")
+    assert_refused(held, "--num_query=-1 there, 7 here", "--num_query=7")
     same_name = "--norm=None", "--num_filters=64", "--meta_batch_size=25", "--update_batch_size=5", "--update_lr=0.001"
     assert_refused(held, "--datasource=sinusoid there, omniglot here", *small, *same_name)
     assert_refused(held, "--datasource=sinusoid there, omniglot here", *small, *same_name, "--train=False")
-    assert_refused(held, "give the same flags, or another --logdir", "--num_query=7")
 
 
 def test_resume_false_on_a_run(held):
-    assert_refused(held, "holds a run up to model1, and --resume=False would overwrite it", "--resume=False")
+    assert_refused(held, "--resume=False", "--resume=False")
 
 
 def test_a_missing_test_iter(held):
-    message = "has the iterations 1: give one of them or -1"
-    assert_refused(held, message, "--train=False", "--test_iter=0")
+    assert_refused(held, "--test_iter=0", "--train=False", "--test_iter=0")
 
 
 def test_no_checkpoint_at_test(held, tmp_path):
     """The original tests random weights silently."""
     line = refusal("--norm=None", "--update_lr=0.5", "--train=False", *held.flags[:1])
-    assert f"no checkpoint (model<iteration>.index) in {held.folder.parent / 'cls_5.mbs_25.ubs_5.numstep1'}" in line
-    assert f"has runs in {held.folder.name}: give the flags of one of them" in line
-    line = refusal("--train=False", f"--logdir={tmp_path / 'none'}")
-    assert "train first, or give the --logdir of a trained run" in line
+    assert f"{held.folder.parent / 'cls_5.mbs_25.ubs_5.numstep1'}" in line
+    assert held.folder.name in line
+    assert str(tmp_path / "none") in refusal("--train=False", f"--logdir={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
 
 
@@ -1032,19 +1030,19 @@ def test_the_checkpoint_of_another_network(held, small):
     """A folder without a record, as the released model's: variables and shapes are asserted."""
     (held.folder / "flags.json").unlink()
     same_name = "--norm=None", "--num_filters=64", "--meta_batch_size=25", "--update_batch_size=5", "--update_lr=0.001"
-    assert_refused(held, "is of another network", *small, *same_name, "--train=False")
-    assert_refused(held, "can be tested but not trained further", "--metatrain_iterations=3")
+    assert_refused(held, str(held.folder / "model1"), *small, *same_name, "--train=False")
+    assert_refused(held, "--logdir", "--metatrain_iterations=3")
 
 
 def test_a_damaged_checkpoint(held, few_test_tasks, three_steps):
     """The one before is used, aloud, and the end is the same; one that is asked for by its iteration is refused."""
     run(*held.flags, "--metatrain_iterations=3")
     os.truncate(held.folder / "model2.data-00000-of-00001", 50)
-    assert_refused(held, f"checkpoint {held.folder / 'model2'} is damaged", "--train=False", "--test_iter=2")
+    assert_refused(held, f"{held.folder / 'model2'}: ", "--train=False", "--test_iter=2")
     for flags in (["--train=False"], ["--metatrain_iterations=3"]):
         ended = start_main(*held.flags, *flags)
         assert ended.code == 0
-        assert ended.err.startswith(f"WARNING: checkpoint {held.folder / 'model2'} is damaged (")
+        assert ended.err.startswith(f"WARNING: {held.folder / 'model2'}: ")
         assert f"Restoring model weights from {held.folder / 'model1'}\n" in ended.out
     for name, value in variables(held.folder, "model2").items():
         np.testing.assert_array_equal(value, three_steps[name], err_msg=name)
@@ -1052,8 +1050,7 @@ def test_a_damaged_checkpoint(held, few_test_tasks, three_steps):
 
 def test_a_loss_that_is_no_number(tmp_path):
     line = refusal("--update_lr=1e30", "--metatrain_iterations=3", f"--logdir={tmp_path}")
-    message = r"training diverged, the loss at iteration 0 is (inf|nan) \(nothing was saved\): try a smaller --meta_lr"
-    assert re.search(message, line)
+    assert "the loss at iteration 0 is" in line and "--meta_lr" in line
     assert models(only_run(tmp_path)) == []
 
 
@@ -1074,7 +1071,7 @@ def test_weights_that_are_no_numbers(held, monkeypatch):
 
 def test_a_run_in_use(held, few_test_tasks):
     with runs.Run(held.folder).locked():
-        assert_refused(held, "is in use, another process trains in it", "--metatrain_iterations=3")
+        assert_refused(held, "--logdir", "--metatrain_iterations=3")
         run(*held.flags, "--train=False")
     run(*held.flags, "--metatrain_iterations=3")
 
@@ -1142,10 +1139,10 @@ def test_a_strangers_files_run_no_code(held, few_test_tasks, tmp_path):
     for flags in (["--train=False"], ["--metatrain_iterations=3"]):
         ended = start_main(*held.flags, *flags)
         assert ended.code == 0
-        assert f"checkpoint {held.folder / 'model5'} is damaged" in ended.err
-    for name, message in {"results.json": "give another --results_dir", "flags.json": "give another --logdir"}.items():
+        assert f"{held.folder / 'model5'}: " in ended.err
+    for name in ("results.json", "flags.json"):
         (held.folder / name).write_bytes(pickle.dumps(Stranger(tmp_path / "made")))
-        assert message in start_main(*held.flags, "--train=False").err
+        assert name in start_main(*held.flags, "--train=False").err
     assert not (tmp_path / "made").exists()
 
 
@@ -1166,13 +1163,13 @@ def test_a_full_disk(small_disk, two_steps, few_test_tasks, tmp_path):
     logdir = f"--logdir={small_disk / 'logs'}"
     line = refusal(*flags, logdir)
     folder = only_run(small_disk / "logs")
-    assert f"cannot write to {folder} (No space left on device): make room there, then give the same command" in line
+    assert f"{folder}: " in line and "No space left on device" in line
     assert models(folder) != []
 
     subprocess.run(["dd", "if=/dev/zero", f"of={small_disk / 'more'}"], capture_output=True)  # to the last byte
     before = contents(small_disk)
     line = refusal(*two_steps.flags, "--train=False", f"--results_dir={small_disk}")
-    assert f"cannot write to {small_disk} (No space left on device)" in line
+    assert f"{small_disk}: " in line and "No space left on device" in line
     assert "(No space left on device)" in refusal(*flags, logdir)
     left = contents(small_disk)
     assert before.items() <= left.items()
@@ -1188,8 +1185,8 @@ def test_a_read_only_disk(small_disk, held, few_test_tasks):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     flags = *held.flags, f"--logdir={small_disk}"
     line = refusal(*flags, "--metatrain_iterations=3")
-    assert f"cannot write to {folder} (Read-only file system): give another --logdir" in line
-    assert "give another --results_dir" in refusal(*flags, "--train=False")
+    assert f"{folder}: " in line and "--logdir" in line
+    assert "--results_dir" in refusal(*flags, "--train=False")
     run(*flags, "--train=False", f"--results_dir={held.folder}")
     assert (held.folder / "val_ubs5_stepsize0.001.csv").exists()
 
@@ -1215,7 +1212,75 @@ def test_folders_that_cannot_be_written(held, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     line = refusal("--norm=None", f"--logdir={file}")
-    assert re.search(rf"cannot write to {re.escape(str(file))}/cls_\S+ \(.+\): give another --logdir$", line)
+    assert re.search(rf"{re.escape(str(file))}/cls_\S+: .* --logdir$", line)
     message = refusal(*held.flags, "--train=False", f"--results_dir={file / 'below'}")
-    assert re.search(rf"cannot write to {re.escape(str(file))}/below \(.+\): give another --results_dir$", message)
+    assert re.search(rf"{re.escape(str(file))}/below: .* --results_dir$", message)
     assert file.read_text() == "mine"
+
+
+SLIPS = dict.fromkeys(("meta_batch_size", "update_batch_size", "num_query", "num_classes", "image_size"), 10**7)
+SLIPS |= dict.fromkeys(("val_tasks", "test_tasks", "threads", "op_threads", "train_update_batch_size"), 10**7)
+SLIPS |= {"num_filters": 10**6, "num_updates": 1000, "save_interval": 10**18, "metatrain_iterations": 10**18}
+SLIPS |= {"pretrain_iterations": 10**18, "logdir": "a\0b", "data_path": "a\0b", "results_dir": "a\0b"}
+
+
+@pytest.mark.parametrize("flag", SLIPS)
+def test_a_slip_of_a_flag_is_refused_before_any_work(flag, tmp_path):
+    line = refusal(f"--logdir={tmp_path / 'logs'}", f"--{flag}={SLIPS[flag]}")
+    assert f"--{flag}=" in line
+    assert line.isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trillion_iterations_cost_no_memory(tmp_path, monkeypatch):
+    """They are not listed: what is due when is computed."""
+
+    def stop(kept, at, values):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Events, "scalars", stop)
+    flags = "--norm=None", "--metatrain_iterations=1000000000000", "--save_interval=1", f"--logdir={tmp_path}"
+    with not_compiled():
+        assert saved_by(signal.SIGTERM, start_main(*flags)).parent == only_run(tmp_path)
+
+
+def test_how_a_run_was_computed_is_recorded(tmp_path, monkeypatch):
+    """Beside its flags, which do not change: a run may go on otherwise, with a warning."""
+    flags = "--norm=None", f"--logdir={tmp_path}"
+    with not_compiled():
+        start_main(*flags, "--metatrain_iterations=2")
+        folder = only_run(tmp_path)
+        identity = json.loads((folder / "flags.json").read_text())
+        computed = devices.computed()
+        assert computed["op_threads"] == 1
+        assert computed["tensorflow"] == tf.__version__
+        ended = start_main(*flags, "--metatrain_iterations=3")
+        assert (ended.code, ended.err) == (0, "")
+        monkeypatch.setattr(devices, "computed", lambda: computed | {"op_threads": 2})
+        ended = start_main(*flags, "--metatrain_iterations=4")
+    (line,) = ended.err.splitlines()
+    assert str(folder) in line and "op_threads 1 there, 2 here" in line
+    assert ended.code == 0
+    recorded = json.loads((folder / "computed.json").read_text())
+    assert recorded == [{"from_iteration": 0, **computed}, {"from_iteration": 3, **computed, "op_threads": 2}]
+    assert json.loads((folder / "flags.json").read_text()).keys() == identity.keys()
+    start_main(*flags, "--metatrain_iterations=4", "--train=False", "--test_tasks=2")
+    (entry,) = json.loads((folder / "results.json").read_text())
+    assert entry["computed"]["op_threads"] == 2
+
+
+def test_long_folder_names_are_cut_in_file_names():
+    """Shorter ones have the names that they always had."""
+    trained = recipe.Recipe(data_set="folder", data_path="/" + "t" * 240, split="64,16,20")
+    protocol = evaluate.Protocol(
+        "test", 5, 1e-05, query=15, other_data_set="folder", data_folder="/" + "\u8a66" * 80, class_split="100,100,100"
+    )
+    name = protocol._replace(tasks=10**6, task_seed=2**63 - 1).name(trained)
+    assert len(os.fsencode(f".{name}.csv.12345678")) <= 255
+    assert re.match(
+        r"test_ubs5_stepsize1e-05_folder-\u8a66{10}-[0-9a-f]{8}_split100,100,100_trained-t{10}-[0-9a-f]{8}_", name
+    )
+    short = protocol._replace(data_folder="/" + "d" * 60).name(dataclasses.replace(trained, data_path="/" + "t" * 60))
+    assert "d" * 60 in short
+    assert "t" * 60 in short
+    assert len(short) < evaluate.MOST_NAME

@@ -1,6 +1,7 @@
 """Figures: that they show what they say, and that the command writes them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -310,18 +311,27 @@ def test_command_writes_png_svg_and_pdf(arguments, tmp_path, monkeypatch):
     assert "</svg>" in written[2].read_text()
 
 
+def refusal(monkeypatch, capsys, *arguments: object) -> str:
+    """The one line with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, *arguments)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (("sinusoid", "MAML=nowhere"), "nowhere"),
-        (("updates", f"MAML={RUN}/results.json", "--update_lr=0.5"), "0.5"),
-        (("updates", f"MAML={RUN}"), RUN.name),
+        (("updates", f"MAML={RUN}/results.json", "--update_lr=0.5"), f"{RUN}/results.json"),
+        (("updates", f"MAML={RUN}/results.json", "--update_lr=0"), f"{RUN}/results.json"),
+        (("updates", f"MAML={RUN}"), str(RUN)),
         (("updates", "MAML=nowhere.json"), "nowhere.json"),
-        (("sinusoid", f"MAML={RUN}/results.json"), "results.json"),
+        (("sinusoid", f"MAML={RUN}/results.json"), f"{RUN}/results.json"),
         (("training", "empty=tests/data"), "tests/data"),
-        (("training", f"MAML={RUN}", "--dpi=0"), "--dpi=0"),
-        (("training", f"MAML={RUN}", "--dpi=99999"), "--dpi=99999"),
-        (("task", f"MAML={RUN}"), RUN.name),
+        (("training", f"MAML={RUN}", "--dpi=5"), "--dpi=5"),
+        (("task", f"MAML={RUN}"), str(RUN)),
         (("task", f"Omniglot={OMNIGLOT}", "--data_path=nowhere"), "nowhere"),
         (("task", f"Omniglot={OMNIGLOT}", "--shots", "0"), "--shots=0"),
         (("confusion", "Letters=nowhere.csv"), "nowhere.csv"),
@@ -330,9 +340,51 @@ def test_command_writes_png_svg_and_pdf(arguments, tmp_path, monkeypatch):
 )
 def test_errors_are_one_line(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, *arguments, "--output", tmp_path / "figure")
-    assert ended.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert named in line
+    assert named in refusal(monkeypatch, capsys, *arguments, "--output", tmp_path / "figure")
     assert not list(tmp_path.iterdir())
+
+
+ENTRY = {
+    **{"split": "test", "support_examples_a_class_K": 5, "inner_step_size_alpha": 0.01, "metric": "mean squared error"},
+    "results": [{"updates": 0, "mean": 1.0, "ci95": 0.1}],
+}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *({}, ENTRY | {"results": [7]}, ENTRY | {"support_examples_a_class_K": "5"}, ENTRY | {"metric": ["x"]}),
+        ENTRY | {"results": [{"updates": 0, "mean": 10**400, "ci95": 0.1}]},
+        ENTRY | {"results": [{"updates": 0, "mean": 1.0, "ci95": None}]},
+    ],
+)
+def test_a_strangers_results_are_named(entry, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([entry]))
+    line = refusal(monkeypatch, capsys, "updates", f"theirs={path}", f"--output={tmp_path / 'figure'}")
+    assert str(path) in line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("flags", [{"num_updates": 9}, {"num_updates": 10**9}, {"num_filters": [1]}], ids=str)
+def test_a_strangers_flags_are_named(flags, tmp_path, monkeypatch, capsys):
+    shutil.copytree(RUN, tmp_path, dirs_exist_ok=True)
+    flags = json.loads((tmp_path / "flags.json").read_text()) | flags
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    line = refusal(monkeypatch, capsys, "training", f"theirs={tmp_path}", f"--output={tmp_path / 'figure'}")
+    assert "flags.json" in line
+
+
+def test_wrong_flags_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    drawn = "sinusoid", f"MAML={RUN}", f"--output={tmp_path / 'figure'}"
+    entries = "updates", f"$MAML_$={RUN}/results.json", "--update_lr=0.01"
+    for arguments, named in (
+        ((*drawn, "--shots", "5", "0"), "--shots=5 0"),
+        ((*drawn, "--task=-1"), "--task=-1"),
+        ((*drawn, "--update_lr=nan"), "--update_lr=nan"),
+        ((*entries, f"--output={tmp_path}/file/figure"), f"{tmp_path}/file"),
+        ((*entries, "--output=."), "--output=."),
+    ):
+        assert named in refusal(monkeypatch, capsys, *arguments)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import main
 import recipe
 from files import InputError
+from parallel import Layout
 from recipe import DATASETS, NORMS, Recipe
 
 ROOT = Path(main.__file__).parent
@@ -164,3 +165,13 @@ def test_queries_a_class():
     ):
         assert Recipe(data_set=data_set).query_examples(training) == query
         assert Recipe(data_set=data_set, query=2).query_examples(training) == 2
+
+
+def test_resnet12_that_fills_the_memory_is_refused():
+    resnet = Recipe(data_set="miniimagenet", network="resnet12", shot=5, inner_steps=5, meta_batch=4)
+    recipe.check_memory(resnet, Layout(cores=4), 2**40)
+    recipe.check_memory(Recipe(data_set="miniimagenet", max_pool=True), Layout(cores=64), 2**20)
+    with pytest.raises(InputError, match="--threads"):
+        recipe.check_memory(resnet, Layout(cores=4), 4 * 2**30)
+    with pytest.raises(InputError, match="--tasks_at_once"):
+        recipe.check_memory(resnet, Layout(group=0), 4 * 2**30)

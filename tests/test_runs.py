@@ -1,4 +1,4 @@
-"""The run folder: its name, whose it is, whole checkpoints only, the original's checkpoints, events and results."""
+"""The run folder: its name, its flags, whole checkpoints only, older and the original's checkpoints, results."""
 
 import csv
 import errno
@@ -22,7 +22,7 @@ import recipe
 import runs
 from files import InputError
 from maml import MAML
-from tests.helpers import line_model, line_model_at, maml_of
+from tests.helpers import contents, line_model, line_model_at, maml_of
 from utils import accuracy, mse
 
 FLAGS = {
@@ -94,10 +94,6 @@ def claim(run: runs.Run, flags: dict, resume: bool = True) -> None:
         run.record(flags)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
 @pytest.fixture
 def run(tmp_path) -> runs.Run:
     folder = tmp_path / "run"
@@ -153,7 +149,7 @@ def test_run_name(flags, name):
     assert recipe.from_flags(flags).run_name == name
 
 
-# -- whose it is ------------------------------------------------------------------------------------------------------
+# -- identity ---------------------------------------------------------------------------------------------------------
 
 
 def test_claim_makes_the_folder_and_records_the_flags(tmp_path):
@@ -162,14 +158,14 @@ def test_claim_makes_the_folder_and_records_the_flags(tmp_path):
     assert json.loads((run.folder / "flags.json").read_text()) == FLAGS
 
 
-def test_claim_of_the_same_run_with_more_iterations(run):
+def test_more_iterations_are_the_same_run(run):
     claim(run, FLAGS)
     run.save(line_model_at(70000))
     claim(run, FLAGS | {"metatrain_iterations": 90000})
     assert json.loads((run.folder / "flags.json").read_text())["metatrain_iterations"] == 90000
 
 
-def test_claim_lists_the_flags_of_another_run(run):
+def test_another_runs_folder_is_refused_and_the_flags_that_differ_are_listed(run):
     claim(run, FLAGS)
     run.save(line_model_at(100))
     before = contents(run.folder)
@@ -179,18 +175,13 @@ def test_claim_lists_the_flags_of_another_run(run):
     assert "--num_query=-1 there, 3 here" in str(error.value)
     assert "--datasource=sinusoid there, omniglot here" in str(error.value)
     assert "iterations" not in str(error.value)
+    for name in {*recipe.DEFAULTS} - {"pretrain_iterations", "metatrain_iterations"}:
+        with pytest.raises(InputError, match=f"--{name}={FLAGS[name]} there, another here"):
+            claim(run, FLAGS | {name: "another"})
     assert contents(run.folder) == before
 
 
-@pytest.mark.parametrize("name", sorted({*recipe.DEFAULTS} - {"pretrain_iterations", "metatrain_iterations"}))
-def test_every_flag_tells_runs_apart(run, name):
-    claim(run, FLAGS)
-    run.save(line_model_at(100))
-    with pytest.raises(InputError, match=f"--{name}={FLAGS[name]} there, another here"):
-        claim(run, FLAGS | {name: "another"})
-
-
-def test_a_folder_without_checkpoints_is_nobodys(run):
+def test_a_folder_without_checkpoints_may_change_its_flags(run):
     claim(run, FLAGS)  # a run that was killed before its first checkpoint
     claim(run, OMNIGLOT, resume=False)
     assert json.loads((run.folder / "flags.json").read_text()) == OMNIGLOT
@@ -200,7 +191,7 @@ def test_resume_false_overwrites_nothing(run):
     claim(run, FLAGS)
     run.save(line_model_at(100))
     before = contents(run.folder)
-    with pytest.raises(InputError, match="holds a run up to model99, and --resume=False would overwrite it"):
+    with pytest.raises(InputError, match="--resume"):
         claim(run, FLAGS, resume=False)
     assert contents(run.folder) == before
 
@@ -218,7 +209,7 @@ def test_resume_false_overwrites_nothing(run):
         ((500, 1000), 700, (500, 2000), True),
     ],
 )
-def test_pretraining_may_not_end_elsewhere_once_past(run, recorded, done, now, allowed):
+def test_the_end_of_a_past_pretraining_is_fixed(run, recorded, done, now, allowed):
     def flags(pair):
         return FLAGS | dict(zip(("pretrain_iterations", "metatrain_iterations"), pair, strict=True))
 
@@ -227,51 +218,80 @@ def test_pretraining_may_not_end_elsewhere_once_past(run, recorded, done, now, a
     if allowed:
         claim(run, flags(now))
     else:
-        with pytest.raises(InputError, match=rf"\(--pretrain_iterations={recorded[0]} there, {now[0]} here\)"):
+        with pytest.raises(InputError, match="--pretrain_iterations"):
             claim(run, flags(now))
     run.check_flags(flags(now), recipe.DEFAULTS, training=False)  # a test changes nothing
 
 
 def test_a_folder_without_a_record_is_tested_not_trained(run):
     run.save(line_model_at(60000))
-    before = contents(run.folder)
-    with pytest.raises(InputError, match=r"can be tested but not trained further: give another --logdir"):
+    with pytest.raises(InputError, match="--logdir"):
         claim(run, FLAGS)
-    assert contents(run.folder) == before
+    assert not (run.folder / "flags.json").exists()
     run.check_flags(FLAGS, recipe.DEFAULTS, training=False)
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        *(b"", b'{"datasource": ', b'["sinusoid"]', b"7", b"[]", b"\xff\xfe\xfd", b"null"),
-        *(b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b"{" + b" " * files.MAX_JSON + b"}"),
-    ],
-    ids=lambda record: str(record[:20]),
-)
-def test_a_damaged_record(run, record):
+@pytest.mark.parametrize("record", [b"", b'{"datasource": ', b'["sinusoid"]', b"\xff\xfe\xfd", b"[" * 100_000])
+def test_a_damaged_record_is_named(run, record):
     run.save(line_model_at(100))
     (run.folder / "flags.json").write_bytes(record)
-    with pytest.raises(InputError, match=r"flags\.json is damaged .* give another --logdir") as error:
+    with pytest.raises(InputError, match=r"flags\.json") as error:
         claim(run, FLAGS)
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("value", [None, [], {"a": [1]}, "x", 1e400, "two\nlines \x1b[31m", "long" * 1000])
-def test_a_record_of_strange_values(run, value):
-    run.save(line_model_at(100))
-    (run.folder / "flags.json").write_text(json.dumps(FLAGS | {"seed": value, "pretrain_iterations": value}))
-    with pytest.raises(InputError, match=r"belongs to another run \(--seed=.* there, 0 here") as error:
-        claim(run, FLAGS)
-    assert str(error.value).isprintable()
-    assert len(str(error.value)) < 500
+@pytest.mark.parametrize("name", ["runs [1]", "back\\slash", "not text \udcff"])
+def test_a_folder_that_tensorflow_could_not_read_is_refused(name, tmp_path):
+    with pytest.raises(InputError, match="--logdir"):
+        runs.Run(tmp_path / name)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match=r"cannot write to .*file/run \(.+\): give another --logdir"):
+    with pytest.raises(InputError, match=r"file/run: .*--logdir"):
         claim(runs.Run(tmp_path / "file" / "run"), FLAGS)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_second_process_in_one_folder_is_refused(run):
+    with run.locked():
+        with pytest.raises(InputError, match=re.escape(f"{run.folder}: ")):
+            claim(runs.Run(run.folder), FLAGS)
+        run.save(line_model_at(1))
+        assert runs.Run(run.folder).restore_newest(line_model()) == run.prefix(0)  # a test is allowed
+    (run.folder / "model0.index").unlink()
+    claim(runs.Run(run.folder), FLAGS)  # and so is training, after the other process has ended
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(run, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    claim(run, FLAGS)
+    assert str(run.folder) in capsys.readouterr().out
+
+
+def test_how_iterations_were_computed_is_recorded_and_repeated_ones_again(run, capsys):
+    """Another machine began at 500 and was killed before it saved anything."""
+    here, there = {"op_threads": 1}, {"op_threads": 2}
+    run.record_computed(0, here)
+    run.record_computed(500, there)
+    assert "op_threads 1 there, 2 here" in capsys.readouterr().err
+    run.record_computed(500, here)
+    run.record_computed(1000, here)
+    assert capsys.readouterr().err == ""
+    assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 0, **here}]
+
+
+def test_the_classes_trained_on_are_recorded_and_changes_reported(run, capsys):
+    run.record_classes(["b", "a"])
+    run.save(line_model_at(100))
+    run.record_classes(["a", "b"])
+    assert capsys.readouterr().err == ""
+    run.record_classes(["b", "c"])
+    assert "WARNING" in capsys.readouterr().err
+    assert run.trained_classes() == ["a", "b", "c"]
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -288,46 +308,52 @@ def test_a_checkpoint_holds_everything(run):
     assert_same(values(restored), expected)
 
 
-def test_the_ten_latest_checkpoints_stay(run):
+def test_the_latest_checkpoints_and_the_best_stay(run, monkeypatch):
+    assert runs.KEPT_CHECKPOINTS == 10
+    monkeypatch.setattr(runs, "KEPT_CHECKPOINTS", 3)
     (run.folder / "modelled.index").write_text("not ours")
-    for step in (*range(1, 10), 100, 1000, 5000):
+    for step in (1, 2, 3, 9, 10, 100, 5000):
+        run.validation = run.validation.then(step - 1, 0.9 if step == 3 else 0.5, 200)
         run.save(line_model_at(step))
-    latest = [2, 3, 4, 5, 6, 7, 8, 99, 999, 4999]
-    assert run.iterations() == latest
-    files = {f"model{i}{ending}" for i in latest for ending in (".index", ".data-00000-of-00001")}
-    assert {path.name for path in run.folder.iterdir()} == files | {"modelled.index"}
+    saved = [2, 9, 99, 4999]
+    assert run.iterations() == saved
+    names = {f"model{i}{ending}" for i in saved for ending in (".index", ".data-00000-of-00001")}
+    assert {path.name for path in run.folder.iterdir()} == names | {"modelled.index"}
+    assert run.checkpoint("best") == str(run.folder / "model2")
+    again = runs.Run(run.folder)
+    assert again.best() == run.validation == (4999, 2, 0.9, 200)
+    again.restore_newest(line_model())
+    assert again.validation == run.validation
 
 
-def test_an_index_without_its_data_is_no_checkpoint(run):
-    """As in a folder that was copied halfway."""
+def test_which_validation_is_best():
+    """The first of equals; and accuracies on different numbers of tasks are not compared."""
+    found = runs.Validation().then(500, 0.3, 200).then(1000, 0.5, 200).then(1500, 0.5, 200).then(2000, 0.4, 200)
+    assert found == (2000, 1000, 0.5, 200)
+    assert found.then(2500, 0.45, 20) == (2500, 2500, 0.45, 20)
+    assert found.then(2500, -math.inf, 20) == (2500, 1000, 0.5, 200)
+
+
+def test_a_checkpoint_is_chosen_by_its_iteration(run):
     for step in (100, 5000):
         run.save(line_model_at(step))
-    (run.folder / "model4999.data-00000-of-00001").unlink()
-    assert run.checkpoint() == str(run.folder / "model99")
+    assert [run.checkpoint(i) for i in (-1, 4999, 99)] == [run.prefix(i) for i in (4999, 4999, 99)]
+    for missing in (98, "best"):
+        with pytest.raises(InputError, match=f"--test_iter={missing}"):
+            run.checkpoint(missing)
+    (run.folder / "model4999.data-00000-of-00001").unlink()  # as in a folder that was copied halfway
+    assert run.checkpoint() == run.prefix(99)
 
 
-@pytest.mark.parametrize("iteration", [-1, 4999, 99])
-def test_checkpoint_by_iteration(run, iteration):
-    for step in (100, 5000):
-        run.save(line_model_at(step))
-    assert run.checkpoint(iteration) == str(run.folder / f"model{4999 if iteration == -1 else iteration}")
-
-
-def test_a_missing_iteration_lists_those_there_are(run):
-    for step in (100, 5000):
-        run.save(line_model_at(step))
-    with pytest.raises(InputError, match=r"--test_iter=98, but .*run has the iterations 99, 4999: give one of them"):
-        run.checkpoint(98)
-
-
-def test_a_folder_without_checkpoint(run):
-    with pytest.raises(InputError, match=r"no checkpoint .* in .*run: train first"):
+def test_a_folder_without_checkpoint_is_named_and_so_are_those_beside_it_and_in_it(run):
+    with pytest.raises(InputError, match=str(run.folder)):
         run.checkpoint()
     other = runs.Run(run.folder.with_name("other"))
     other.folder.mkdir()
     other.save(line_model_at(1))
-    with pytest.raises(InputError, match=r"no checkpoint .* in .*run; .* has runs in other: give the flags of one"):
-        run.checkpoint()
+    for folder in (run.folder, run.folder.parent):
+        with pytest.raises(InputError, match=rf"{folder}: .*\bother\b"):
+            runs.load(folder)
 
 
 class Crash(Exception):
@@ -337,8 +363,9 @@ class Crash(Exception):
 @pytest.mark.parametrize(("function", "calls"), [("replace", 0), ("replace", 1), ("unlink", 0), ("unlink", 1)])
 def test_a_save_cut_short_leaves_whole_checkpoints_only(run, monkeypatch, function, calls):
     """The process ends before the data, or the index, is moved in; or before either file of the oldest is removed."""
+    monkeypatch.setattr(runs, "KEPT_CHECKPOINTS", 2)
     expected = {}
-    for step in range(1, 11):
+    for step in (1, 2):
         maml = line_model()
         expected[step - 1] = filled(maml, seed=step, step=step)
         run.save(maml)
@@ -352,31 +379,24 @@ def test_a_save_cut_short_leaves_whole_checkpoints_only(run, monkeypatch, functi
         original(*arguments)
 
     maml = line_model()
-    expected[10] = filled(maml, seed=11, step=11)
+    expected[2] = filled(maml, seed=3, step=3)
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(runs.os, function, cut_short)
         run.save(maml)
 
-    held = run.iterations()
-    assert {path.name for path in run.folder.glob("model*.index")} == {f"model{i}.index" for i in held}
-    assert held == (list(range(10)) if function == "replace" else list(range(1 if calls else 0, 11)))
-    for iteration in held:
+    saved = run.iterations()
+    assert {path.name for path in run.folder.glob("model*.index")} == {f"model{i}.index" for i in saved}
+    assert saved == ([0, 1] if function == "replace" else [1, 2] if calls else [0, 1, 2])
+    for iteration in saved:
         restored = line_model()
         run.restore(restored, run.checkpoint(iteration))
         assert_same(values(restored), expected[iteration])
     run.save(maml)  # and the next attempt succeeds
     restored = line_model()
     run.restore(restored, run.checkpoint())
-    assert_same(values(restored), expected[10])
-    assert run.iterations() == list(range(1, 11))
-
-
-def test_what_a_killed_save_leaves_is_removed(run):
-    left = run.folder / ".saving" / "model_temp" / "part-00000-of-00001.data-00000-of-00001.tempstate1234"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
-    prefix = Path(run.save(line_model_at(1)))
-    assert sorted(contents(run.folder)) == [f"{prefix.name}.data-00000-of-00001", f"{prefix.name}.index"]
+    assert_same(values(restored), expected[2])
+    assert run.iterations() == [1, 2]
+    assert not list(run.folder.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -393,99 +413,93 @@ def test_the_checkpoint_of_another_network_is_refused(run, saved, here):
     saved.step.assign(1)
     prefix = run.save(saved)
     before = values(here)
-    with pytest.raises(InputError, match=rf"{re.escape(prefix)} is of another network"):
+    with pytest.raises(InputError, match=re.escape(prefix)) as error:
         run.restore(here, prefix)
+    assert not isinstance(error.value, runs.DamagedError)  # an earlier checkpoint would not help
     assert_same(values(here), before)
 
 
-def truncated(data: bytes) -> bytes:
-    return data[: len(data) // 10]
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 10] ^= 4
+    path.write_bytes(data)
 
 
-def flipped(at: float) -> Callable[[bytes], bytes]:
-    """One bit is another."""
+def rewritten(**changes: tf.Tensor) -> Callable[[Path], None]:
+    """Write a checkpoint again, with right checksums, with other values for some keys."""
 
-    def flip(data):
-        place = int(at * len(data))
-        return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+    def rewrite(path):
+        prefix = path.with_suffix("")
+        reader = tf.train.load_checkpoint(str(prefix))
+        stored = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+        runs.write_checkpoint(prefix, {key: tf.constant(value) for key, value in stored.items()} | changes)
 
-    return flip
+    return rewrite
 
 
 DAMAGES = {
-    "index, empty": (".index", lambda data: b""),
-    "index, truncated": (".index", truncated),
-    "index, garbage": (".index", lambda data: os.urandom(len(data))),
-    "index, a bit": (".index", flipped(0.5)),
-    "data, empty": (".data-00000-of-00001", lambda data: b""),
-    "data, truncated": (".data-00000-of-00001", truncated),
-    "data, the first bit": (".data-00000-of-00001", flipped(0)),
-    "data, a bit": (".data-00000-of-00001", flipped(0.1)),
+    "index, empty": (".index", lambda path: path.write_bytes(b"")),
+    "index, truncated": (".index", lambda path: os.truncate(path, 40)),
+    "index, garbage": (".index", lambda path: path.write_bytes(os.urandom(path.stat().st_size))),
+    "index, a pickle": (".index", lambda path: path.write_bytes(pickle.dumps(path))),
+    "data, truncated": (".data-00000-of-00001", lambda path: os.truncate(path, 20)),
+    "data, a bit": (".data-00000-of-00001", flip_a_bit),
+    "moments of another shape": (".index", rewritten(**{"model/Variable/Adam": tf.zeros([7, 7])})),
+    "a step that is text": (".index", rewritten(step=tf.constant(b"600"))),
+    "five validation numbers": (".index", rewritten(validation=tf.zeros(5, tf.float64))),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint(run, damage, capsys):
-    """Every number is checked when it is read. The one before is used, aloud; one that is asked for is not replaced."""
+@pytest.mark.parametrize(("ending", "spoil"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_if_the_newest_checkpoint_is_damaged_the_previous_one_is_used(run, ending, spoil, capfd):
+    """With one line, and none of TensorFlow's. A damaged one that was asked for is an error, and leaves the model."""
     before = line_model()
     expected = filled(before, seed=1, step=100)
     run.validation = runs.Validation(50, 40, 0.5, 200)
     earlier = run.save(before)
     run.validation = runs.Validation(150, 150, 0.7, 200)
     prefix = run.save(line_model_at(200))
-    ending, spoil = DAMAGES[damage]
-    path = Path(prefix + ending)
-    path.write_bytes(spoil(path.read_bytes()))
+    spoil(Path(prefix + ending))
 
-    message = rf"checkpoint {re.escape(prefix)} is damaged \(.+\): delete it, or test another"
-    with pytest.raises(InputError, match=message):
-        run.restore(line_model(), prefix)
-    restored = line_model()
+    restored = line_model_at(7)
+    with pytest.raises(runs.DamagedError, match=re.escape(prefix)):
+        run.restore(restored, prefix)
+    assert restored.step == 7
     assert run.restore_newest(restored) == earlier
     assert_same(values(restored), expected)
     assert run.validation.best == 40
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(rf"WARNING: {message}\. The one before it is taken\.", line)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("WARNING: ") and prefix in line
 
 
-def test_no_checkpoint_can_be_read(run):
+def test_a_folder_of_damaged_checkpoints_is_named(run):
     for step in (1, 2):
         os.truncate(run.save(line_model_at(step)) + ".index", 40)
-    with pytest.raises(InputError, match=r"none of the checkpoints in .*run can be read: delete them to begin anew"):
+    with pytest.raises(InputError, match=str(run.folder)):
         run.restore_newest(line_model())
     assert run.best() == runs.Validation()
 
 
-def test_moments_of_another_shape(run):
-    """A stranger's file: weights as they should be, the optimizer's not."""
-    maml = line_model_at(100)
-    maml.meta_optimizer.m["w1"] = tf.Variable(np.zeros([7, 7], np.float32))
-    with pytest.raises(InputError, match="is damaged"):
-        run.restore(line_model(), run.save(maml))
-
-
-@pytest.mark.parametrize("spoilt", ["weights", "meta_optimizer", "pretrain_optimizer"])
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_what_is_not_finite_is_not_saved(run, spoilt, value):
+@pytest.mark.parametrize(("spoilt", "value"), [("weights", np.nan), ("meta_optimizer", -np.inf)])
+def test_what_is_not_finite_is_never_saved(run, spoilt, value):
     maml = line_model_at(100)
     prefix = run.save(maml)
     maml.step.assign(200)
-    spoil = maml.weights if spoilt == "weights" else getattr(maml, spoilt).v
-    spoil["b2"].assign([value])
-    with pytest.raises(InputError, match=rf"diverged, after iteration 199 .* \({prefix} is from before that\): try a"):
+    (maml.weights if spoilt == "weights" else maml.meta_optimizer.v)["b2"].assign([value])
+    with pytest.raises(InputError, match=re.escape(prefix)):
         run.save(maml)
     assert run.iterations() == [99]
 
 
-def test_a_disk_that_takes_no_more(run):
-    """As where it is full: the system refuses to let files grow. What is there stays, and later the save succeeds."""
+def test_a_full_disk_loses_no_checkpoint(run):
+    """The system refuses to let files grow. Earlier checkpoints stay, and with room again the save succeeds."""
     expected = filled(maml := line_model(hidden=(40, 40)), seed=1, step=100)
     run.save(maml)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         maml.step.assign(200)
-        with pytest.raises(InputError, match=r"cannot write to .*run \(File too large\): make room there"):
+        with pytest.raises(InputError, match=rf"{run.folder}: .*File too large"):
             run.save(maml)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -493,33 +507,7 @@ def test_a_disk_that_takes_no_more(run):
     run.restore_newest(restored)
     assert_same(values(restored), expected)
     assert run.save(maml) == run.checkpoint()
-    assert sorted(path.name for path in run.folder.glob(".*")) == []
-
-
-def test_the_best_stays_beside_the_ten_latest(run):
-    for step in range(1, 16):
-        run.validation = run.validation.then(step - 1, 0.9 if step == 3 else 0.5, 200)
-        run.save(line_model_at(step))
-    assert run.iterations() == [2, *range(5, 15)]
-    assert run.checkpoint("best") == str(run.folder / "model2")
-    again = runs.Run(run.folder)
-    assert again.best() == run.validation == (14, 2, 0.9, 200)
-    again.restore_newest(line_model())
-    assert again.validation == run.validation
-
-
-def test_which_is_best():
-    """The first of equals; and accuracies on different numbers of tasks are not compared."""
-    found = runs.Validation().then(500, 0.3, 200).then(1000, 0.5, 200).then(1500, 0.5, 200).then(2000, 0.4, 200)
-    assert found == (2000, 1000, 0.5, 200)
-    assert found.then(2500, 0.45, 20) == (2500, 2500, 0.45, 20)
-    assert found.then(2500, -math.inf, 20) == (2500, 1000, 0.5, 200)
-
-
-def test_no_best_without_validation(run):
-    run.save(line_model_at(100))
-    with pytest.raises(InputError, match=r"--test_iter=best, but .*run has no validation yet .*: give an iteration"):
-        run.checkpoint("best")
+    assert not list(run.folder.glob(".*"))
 
 
 def write_as_before(maml: MAML, run: runs.Run, **more: tf.Variable) -> None:
@@ -541,7 +529,7 @@ def test_an_older_checkpoint_restores_to_the_same_bits(run):
     assert run.restore_newest(restored) == run.prefix(1000)
     assert_same(values(restored), expected)
     assert run.validation == runs.Validation(1000, 500, 0.5, 20)
-    with pytest.raises(InputError, match="is of another network"):
+    with pytest.raises(InputError, match=re.escape(run.prefix(1000))):
         run.restore(line_model("layer_norm"), run.prefix(1000))
 
 
@@ -551,25 +539,6 @@ def test_the_oldest_checkpoints_have_no_validation(run):
     write_as_before(maml, run)
     run.restore_newest(line_model())
     assert run.validation == runs.Validation(last=1000)  # that of iteration 1000 was done
-
-
-def test_a_folder_in_use(run):
-    with run.locked():
-        with pytest.raises(InputError, match=r"run is in use, another process trains in it: stop that one, or give"):
-            claim(runs.Run(run.folder), FLAGS)
-        run.save(line_model_at(1))
-        assert runs.Run(run.folder).restore_newest(line_model()) == run.prefix(0)  # to test is allowed
-    (run.folder / "model0.index").unlink()
-    claim(runs.Run(run.folder), FLAGS)  # and again when the other process has ended
-
-
-def test_a_disk_without_locks(run, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    claim(run, FLAGS)
-    assert "cannot be locked (Function not implemented): see that no other process trains" in capsys.readouterr().out
 
 
 # -- the original's checkpoints ---------------------------------------------------------------------------------------
@@ -637,15 +606,13 @@ def test_the_originals_checkpoint(run, original):
 
 
 @pytest.mark.parametrize("fault", ["missing", "too many", "shape"])
-def test_a_checkpoint_of_the_original_that_is_not_of_this_network(run, original, fault):
-    maml, _, tensors = original
+def test_a_checkpoint_of_the_original_that_is_not_of_this_network(run, fault):
+    tensors = {key: np.zeros(line_model().weights[name].shape) for name, key in LINE_NAMES.items()}
     if fault == "missing":
         del tensors["model/Variable_2"]
-    elif fault == "shape":
-        tensors["model/Variable_2"] = np.zeros([7, 7])
     else:
-        tensors["model/more"] = np.zeros(2)
-    prefix = save_as_the_original(run, 59000, tensors)
+        tensors["model/more" if fault == "too many" else "model/Variable_2"] = np.zeros([7, 7])
+    maml, prefix = line_model(), save_as_the_original(run, 59000, tensors)
     before = values(maml)
     with pytest.raises(InputError, match=re.escape(prefix)):
         run.restore(maml, prefix)
@@ -715,10 +682,10 @@ def test_results_replace_their_own_entry_alone(tmp_path):
     }
 
 
-@pytest.mark.parametrize("damaged", ["", '[{"data_set"', '{"data_set": "omniglot"}', "[[1]]", "[" * 100_000])
+@pytest.mark.parametrize("damaged", ["", '[{"data_set"', '{"data_set": "omniglot"}', "[[1]]"])
 def test_damaged_results_are_not_overwritten(tmp_path, damaged):
     (tmp_path / "results.json").write_text(damaged)
-    with pytest.raises(InputError, match=r"results\.json is damaged .*: move it away, or give another --results_dir"):
+    with pytest.raises(InputError, match=r"results\.json: .*--results_dir"):
         runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, {}, ())
     assert (tmp_path / "results.json").read_text() == damaged
     assert (tmp_path / "test_ubs1_stepsize0.4.csv").exists()  # the test was not in vain
@@ -736,9 +703,9 @@ def test_results_of_two_tests_at_once(tmp_path):
     """Each process adds its entry to what the other wrote."""
 
     def write(process):
-        for i in range(20):
+        for i in range(10):
             runs.write_results(tmp_path, f"test{process}", ACCURACIES, ENTRY | {"task_seed": (process, i)}, {}, ())
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(write, range(2)))
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 40
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 20

@@ -1,0 +1,822 @@
+"""Image folders: classes, splits, every kind of file, the cache, errors; and crops."""
+
+import errno
+import itertools
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import product
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import images
+import main
+import predict
+from data_generator import ImageTasks
+from files import InputError
+from images import ROOT, SPLITS, Classes, load_splits, read_image
+from recipe import DATASETS, Images
+from tests.helpers import refusal, run
+
+OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
+PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
+CHARACTERS = [name for split in SPLITS for name in PUBLISHED[split]]
+# Not square, so that a test fails if height and width are swapped.
+TINY = MINIIMAGENET._replace(size=(3, 2))
+OWN = DATASETS["folder"].images._replace(size=TINY.size)
+
+
+def save_image(path: Path, seed: int, size=TINY.size, **options) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """The splits train and test, each of 3 classes of 4 images. All files have one length and one time."""
+    folder = tmp_path / "tiny"
+    for seed, (split, label, image) in enumerate(product(("train", "test"), "abc", range(4))):
+        file = folder / split / label / f"{image}.png"
+        save_image(file, seed, compress_level=0)
+        os.utime(file, (1e9, 1e9))
+    return folder
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[Path]:
+    """The image files opened from here on."""
+    files, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *rest, **named: files.append(path) or real(path, *rest, **named))
+    return files
+
+
+def read(folder: Path, like: Images = TINY) -> Classes:
+    """The test split, with a copy of its pixels, so that damage to the cache does not reach it."""
+    classes = load_splits(like, folder, ("test",))["test"]
+    return classes._replace(pixels=np.array(classes.pixels))
+
+
+def assert_same(found: Classes, expected: Classes) -> None:
+    assert found.names == expected.names
+    np.testing.assert_array_equal(found.counts, expected.counts)
+    count = expected.counts.sum()
+    np.testing.assert_array_equal(found.pixels[:count], expected.pixels[:count])
+
+
+def uncached(folder: Path) -> Classes:
+    """The classes of a copy that never had a cache."""
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".cache"))
+    classes = read(copy)
+    shutil.rmtree(copy)
+    return classes
+
+
+def error_of(folder: Path, like: Images = TINY, splits=("test",), way=2, shot=1, query=1) -> str:
+    with pytest.raises(InputError) as raised:
+        ImageTasks.from_folder(like, folder, splits, way, shot, query)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_junk_of_other_systems_is_neither_class_nor_image(tiny):
+    expected = read(tiny)
+    test = tiny / "test"
+    (test / "__MACOSX" / "a").mkdir(parents=True)
+    for name in ("Thumbs.db", ".DS_Store", "a/Thumbs.db", "a/desktop.ini", "a/._0.png", "__MACOSX/a/._0.png"):
+        (test / name).write_bytes(b"not an image")
+    save_image(test / ".b.being-written" / "0.png", seed=0)
+    save_image(test / "stray.png", seed=0)  # beside the class folders
+    assert_same(read(tiny), expected)
+
+
+def test_images_are_recognized_by_any_ending_in_any_case(tiny):
+    for name in ("4.PNG", "5.jpg", "6.JPEG"):
+        save_image(tiny / "test" / "a" / name, seed=0)
+    assert list(read(tiny).counts) == [7, 4, 4]
+
+
+def test_linked_class_folders_are_followed(tiny):
+    expected = read(tiny)
+    os.rename(tiny / "test" / "b", tiny.with_name("elsewhere"))
+    (tiny / "test" / "b").symlink_to(tiny.with_name("elsewhere"), target_is_directory=True)
+    assert_same(read(tiny), expected)
+
+
+@pytest.mark.parametrize(
+    "like", [OMNIGLOT, OMNIGLOT._replace(split_list=None, split_sizes=(20, 10, 10))], ids=["published", "split"]
+)
+def test_the_disks_order_of_files_does_not_matter(omniglot_like, tmp_path, monkeypatch, like):
+    folder = tmp_path / "data"
+    shutil.copytree(omniglot_like, folder, ignore=shutil.ignore_patterns(".cache"))
+    expected = load_splits(like, folder, ("train", "test"))
+    shutil.rmtree(folder / ".cache")
+    random, listed = Random(0), os.walk
+
+    def shuffled(*args, **named):
+        for folder, folders, files in listed(*args, **named):
+            random.shuffle(folders)
+            yield folder, folders, random.sample(files, len(files))
+
+    monkeypatch.setattr(os, "walk", shuffled)
+    for split, classes in load_splits(like, folder, ("train", "test")).items():
+        assert_same(classes, expected[split])
+
+
+def unsplit(folder: Path) -> None:
+    for name in "abc":
+        os.rename(folder / "test" / name, folder / name)
+    shutil.rmtree(folder / "train")
+    (folder / "test").rmdir()
+
+
+def only_text(folder: Path) -> None:
+    shutil.rmtree(folder / "test")
+    (folder / "test" / "a").mkdir(parents=True)
+    (folder / "test" / "a" / "0.txt").write_text("no image")
+
+
+WRONG_FOLDERS = {  # name -> (what is done to the folder, what the error names)
+    "gone": (shutil.rmtree, ["{0}:", TINY.prepare, "--data_path"]),
+    "a file": (lambda folder: shutil.rmtree(folder) or folder.write_text(""), ["{0}:", "--data_path"]),
+    "empty": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), ["{0}/test:", TINY.prepare]),
+    "only text": (only_text, ["{0}/test:", TINY.prepare]),
+    "not split": (unsplit, ["{0}/test:", "--split"]),
+    "class without images": (lambda folder: (folder / "test" / "d").mkdir(), ["{0}:", "class d (test)", "0 images"]),
+    "folder in itself": (lambda folder: (folder / "test" / "a" / "up").symlink_to(".."), ["{0}/test/a/up:"]),
+    "image that is gone": (lambda folder: (folder / "test" / "a" / "4.png").symlink_to("4.png"), ["{0}/test/a/4.png:"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS.keys())
+def test_a_wrong_folder_is_named(tiny, spoil, named):
+    spoil(tiny)
+    message = error_of(tiny, TINY._replace(any_size=True))
+    assert all(part.format(tiny) in message for part in named), message
+
+
+def test_an_unreadable_folder_is_named(tiny, monkeypatch):
+    def scandir(folder, scandir=os.scandir):
+        if folder == str(tiny / "test" / "b"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # permissions alone do not keep root out
+    assert str(tiny / "test" / "b") in error_of(tiny)
+
+
+def test_missing_classes_and_images_are_named(tiny):
+    assert f"{tiny / 'val'}:" in error_of(tiny, splits=("train", "val"))
+    assert "--num_classes=4" in error_of(tiny, way=4)
+    for file in ("1.png", "2.png", "3.png"):
+        (tiny / "test" / "c" / file).unlink()
+    message = error_of(tiny, shot=2, query=2)
+    assert all(part in message for part in (str(tiny), "class c (test)", "--update_batch_size", "--num_query"))
+    ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2)  # four are enough, and the other split is not used
+
+
+# -- splits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def letters(tmp_path) -> Path:
+    """Ten classes of two images in one folder."""
+    for name, image in product("abcdefghij", range(2)):
+        save_image(tmp_path / "letters" / name / f"{image}.png", seed=image)
+    return tmp_path / "letters"
+
+
+def test_split_is_always_the_same_shuffle(letters):
+    """Pinned: another shuffle would train on the test classes of earlier runs."""
+
+    def names(*sizes):
+        classes = load_splits(OWN._replace(split_sizes=sizes), letters, SPLITS)
+        return ["".join(classes[split].names) for split in SPLITS]
+
+    assert names(6, 2, 2) == ["dfghij", "ae", "bc"]
+    assert names(0, 0, 10) == ["", "", "abcdefghij"]
+
+
+def test_wrong_splits_are_refused(letters, tiny):
+    def named(folder, sizes, *parts, like=OWN):
+        message = error_of(folder, like._replace(split_sizes=sizes))
+        assert all(part in message for part in parts), message
+
+    named(letters, (6, 2, 1), "--split=6,2,1", str(letters), "10 classes")
+    named(letters, (6, 3, 1), "--num_classes=2", str(letters))
+    named(tiny, (6, 2, 1), "--split=6,2,1", str(tiny))
+    named(letters, (6, 2, 2), "--split=6,2,2", str(letters), like=OMNIGLOT)
+
+
+def test_published_split_follows_the_originals_rule():
+    """The original's data_generator.py, on a sorted listing: shuffled with seed 1, cut at 1,100 and 1,200."""
+    assert len(set(CHARACTERS)) == len(CHARACTERS) == 1623
+    assert [len(PUBLISHED[split]) for split in SPLITS] == [1100, 100, 423]
+    shuffled = sorted(CHARACTERS)
+    Random(1).shuffle(shuffled)
+    assert shuffled == CHARACTERS
+
+
+def test_published_split_has_the_published_characters(shared):
+    names = set()
+    for archive in ("images_background", "images_evaluation"):
+        with zipfile.ZipFile(shared / "data" / "omniglot" / f"{archive}.zip") as opened_archive:
+            drawings = [Path(name) for name in opened_archive.namelist() if name.endswith(".png")]
+        names |= {f"{path.parts[-3]}/{path.parts[-2]}" for path in drawings}
+    assert names == set(CHARACTERS)
+
+
+def blank_omniglot(folder: Path, names) -> Path:
+    """Character folders of two drawings each, all of them links to one blank image."""
+    folder.mkdir()
+    blank = folder / "blank"
+    Image.new("1", OMNIGLOT.size, 1).save(blank, "png")
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for drawing in ("0.png", "1.png"):
+            os.link(blank, folder / name / drawing)
+    return folder
+
+
+def names_of(folder: Path) -> dict[str, list[str]]:
+    return {split: classes.names for split, classes in load_splits(OMNIGLOT, folder, SPLITS).items()}
+
+
+def test_complete_omniglot_has_the_published_split(tmp_path, capsys):
+    """Also beside folders that hold no images."""
+    folder = blank_omniglot(tmp_path / "omniglot", CHARACTERS)
+    for name in ("__pycache__", "strokes_background/Greek/character01", "old"):
+        (folder / name).mkdir(parents=True)
+    (folder / "__pycache__" / "resize_images.cpython-311.pyc").write_bytes(b"code")
+    assert names_of(folder) == {split: sorted(PUBLISHED[split]) for split in SPLITS}
+    assert capsys.readouterr().out == ""
+
+
+def test_part_of_omniglot_keeps_its_splits(tmp_path, capsys):
+    part = {split: [name for name in PUBLISHED[split] if name < "C"] for split in SPLITS}
+    folder = blank_omniglot(tmp_path / "omniglot", itertools.chain(*part.values()))
+    assert names_of(folder) == {split: sorted(part[split]) for split in SPLITS}
+    assert str(folder) in capsys.readouterr().out
+    shutil.rmtree(folder)
+    blank_omniglot(folder, PUBLISHED["train"][:10])
+    assert "the test split of" in error_of(folder, OMNIGLOT, ("train", "test"), way=5)
+
+
+@pytest.mark.parametrize("stranger", ["Klingon/character01", "another"])
+def test_one_unknown_name_splits_all_by_the_rule(tmp_path, capsys, stranger):
+    names = [*PUBLISHED["train"][:28], stranger, *PUBLISHED["test"][:11]]
+    folder = blank_omniglot(tmp_path / "omniglot", names)
+    shuffled = sorted(names)
+    Random(1).shuffle(shuffled)
+    assert (
+        names_of(folder)
+        == {  # 40 * 1,100 / 1,623
+            split: sorted(part)
+            for split, part in zip(SPLITS, (shuffled[:27], shuffled[27:29], shuffled[29:]), strict=True)
+        }
+    )
+    assert str(folder) in capsys.readouterr().out
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_second_start_decodes_nothing(tiny, opened, capsys):
+    expected = read(tiny)
+    assert len(opened) == 12
+    os.rename(tiny, tiny.with_name("moved"))
+    assert_same(read(tiny.with_name("moved")), expected)
+    assert len(opened) == 12
+    assert sorted(os.listdir(tiny.with_name("moved") / ".cache")) == ["test.json", "test.npy"]
+    assert capsys.readouterr().out == ""
+
+
+def other_pixels(folder):
+    file = folder / "a" / "0.png"
+    before = file.stat()
+    save_image(file, seed=99, compress_level=0)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    assert file.stat().st_size == before.st_size
+
+
+def other_length(folder):
+    file = folder / "a" / "0.png"
+    save_image(file, seed=99, compress_level=9)
+    os.utime(file, (1e9, 1e9))
+
+
+CHANGES = {
+    "other pixels": other_pixels,
+    "other length, same time": other_length,
+    "image added": lambda folder: save_image(folder / "a" / "00.png", seed=99),
+    "image removed": lambda folder: (folder / "a" / "0.png").unlink(),
+    "image renamed": lambda folder: os.rename(folder / "a" / "0.png", folder / "a" / "9.png"),
+    "image moved": lambda folder: os.rename(folder / "a" / "3.png", folder / "b" / "00.png"),
+    "class renamed": lambda folder: os.rename(folder / "a", folder / "d"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_changed_folder_is_noticed(tiny, change):
+    read(tiny)
+    change(tiny / "test")
+    expected = uncached(tiny)
+    for _ in range(2):
+        assert_same(read(tiny), expected)
+
+
+def test_each_size_and_color_has_its_own_cache(tiny):
+    """Without --image_size, another size is an error, not what the cache happens to hold."""
+    read(tiny)
+    assert read(tiny, TINY._replace(channels=1)).pixels.shape[1:] == (3, 2, 1)
+    with pytest.raises(InputError, match=str(tiny)):
+        read(tiny, TINY._replace(size=(2, 3)))
+    for size in ((3, 2), (2, 2)):
+        assert read(tiny, OWN._replace(size=size)).pixels.shape[1:3] == size
+    names = {path.stem for path in (tiny / ".cache").iterdir()}
+    assert names == {"test", "test_3x2x3", "test_2x2x3"}
+
+
+class Stranger:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+DAMAGES = {
+    "array gone": ("test.npy", os.remove),
+    "array cut short": ("test.npy", lambda file: os.truncate(file, file.stat().st_size - 1)),
+    "array's header damaged": ("test.npy", lambda file: file.write_bytes(file.read_bytes().replace(b"}", b"("))),
+    "array of another shape": ("test.npy", lambda file: np.save(file, np.zeros((11, 3, 2, 3), np.uint8))),
+    "array of pickles": ("test.npy", lambda file: np.save(file, [Stranger(file.with_name("made"))], allow_pickle=True)),
+    "array is a pickle": ("test.npy", lambda file: file.write_bytes(pickle.dumps(Stranger(file.with_name("made"))))),
+    "index gone": ("test.json", os.remove),
+    "index cut short": ("test.json", lambda file: os.truncate(file, file.stat().st_size - 1)),
+    "index of another kind": ("test.json", lambda file: file.write_text("[1]")),
+    "index of another format": ("test.json", lambda file: file.write_text(file.read_text().replace(": 4,", ": 3,", 1))),
+}
+
+
+@pytest.mark.parametrize("name, damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_cache_is_rebuilt(tiny, opened, name, damage):
+    expected = read(tiny)
+    file = tiny / ".cache" / name
+    before = file.read_bytes()
+    damage(file)
+    opened.clear()
+    assert_same(read(tiny), expected)
+    assert len(opened) == 12
+    assert file.read_bytes() == before
+    assert sorted(os.listdir(file.parent)) == ["test.json", "test.npy"]
+
+
+def refuse(error: OSError):
+    def refused(*_args, **_named):
+        raise error
+
+    return refused
+
+
+REFUSALS = {
+    "folder": (Path, "mkdir", OSError(errno.EROFS, "Read-only file system")),
+    "full disk": (np.lib.format, "write_array_header_1_0", OSError(errno.ENOSPC, "No space left on device")),
+    "moving in": (os, "replace", OSError(errno.EIO, "Input/output error")),
+}
+
+
+@pytest.mark.parametrize("module, function, error", REFUSALS.values(), ids=REFUSALS.keys())
+def test_unwritable_cache_is_one_warning_and_arrays_in_memory(tiny, monkeypatch, capsys, module, function, error):
+    (tiny / "test" / "a" / "0.png").write_text("no image")
+    skipping = OWN._replace(skip_broken=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, refuse(error))
+        found = load_splits(skipping, tiny, ("train", "test"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [str(tiny / ".cache") in line for line in lines] == [True, False]
+    assert "a/0.png" in lines[1]
+    assert not list(tiny.glob(".cache/*"))
+    assert_same(found["test"], read(tiny, skipping))
+
+
+def test_of_two_starts_at_once_one_decodes(tiny, monkeypatch, opened, capsys):
+    decode, second = images._decode, []
+
+    def slow(*arguments):
+        """Let the second start begin while the first decodes, with time to do the same."""
+        if not second:
+            second.append(ThreadPoolExecutor().submit(read, tiny))
+            wait(second, timeout=0.3)
+        return decode(*arguments)
+
+    monkeypatch.setattr(images, "_decode", slow)
+    assert_same(read(tiny), second[0].result())
+    assert len(opened) == 12
+    assert str(tiny / ".cache") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moved", [0, 1], ids=["before the array", "between array and index"])
+def test_a_kill_while_the_cache_is_written_does_no_harm(tiny, monkeypatch, moved):
+    """Not even if the images that the old index describes return."""
+    expected = read(tiny)
+    original = tiny.with_name("original")
+    shutil.copytree(tiny / "test", original)
+    other_pixels(tiny / "test")
+
+    class Killed(BaseException):
+        pass
+
+    replace, done = os.replace, []
+
+    def replace_until_killed(source, target):
+        if len(done) == moved:
+            raise Killed
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", replace_until_killed)
+        read(tiny)
+    shutil.rmtree(tiny / "test")
+    shutil.copytree(original, tiny / "test")  # with the times of its files
+    assert_same(read(tiny), expected)
+
+
+def test_decoded_images_stay_on_the_disk(tiny, monkeypatch):
+    """They may be larger than the memory."""
+    monkeypatch.setattr(images, "DECODED_AHEAD", 5)  # so that 12 come in three parts
+    classes = load_splits(TINY, tiny, ("test",))["test"]
+    assert isinstance(classes.pixels, np.memmap)
+    np.testing.assert_array_equal(classes.pixels, np.load(tiny / ".cache" / "test.npy"))
+    with Image.open(tiny / "test" / "c" / "3.png") as image:
+        np.testing.assert_array_equal(classes.pixels[-1], image)
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_truncated_image_is_never_taken_for_a_whole_one(tmp_path, ending):
+    file = tmp_path / "test" / "a" / f"0{ending}"
+    save_image(file, seed=0, size=(16, 16))
+    like = TINY._replace(size=(16, 16))
+    whole, content, refused = read_image(file, like), file.read_bytes(), 0
+    lengths = [*range(0, len(content) - 40, 7), *range(len(content) - 40, len(content))]
+    for length in lengths:
+        file.write_bytes(content[:length])
+        try:
+            np.testing.assert_array_equal(read_image(file, like), whole)  # only what follows the pixels was missing
+        except InputError as error:
+            refused += 1
+            assert str(file) in str(error)
+            assert "\n" not in str(error)
+    assert refused >= len(lengths) - 20  # the checksums and the end of a PNG
+
+
+def test_image_of_another_size_is_named(tiny):
+    file = tiny / "test" / "b" / "2.png"
+    save_image(file, seed=0, size=(2, 3))
+    message = error_of(tiny)
+    assert str(file) in message
+    assert TINY.prepare in message
+
+
+def squares(*colors: tuple[int, ...], mode: str | None = None) -> Image.Image:
+    """A row of 2x2 squares."""
+    row = np.array(colors, np.uint8).repeat(2, 0)
+    return Image.fromarray(np.stack([row, row])).convert(mode)
+
+
+WHITE, BLACK, RED, GREEN, HALF_RED = (255,) * 3, (0,) * 3, (255, 0, 0), (0, 255, 0), (255, 127, 127)
+
+
+def held(orientation: int) -> dict:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+def palette_with_transparency() -> Image.Image:
+    image = squares(RED, GREEN).quantize(2)
+    image.info["transparency"] = image.getpixel((2, 0))  # green
+    return image
+
+
+RGBA = squares((*RED, 255), (*GREEN, 0), (*RED, 128))
+UPRIGHT = squares(RED, GREEN)
+KINDS = {
+    "gray": ("png", squares(WHITE, RED, mode="L"), {}, [WHITE, (76,) * 3]),
+    "1-bit": ("png", squares(WHITE, BLACK, mode="1"), {}, [WHITE, BLACK]),
+    "palette": ("gif", squares(RED, GREEN, mode="P"), {}, [RED, GREEN]),
+    "palette with transparency": ("png", palette_with_transparency(), {}, [RED, WHITE]),
+    "alpha": ("png", RGBA, {}, [RED, WHITE, HALF_RED]),
+    "alpha, lossless webp": ("webp", RGBA, {"lossless": True}, [RED, WHITE, HALF_RED]),
+    "gray with alpha": ("png", RGBA.convert("LA"), {}, [(76,) * 3, WHITE, (165,) * 3]),
+    "CMYK": (
+        "tif",
+        Image.merge("CMYK", squares(BLACK, RED).split() + squares(BLACK, BLACK, mode="L").split()),
+        {},
+        [WHITE, (0, 255, 255)],
+    ),
+    "turned": ("png", UPRIGHT.rotate(90, expand=True), held(6), [RED, GREEN]),
+    "mirrored": ("tif", squares(GREEN, RED), held(2), [RED, GREEN]),
+    "jpeg 2000": ("jp2", UPRIGHT, {}, [RED, GREEN]),
+    "bitmap": ("BMP", UPRIGHT, {}, [RED, GREEN]),
+    "wrong ending": ("jpg", UPRIGHT, {"format": "PNG"}, [RED, GREEN]),
+}
+
+
+@pytest.mark.parametrize(("ending", "image", "options", "colors"), KINDS.values(), ids=KINDS.keys())
+def test_every_kind_of_image_is_read_upright_and_on_white(tmp_path, ending, image, options, colors):
+    file = tmp_path / f"image.{ending}"
+    image.save(file, **options)
+    shape = OWN._replace(size=(2, 2 * len(colors)))
+    np.testing.assert_array_equal(read_image(file, shape), np.asarray(squares(*colors)))
+    gray = read_image(file, shape._replace(channels=1))
+    np.testing.assert_array_equal(gray[:, :, 0], squares(*colors, mode="L"))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_scaled(tmp_path, ending):
+    Image.fromarray(np.array([[0, 300, 65535 // 2, 65535]], np.uint16)).save(tmp_path / f"image.{ending}")
+    gray = read_image(tmp_path / f"image.{ending}", OWN._replace(size=(1, 4), channels=1))
+    assert list(gray.ravel()) == [0, 1, 127, 255]
+
+
+def test_images_of_any_size_are_resized_whole(tmp_path):
+    for size in ((40, 10), (10, 40), (2, 2)):
+        halves = Image.new("RGB", size, "red")
+        halves.paste("lime", (0, 0, size[0] // 2, size[1]))
+        halves.save(tmp_path / "image.png")
+        found = read_image(tmp_path / "image.png", OWN._replace(size=(2, 2)))
+        np.testing.assert_allclose(found, [[GREEN, RED]] * 2, atol=30)
+
+
+def bomb(file: Path) -> None:
+    """A PNG that says it has 60,000 x 60,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
+
+
+def truncated_jpeg(file: Path) -> None:
+    save_image(file, 0, size=(64, 64), format="JPEG")
+    os.truncate(file, file.stat().st_size // 2)
+
+
+BROKEN = {
+    "empty": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("no image at all\n" * 20),
+    "PostScript": lambda file: file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 3\n"),  # a program
+    "bomb": bomb,
+    "truncated": truncated_jpeg,
+    "floats": lambda file: Image.new("F", (2, 3)).save(file, format="TIFF"),
+}
+
+
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN.keys())
+def test_an_unreadable_image_is_reported_by_name_or_left_out(tiny, capsys, opened, spoil):
+    file = tiny / "test" / "b" / "2.png"
+    spoil(file)
+    message = error_of(tiny, OWN)
+    assert str(file) in message
+    assert "--skip_broken" in message
+
+    skipping = OWN._replace(skip_broken=True)
+    expected = read(tiny, skipping)
+    count = len(opened)
+    assert str(file) in error_of(tiny, OWN)  # a cache that leaves it out does not hide it
+    failed = len(opened)
+    assert_same(read(tiny, skipping), expected)
+    assert count < failed == len(opened)  # the cache survives that error
+    assert [line.endswith(": b/2.png") for line in capsys.readouterr().out.splitlines()] == [True, True]
+
+    file.unlink()
+    assert_same(read(tiny), expected)
+    assert capsys.readouterr().out == ""
+
+
+def test_images_above_pillows_limit_are_unreadable(tiny, monkeypatch, capsys):
+    save_image(tiny / "test" / "b" / "2.png", seed=0, size=(5, 5))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow only warns up to twice the limit
+    assert list(read(tiny, OWN._replace(skip_broken=True)).counts) == [4, 3, 4]
+    assert "b/2.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["EIO", "EMFILE", "ENOENT"])
+def test_an_error_of_the_system_leaves_no_image_out(tiny, monkeypatch, name):
+    """Not even with --skip_broken: the next start may read the image."""
+    skipping, number = OWN._replace(skip_broken=True), getattr(errno, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", refuse(OSError(number, os.strerror(number))))
+        assert str(tiny / "test" / "a") in error_of(tiny, skipping)
+    assert list(read(tiny, skipping).counts) == [4, 4, 4]
+
+
+def test_pillows_warnings_are_one_line(tiny, capsys, monkeypatch):
+    transpose = images.ImageOps.exif_transpose
+
+    def warn(image, **options):
+        warnings.warn("Truncated File Read", stacklevel=1)
+        transpose(image, **options)
+
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", warn)
+    read(tiny)
+    printed = capsys.readouterr()
+    (line,) = printed.out.splitlines()
+    assert "Truncated File Read" in line
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\udcff"], ids=["newline", "terminal command", "not text"])
+def test_any_name_is_printed_on_one_line(name, tiny, capsys):
+    folder = tiny.rename(tiny.with_name(name))
+    os.rename(folder / "test" / "a", folder / "test" / name)
+    (folder / "test" / name / f"{name}.png").write_text("no image")
+    assert read(folder, OWN._replace(skip_broken=True)).counts.sum() == 12
+    assert capsys.readouterr().out.removesuffix("\n").isprintable()
+    assert error_of(folder, OWN).isprintable()
+
+
+# -- crops ------------------------------------------------------------------------------------------------------------
+
+CROPS = OWN._replace(size=(16, 16), kept=32, augment=True)
+
+
+def words(count, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**64, (count, images.CROP_WORDS), np.uint64)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """Five classes per split, of six photographs of several shapes: red grows to the right, green downwards."""
+    root = tmp_path_factory.mktemp("photographs")
+    for split, label in product(SPLITS, range(5)):
+        folder = root / split / f"{split}{label}"
+        folder.mkdir(parents=True)
+        for number, (width, height) in enumerate([(60, 40), (40, 60), (50, 50), (90, 30), (64, 48), (33, 32)]):
+            pixels = np.zeros((height, width, 3), np.uint8)
+            pixels[..., 0] = np.linspace(0, 255, width)
+            pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+            pixels[..., 2] = 50 * label
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("aspect", [0.5, 1.0, 3.0])
+def test_random_boxes_have_the_documented_areas_and_shapes(aspect):
+    aspects, uniform = np.full(20_000, aspect), np.random.default_rng(0).random((20_000, 2 * images.ATTEMPTS + 2))
+    left, top, right, bottom = images.random_boxes(uniform, aspects).T
+    assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1 + 1e-12
+    ratio, area = aspect * (right - left) / (bottom - top), (right - left) * (bottom - top)
+    assert ratio.min() >= 3 / 4 - 1e-9 and ratio.max() <= 4 / 3 + 1e-9
+    assert area.min() >= 0.08 and area.max() <= 1 + 1e-9
+    tried = 0.08 + 0.92 * uniform[:, : images.ATTEMPTS]
+    tried_ratio = 3 / 4 * (16 / 9) ** uniform[:, images.ATTEMPTS : 2 * images.ATTEMPTS]  # its logarithm is uniform
+    largest = min(1, aspect / (3 / 4)) * min(aspect, 4 / 3) / aspect
+    is_largest = np.isclose(area, largest)
+    same = np.isclose(area[:, None], tried) & np.isclose(ratio[:, None], tried_ratio)
+    assert (same.any(1) | is_largest).all()
+    assert is_largest.mean() < 0.1
+    for side, number in ((left, -2), (top, -1)):  # each has a random number of its own
+        assert np.corrcoef(side[area < 0.3], uniform[area < 0.3, number])[0, 1] > 0.6
+
+
+def test_fixed_boxes():
+    """If no attempt lies inside, the largest box in the middle; at test, 84 of a photograph whose short side is 96."""
+    uniform = np.ones((2, 2 * images.ATTEMPTS + 2)) * 0.999
+    np.testing.assert_allclose(
+        images.random_boxes(uniform, np.array([4.0, 0.25])), [[1 / 3, 0, 2 / 3, 1], [0, 1 / 3, 1, 2 / 3]], atol=1e-9
+    )
+    boxes = images.center_boxes(np.array([1.0, 1.5, 0.5]), (84, 84))
+    np.testing.assert_allclose(boxes[:, 2] - boxes[:, 0], [84 / 96, 84 / 144, 84 / 96])
+    np.testing.assert_allclose(boxes[:, 3] - boxes[:, 1], [84 / 96, 84 / 96, 84 / 192])
+    np.testing.assert_allclose((boxes[:, :2] + boxes[:, 2:]) / 2, 0.5)
+
+
+def test_colors_are_jittered_as_documented():
+    """On one-colored photographs: brightness scales, contrast goes to the mean gray, saturation to its own gray."""
+    colors = np.random.default_rng(0).integers(60, 160, (300, 3))
+    pixels = np.broadcast_to(colors[:, None, None].astype(np.uint8), (300, 8, 8, 3))
+    crops = images.random_crops(pixels, np.ones(300), words(300), (8, 8))
+    assert (crops == crops[:, :1, :1]).all()
+    uniform = (words(300) >> np.uint64(11)) * 2.0**-53
+    factors, orders = 0.6 + 0.8 * uniform[:, -4:-1], (6 * uniform[:, -1]).astype(int)
+    assert set(orders) == set(range(6))
+    for color, expected_factors, order, crop in zip(colors, factors, orders, crops, strict=True):
+        x = color.astype(float)
+        for which in images.ORDERS[order]:
+            gray = x @ [0.299, 0.587, 0.114]
+            towards = (0, gray, gray)[which]
+            x = np.clip(towards + expected_factors[which] * (x - towards), 0, 255)
+        np.testing.assert_allclose(crop[0, 0], x, atol=4)  # rounded after each
+
+
+def test_half_of_the_crops_are_flipped():
+    ramp = np.broadcast_to(np.linspace(20, 120, 32).astype(np.uint8)[:, None], (32, 32, 3))
+    crops = images.random_crops(np.stack([ramp] * 400), np.ones(400), words(400), (8, 8)).astype(int)
+    flipped = crops[:, 4, 0, 0] > crops[:, 4, -1, 0]
+    uniform = (words(400) >> np.uint64(11)) * 2.0**-53
+    np.testing.assert_array_equal(flipped, uniform[:, -5] < 0.5)
+    assert 0.4 < flipped.mean() < 0.6
+
+
+def test_colors_are_normalized_with_imagenets_mean_and_deviation():
+    """0.485, 0.456, 0.406 and 0.229, 0.224, 0.225, as in PyTorch's models; and back."""
+    black_and_white = np.array([[0, 0, 0], [1, 1, 1]], np.float32)
+    normalized = images.normalize(black_and_white)
+    np.testing.assert_allclose(normalized, [[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]], atol=1e-4)
+    np.testing.assert_allclose(images.denormalize(normalized), black_and_white, atol=1e-6)
+
+
+def test_a_center_crop_keeps_the_photographs_shape(photographs):
+    """Red and green show where a pixel was."""
+    for path in sorted((photographs / "train" / "train0").iterdir()):
+        with Image.open(path) as image:
+            width, height = image.size
+        crop = read_image(path, CROPS).astype(float)
+        for channel, axis, side in ((0, 1, width), (1, 0, height)):
+            part = (16 / 18) * min(width, height) / side
+            expected = 255 * (0.5 + part * (np.arange(16) + 0.5 - 8) / 16)
+            np.testing.assert_allclose(crop[..., channel].mean(1 - axis), expected, atol=5)
+
+
+def test_tasks_of_crops(photographs):
+    """A function of seed, split and number; the whole photographs stay with their aspects, also from the cache."""
+    for _ in range(2):
+        source = ImageTasks.from_folder(CROPS, photographs, ("train", "val"), 5, 1, 2)
+        np.testing.assert_allclose(source.classes["train"].aspects[:6], [1.5, 2 / 3, 1, 3, 4 / 3, 33 / 32])
+        assert source.classes["train"].pixels.shape == (30, 32, 32, 3)
+    (cached,) = (photographs / ".cache").glob("train*.json")
+    assert cached.stem == "train_32x32x3_whole"
+    whole = source.draw(3, "train", 7, 3)
+    assert whole.support_x.shape == (3, 5, 16, 16, 3)
+    for first in (0, 1, 2):
+        for part, other in zip(whole, source.draw(3, "train", 7 + first, 1), strict=True):
+            np.testing.assert_array_equal(part[first : first + 1], other)
+    # Every image of every task has random words of its own: red, which grows to the right, shows which are flipped.
+    red = np.concatenate([whole.support_x, whole.query_x], 1)[..., 0].mean(2)  # [T, N * (K + Q), width]
+    flipped = red[..., 0] > red[..., -1]
+    assert flipped.any(1).all() and not flipped.all(1).any()
+    assert len(np.unique(flipped, axis=0)) == 3
+    # At test a photograph always looks the same.
+    seen = {x.tobytes() for first in range(0, 60, 20) for x in source.draw(0, "val", first, 20).query_x[0]}
+    assert len(seen) <= 30
+    colors = images.denormalize(source.draw(0, "val", 0, 1).query_x)
+    assert colors.min() > -1e-5 and colors.max() < 1 + 1e-5
+
+
+def test_a_run_on_crops(photographs, tmp_path):
+    """Trained with a picture of a validation task, tested, and asked."""
+    flags = "--datasource=folder", f"--data_path={photographs}", "--image_size=16", "--num_filters=4", "--augment"
+    flags += "--meta_batch_size=1", "--update_batch_size=1", "--num_updates=1", "--num_query=1", f"--logdir={tmp_path}"
+    run(*flags, "--metatrain_iterations=1")
+    run(*flags, "--metatrain_iterations=1", "--train=False", "--test_tasks=2")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith(".size16.augment")
+    model = predict.load(folder, updates=1)
+    paths = sorted((photographs / "test").glob("*/0.png"))
+    crops = model.read(paths)
+    assert crops.shape == (5, 16, 16, 3)
+    stored = load_splits(model.images, photographs, ("test",))["test"]
+    np.testing.assert_array_equal(crops, images.center_crops(stored.pixels[::6], stored.aspects[::6], (16, 16)))
+    np.testing.assert_allclose(model.inputs(crops), images.normalize(np.float32(crops) / 255), atol=1e-6)
+    assert model.adapt(paths, range(5)).predict(paths).shape == (5, 5)
+    assert "--augment" in refusal("--datasource=omniglot", "--augment")
+
+
+def test_photographs_keep_their_shapes_when_they_are_prepared(tmp_path):
+    """By a script, with --short_side; a second start finds them finished."""
+    archive = tmp_path / "CUB_200_2011" / "images" / "001.Black_footed_Albatross"
+    archive.mkdir(parents=True)
+    for number, size in enumerate([(200, 100), (100, 151)]):
+        Image.effect_noise(size, 50).convert("RGB").save(archive / f"bird{number}.jpg")
+    program = Path(main.__file__).parent / "data" / "cub" / "prepare.py"
+    command = [sys.executable, program, f"--archive={tmp_path / 'CUB_200_2011'}", f"--out={tmp_path / 'out'}"]
+    command += ["--short_side=64", "--allow_missing"]
+    for finished in (0, 1):
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert f"1 classes, {finished} of them finished before" in printed
+        sizes = []
+        for path in sorted((tmp_path / "out").glob("*/*/*.png")):
+            with Image.open(path) as image:
+                sizes.append(image.size)
+        assert sizes == [(128, 64), (64, 97)]
