@@ -330,7 +330,7 @@ def refusal(monkeypatch, capsys, *arguments: object) -> str:
         (("updates", "MAML=nowhere.json"), "nowhere.json"),
         (("sinusoid", f"MAML={RUN}/results.json"), f"{RUN}/results.json"),
         (("training", "empty=tests/data"), "tests/data"),
-        (("training", f"MAML={RUN}", "--dpi=5"), "--dpi=5"),
+        (("training", f"MAML={RUN}", "--dpi=0"), "--dpi=0"),
         (("task", f"MAML={RUN}"), str(RUN)),
         (("task", f"Omniglot={OMNIGLOT}", "--data_path=nowhere"), "nowhere"),
         (("task", f"Omniglot={OMNIGLOT}", "--shots", "0"), "--shots=0"),
@@ -372,7 +372,7 @@ def test_a_strangers_flags_are_named(flags, tmp_path, monkeypatch, capsys):
     flags = json.loads((tmp_path / "flags.json").read_text()) | flags
     (tmp_path / "flags.json").write_text(json.dumps(flags))
     line = refusal(monkeypatch, capsys, "training", f"theirs={tmp_path}", f"--output={tmp_path / 'figure'}")
-    assert "flags.json" in line
+    assert str(tmp_path) in line
 
 
 def test_wrong_flags_are_named(tmp_path, monkeypatch, capsys):
