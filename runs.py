@@ -309,7 +309,7 @@ def load(folder: Path | str, iteration: int | str = -1) -> tuple[Recipe, MAML, s
     prefix = run.checkpoint(iteration, "--checkpoint")
     try:
         flags = read_json(folder / "flags.json", dict, "restore it from a copy, or choose another run")
-        possible = [recipe.from_flags(flags)]
+        possible = [recipe.from_flags(flags, str(folder / "flags.json"))]
     except FileNotFoundError:
         possible = [recipe.from_run_name(folder.resolve().name, data_set) for data_set in DATASETS]
     for trained in possible:  # the original's folder name does not say the data set; the shapes of the weights do
