@@ -23,14 +23,7 @@ import archive
 SIZE = (32, 32)
 CLASS_SIZE = 600  # Krizhevsky 2009: 500 of each class in its training part and 100 in its test part
 CLASS_LISTS = HERE.parent / "splits" / "cifar_fs.json"
-EXPECTED = {
-    "train classes": 64,
-    "train images": 38_400,
-    "val classes": 16,
-    "val images": 9_600,
-    "test classes": 20,
-    "test images": 12_000,
-}
+EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 
 
 def main() -> None:

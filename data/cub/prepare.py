@@ -1,6 +1,6 @@
 """CUB-200-2011 (Wah et al. 2011): photographs of birds, 84x84 RGB as PNG in {train,val,test}/<class>/.
 
-Split as by Chen et al., ICLR 2019. From the official archive, from anywhere, in some minutes:
+Split as in Chen et al., ICLR 2019. From the official archive, from anywhere, in a few minutes:
 
     python data/cub/prepare.py --download
     python data/cub/prepare.py --archive CUB_200_2011.tgz
@@ -19,23 +19,23 @@ sys.path.insert(0, str(HERE.parent))
 
 import archive
 
-# Both are those of CaltechDATA's record 65de6-vp158; torchmeta 1.8 has the same checksum.
+# Source: CaltechDATA's record 65de6-vp158; torchmeta 1.8 has the same checksum.
 PUBLISHED = archive.Published(
     "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
 )
-SIZE = (84, 84)  # of Chen et al.'s four-layer network's input
+SIZE = (84, 84)  # the input of Chen et al.'s four-layer network
 CLASS_LISTS = HERE.parent / "splits" / "cub.json"
 EXPECTED = {"train classes": 100, "val classes": 50, "test classes": 50, "images": 11_788}
 LAYOUT = re.compile(r"(?:.*/)?images/(?P<label>\d{3}\.\w[^/]*)/(?P<name>\w[^/]*\.jpg)")
 
 
 def find(sources: Iterable[Path]) -> dict[str, archive.Images]:
-    """The photographs that lie in images/<NNN.Class>/*.jpg, by class, in the order of the archives."""
+    """Return the photographs images/<NNN.Class>/*.jpg by class, in the order of the archives."""
     found: dict[str, archive.Images] = defaultdict(dict)
     for source in sources:
-        matches = [(LAYOUT.fullmatch(path), file) for path, file in archive.files(source).items()]
+        matches = [(LAYOUT.fullmatch(path), file) for path, file in archive.list_files(source).items()]
         if not any(match for match, _ in matches):
-            archive.fail(f"{source} has no birds: images/001.Black_footed_Albatross/*.jpg and so on were expected")
+            raise archive.InputError(f"{source}: has no birds; expected images/001.Black_footed_Albatross/*.jpg etc.")
         for match, file in matches:
             if match:
                 found[match["label"]][match["name"]] = file
@@ -47,7 +47,7 @@ def main() -> None:
     images = find(args.archive)
     classes = archive.by_lists(images, CLASS_LISTS, class_size=1)
     classes = archive.refuse_missing(classes, args.allow_missing)
-    # In the archive's order, since the packed file is read forwards.
+    # In the archive's order, since a compressed tar reads forwards.
     order = {label: i for i, label in enumerate(images)}
     classes.sort(key=lambda one: order[one.folder.rpartition("/")[2]])
     archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED, whole=not args.allow_missing)

@@ -19,14 +19,7 @@ import archive
 SIZE = (32, 32)
 CLASS_SIZE = 600  # Krizhevsky 2009: 500 of each class in its training part and 100 in its test part
 CLASS_LISTS = HERE.parent / "splits" / "fc100.json"
-EXPECTED = {
-    "train classes": 60,
-    "train images": 36_000,
-    "val classes": 20,
-    "val images": 12_000,
-    "test classes": 20,
-    "test images": 12_000,
-}
+EXPECTED = archive.published_counts(train=(60, 36_000), val=(20, 12_000), test=(20, 12_000))
 
 
 def main() -> None:

@@ -5,19 +5,19 @@ train.csv, val.csv and test.csv:
 
     cd data/miniImagenet && python proc_images.py
 
-Or from anywhere, from an archive of the photographs. Without the csv files the first nine characters of a
-photograph's name tell its class, and data/splits/miniimagenet.json the class's split:
+Or from anywhere, from an archive of the photographs. Without the csv files, the first nine characters of a
+photograph's name are its class, and data/splits/miniimagenet.json has the split of each class:
 
     python data/miniImagenet/proc_images.py --images images.zip
 
-Or from ImageNet's training part (ILSVRC 2012): a folder of <wnid>/ or <wnid>.tar, or the archive as it is. The
-csv files name the images by numbers of their own, up to 1,300 a class, and nowhere say of which images.
-Image 5 of a class is taken for the fifth in order of ImageNet's numbers, as yaoyao-liu/mini-imagenet-tools
-does. Without the csv files the first 600 of each class are taken, which are others than the published:
+Or from ImageNet's training part (ILSVRC 2012): a folder of <wnid>/ or <wnid>.tar, or the published archive. The
+csv files number the images of each class, up to 1,300, but do not say which image has which number. As in
+yaoyao-liu/mini-imagenet-tools, image 5 of a class is the fifth in order of ImageNet's numbers. Without the csv
+files, the first 600 of each class are taken, which are not the published ones:
 
     python data/miniImagenet/proc_images.py --imagenet ILSVRC2012_img_train.tar --csv DIR
 
-Or from the pickled 84x84 images in circulation, mini-imagenet-cache-{train,val,test}.pkl, kept to the bit as PNG:
+Or from the pickled 84x84 images in circulation, mini-imagenet-cache-{train,val,test}.pkl, saved losslessly as PNG:
 
     python data/miniImagenet/proc_images.py --pickles DIR
 
@@ -38,28 +38,15 @@ import archive
 
 SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
 CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017, as the numbers of EXPECTED
-EXPECTED = {
-    "train classes": 64,
-    "train images": 38_400,
-    "val classes": 16,
-    "val images": 9_600,
-    "test classes": 20,
-    "test images": 12_000,
-}
+EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
 CSV_LINE = re.compile(r"([^/\\,.\0][^/\\,\0]*),([^/\\,.\0][^/\\,\0]*)")  # plain names: they become paths under --out
 
 Photographs = dict[str, archive.File]  # file name -> where to read it
 
 
-def find(source: Path) -> Photographs:
-    """The .jpg photographs of a folder or archive, at any depth; fails where there are none."""
-    found = archive.photographs(source) if source.exists() else {}
-    return found or archive.fail(f"no .jpg images in {source}: put the 60,000 there, or say where with --images")
-
-
 def find_imagenet(source: Path) -> Photographs:
-    """ImageNet's photographs of the 100 classes, named as in the csv files: <wnid><rank in its class>.jpg."""
+    """Return ImageNet's photographs of the 100 classes, named as in the csv files: <wnid><rank in its class>.jpg."""
     lists = json.loads(CLASS_LISTS.read_text())
     places = archive.imagenet(source)
     found: Photographs = {}
@@ -68,7 +55,7 @@ def find_imagenet(source: Path) -> Photographs:
         numbers = {}
         for name, file in photographs.items():
             if not (match := re.fullmatch(rf"{wnid}_(\d+)\.JPEG", name)):
-                archive.fail(f"{file} has no name of ImageNet, {wnid}_<number>.JPEG: move it away")
+                raise archive.InputError(f"{file}: is not named {wnid}_<number>.JPEG, as in ImageNet; move it away")
             numbers[int(match[1])] = file
         for rank, number in enumerate(sorted(numbers), start=1):
             found[f"{wnid}{rank:08}.jpg"] = numbers[number]
@@ -77,14 +64,16 @@ def find_imagenet(source: Path) -> Photographs:
 
 
 def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
-    """The classes of Ravi & Larochelle's <split>.csv: a header `filename,label`, then a line an image."""
-    lines = archive.read_bytes(path).decode("utf-8", errors="replace").splitlines()
+    """Return the classes of Ravi & Larochelle's <split>.csv: a header `filename,label`, then a line per image."""
+    lines = path.read_text("utf-8", "replace").splitlines()
     if lines[:1] != ["filename,label"]:
-        archive.fail(f"{path} does not begin with the line filename,label: fetch it again")
+        raise archive.InputError(f"{path}: does not begin with the line filename,label; fetch it again")
     names = defaultdict(list)
     for number, line in enumerate(lines[1:], start=2):
         if not (match := CSV_LINE.fullmatch(line)):
-            archive.fail(f"{path}, line {number}: {line[:60]!r} is no file name and label: fetch it again")
+            raise archive.InputError(
+                f"{path}: line {number}, {line[:60]!r}, has no file name and label; fetch it again"
+            )
         names[match[2]].append(match[1])
     return [
         archive.Class(
@@ -97,9 +86,9 @@ def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
 
 
 def classes_by_name(photographs: Photographs) -> list[archive.Class]:
-    """The classes of data/splits/miniimagenet.json; a name's first nine characters are the image's class.
+    """Return the classes of data/splits/miniimagenet.json; a name's first nine characters are the image's class.
 
-    Of a class with more than 600 images the first 600 by name are taken, and told.
+    If a class has more than 600 images, take the first 600 by name and say so.
     """
     images: dict[str, archive.Images] = defaultdict(dict)
     left_out = 0
@@ -116,25 +105,23 @@ def classes_by_name(photographs: Photographs) -> list[archive.Class]:
 
 
 def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[archive.Class]:
-    """The classes by the csv files, or, if no folder is given and none are here, by the images' names."""
+    """Return the classes by the csv files, or, if no folder is given and none are here, by the images' names."""
     csv_files = [(csv_folder or HERE) / f"{split}.csv" for split in archive.SPLITS]
     absent = [path for path in csv_files if not path.is_file()]
     if csv_folder is None and absent == csv_files:
         archive.say(f"no csv files in {HERE}: classes by the images' names and {CLASS_LISTS}")
         return classes_by_name(photographs)
     if absent:
-        archive.fail(f"{absent[0]} is not there: all of train.csv, val.csv and test.csv are needed")
+        raise archive.InputError(f"{absent[0]}: no such file; all of train.csv, val.csv and test.csv are needed")
     return [one for path in csv_files for one in classes_of_csv(path, photographs)]
 
 
 def classes_of_pickles(folder: Path) -> list[archive.Class]:
-    """The classes of mini-imagenet-cache-{train,val,test}.pkl.
+    """Return the classes of mini-imagenet-cache-{train,val,test}.pkl.
 
     Each is a dict: image_data, uint8 [n, 84, 84, 3], and class_dict, a list of indices for each wnid. The images
     are named by their index.
     """
-    if not folder.is_dir():
-        archive.fail(f"{folder} is no folder: unpack the pickles, and name the folder that they are in")
     images: dict[str, archive.Images] = {}
     for split in archive.SPLITS:
         path = folder / f"mini-imagenet-cache-{split}.pkl"
@@ -145,55 +132,38 @@ def classes_of_pickles(folder: Path) -> list[archive.Class]:
                 raise ValueError(f"image_data is {pixels.dtype} {pixels.shape}")
             for wnid, indices in cache["class_dict"].items():
                 images[wnid] = {f"{int(index):05}": pixels[int(index)] for index in indices}
-        except Exception as error:  # whatever is in the place of what belongs there
-            archive.fail(f"{path} has not the arrays of MiniImagenet ({type(error).__name__}: {error}): fetch it again")
+        except Exception as error:  # any value may be in any place
+            raise archive.InputError(f"{path}: lacks MiniImagenet's arrays ({error}); fetch it again") from error
     return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
 
 
-def prepare(
-    classes: list[archive.Class], out: Path, suffix: str, allow_missing: bool, size: archive.Size = SIZE
-) -> None:
-    """Makes <out>/{train,val,test}/<label>/<name><suffix>, 84x84 RGB unless `size` is given, of the classes' images.
-
-    suffix: ".jpg" at Pillow's default quality, as the data of the published numbers, or ".png", lossless.
-    """
-    # Differs: the original resizes the photographs in images/ and moves them; here they stay as they are.
-    archive.write_classes(archive.refuse_missing(classes, allow_missing), out, size, suffix, EXPECTED)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--images",
-        type=Path,
-        default=HERE / "images",
-        help="folder or archive of the photographs (default: images/ in the script's folder)",
-    )
+    images_help = "folder or archive of the photographs (default: images/ in the script's folder)"
+    source.add_argument("--images", type=Path, default=HERE / "images", help=images_help)
     source.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's classes")
     source.add_argument("--pickles", type=Path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
-    parser.add_argument("--csv", type=Path, help="folder of the csv files (default: script's folder)")
+    parser.add_argument("--csv", type=Path, help="folder of the csv files (default: the script's folder)")
     parser.add_argument("--out", type=Path, default=HERE, help=archive.OUT_HELP)
     parser.add_argument("--lossless", action="store_true", help="save PNG; the published numbers are on JPEG")
-    parser.add_argument("--allow_missing", action="store_true", help="go on without what is missing")
+    parser.add_argument("--allow_missing", action="store_true", help="continue if classes or images are missing")
     parser.add_argument("--short_side", type=archive.short_side, help=archive.SHORT_SIDE_HELP)
     args = parser.parse_args()
     if args.pickles and args.short_side:
-        parser.error(
-            "the pickles have images of 84x84 pixels, of which --short_side makes no photographs: leave it out"
-        )
+        parser.error("--short_side: the pickles hold squares of 84 pixels, not photographs; remove the flag")
     if args.pickles and args.csv:
-        parser.error("the pickles say their classes themselves: leave --csv out")
+        parser.error("--csv: the pickles already hold the classes; remove the flag")
+    archive.claim(args.out, HERE)
     if args.pickles:
         classes = classes_of_pickles(args.pickles)
     else:
-        photographs = find_imagenet(args.imagenet) if args.imagenet else find(args.images)
+        photographs = find_imagenet(args.imagenet) if args.imagenet else archive.photographs(args.images)
         classes = find_classes(photographs, args.csv)
-    suffix = ".png" if args.lossless or args.pickles else ".jpg"
-    prepare(classes, args.out, suffix, args.allow_missing, args.short_side or SIZE)
+    # Differs: the original resizes the photographs in images/ and moves them; here they stay as they are.
+    suffix = ".png" if args.lossless or args.pickles else ".jpg"  # JPEG at Pillow's default quality, as in the original
+    classes = archive.refuse_missing(classes, args.allow_missing)
+    archive.write_classes(classes, args.out, args.short_side or SIZE, suffix, EXPECTED)
 
 
 if __name__ == "__main__":
