@@ -158,7 +158,8 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
     figure = Figure(figsize=(0.8 + 5.4 * len(folders), 3.8), layout="constrained")
     axes = figure.subplots(1, len(folders), squeeze=False)[0]
     for panel, (label, folder) in zip(axes, folders.items(), strict=True):
-        curves, updates = report.scalars(folder), recipe.from_flags(_flags(folder), str(folder / "flags.json")).inner_steps
+        curves = report.scalars(folder)
+        updates = recipe.from_flags(_flags(folder), str(folder / "flags.json")).inner_steps
         metric = "accuracy" if "metatrain_Pre-update_accuracy" in curves else "loss"
         after = f"Post-update_{metric}__step_{updates}"
         times = f"{updates} update" + "s" * (updates > 1)
