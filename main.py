@@ -622,6 +622,11 @@ def train_run(recipe: Recipe, workers: "Cluster") -> None:
         )
     if not devices.gpus():
         recipes.check_memory(dataclasses.replace(recipe, meta_batch=share), placed, devices.memory())
+        if FLAGS.op_threads == 1 and placed.cores >= 2 * share and dataset.images:
+            threads = placed.cores // share
+            print(
+                f"A step has {share} tasks for {placed.cores} cores; --op_threads={threads} uses more (other rounding)."
+            )
     maml = recipes.build(recipe, placed)
     if maml.inner.network.steps_a_call > 1 and workers.size > 1:
         raise InputError(
