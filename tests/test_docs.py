@@ -162,3 +162,10 @@ def test_pictures_are_shown_and_small():
     }
     assert shown == drawn
     assert sum(path.stat().st_size for path in drawn) < 1_000_000
+
+
+def test_every_promise_names_its_test():
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "safety.md").read_text())
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert named
+    assert not [name for name in named if f"def {name}(" not in tests]
