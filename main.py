@@ -370,8 +370,10 @@ def _recipe_of_run(values):
 
 def images_folder(values: flags.FlagValues) -> str | None:
     """Return the folder of a run's images: --data_path, or the one recorded in the folder of --run if it is there."""
-    if values["data_path"].value or not values["run"].value:
-        return values["data_path"].value
+    if values["data_path"].value:
+        return os.path.abspath(values["data_path"].value)
+    if not values["run"].value:
+        return None
     folder = recorded(values).get("data", {}).get("folder")
     return folder if folder and os.path.isdir(folder) else None
 
@@ -379,7 +381,7 @@ def images_folder(values: flags.FlagValues) -> str | None:
 def images_record() -> dict[str, object]:
     """Return what flags.json says about the images beyond the recipe, so that --run finds them again."""
     folder = images_folder(FLAGS)
-    return ({"folder": os.path.abspath(folder)} if folder else {}) | ({"skip_broken": True} if skips_broken() else {})
+    return ({"folder": folder} if folder else {}) | ({"skip_broken": True} if skips_broken() else {})
 
 
 def skips_broken() -> bool:
@@ -443,7 +445,7 @@ def trained_data_set(recipe: Recipe) -> Dataset:
         return dataset
     folder = images_folder(FLAGS) or dataset.images.folder
     any_size = dataset.images.any_size or FLAGS.image_size is not None or recipe.image_size is not None
-    return dataset._replace(images=dataset.images._replace(folder=os.path.abspath(ROOT / folder), any_size=any_size))
+    return dataset._replace(images=dataset.images._replace(folder=folder, any_size=any_size))
 
 
 def tested_data_set(recipe: Recipe) -> Dataset:
