@@ -180,13 +180,13 @@ def test_choices_that_are_none():
     """A slip of the hand would else be another method: learned step sizes, BOIL, the paper's normalisation."""
     network = networks.fc(1, (5,), 1, norm=None)
     build = functools.partial(maml_of, network, mse, inner_lr=0.05, inner_steps=1)
-    with pytest.raises(InputError, match="learn_inner_lr='weights': it is one of none, weight, step"):
+    with pytest.raises(InputError, match="learn_inner_lr='weights'"):
         build(learned="weights")
-    with pytest.raises(InputError, match="query_norm='suport': it is one of batch, support"):
+    with pytest.raises(InputError, match="query_norm='suport'"):
         build().evaluate(SinusoidTasks(5, 5).draw(0, "train", 0, 4), 1, "suport")
-    with pytest.raises(InputError, match="adapt='last': it is one of all, head, body"):
+    with pytest.raises(InputError, match="adapt='last'"):
         networks.adapting(network, "last")
-    with pytest.raises(InputError, match="query_shares='uneven': it is one of balanced, dirichlet"):
+    with pytest.raises(InputError, match="query_shares='uneven'"):
         ImageTasks(None, {}, 5, 1, 1, "uneven")
     for without in (network._replace(adapted=None), network._replace(head=())):
         for what in ("head", "body"):
