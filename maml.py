@@ -181,9 +181,8 @@ class MAML(tf.Module):
         """
         super().__init__(name="maml")
         self.inner, self.accuracy, self.clip = inner, accuracy, clip
-        network = inner.network
-        self.layout = layout._replace(vectorize=not network.takes_groups, fused=network.steps_a_call > 1)
-        self.weights = {name: tf.Variable(value, name=name) for name, value in network.init(seed).items()}
+        self.layout = layout._replace(vectorize=not inner.network.takes_groups, fused=inner.network.steps_a_call > 1)
+        self.weights = {name: tf.Variable(value, name=name) for name, value in inner.network.init(seed).items()}
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
         self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
@@ -196,7 +195,7 @@ class MAML(tf.Module):
 
     @property
     def state(self) -> dict[str, tf.Variable]:
-        """All that a step changes, by its key in a checkpoint: the original's names, as its Saver gives them."""
+        """All that a step changes, by its key in a checkpoint; the weights have the original's names."""
         state = {key: self.weights[name] for name, key in self.keys.items()} | {"step": self.step}
         for prefix, adam in (("", self.meta_optimizer), ("pretrain/", self.pretrain_optimizer)):
             for name, key in self.keys.items():
