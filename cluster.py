@@ -32,18 +32,18 @@ REASONS = ("SIGINT", "SIGTERM", "another process")  # for a stop
 
 
 class Stop:
-    """A wish that training ends. Training looks at it after every step, and every few tasks of a validation.
+    """A request to stop training. Training checks it after every step, and every few tasks of a validation.
 
-    Anybody may set it: a signal handler, another thread, a notebook.
+    A signal handler, another thread or a notebook may set it.
     """
 
     def __init__(self):
-        self.reason: str | None = None  # such as "SIGTERM"; None: training goes on
+        self.reason: str | None = None  # such as "SIGTERM"; None: continue training
 
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[Stop]:
-    """Lets the first Ctrl-C or SIGTERM stop training after the step at hand. A second one ends the program at once."""
+    """Let the first Ctrl-C or SIGTERM stop training after the current step. A second one ends the program at once."""
     stop = Stop()
 
     def note(number, frame):

@@ -187,7 +187,7 @@ OTHER_FLAGS = (
         "Updates at test. -1, as in the original: 10, or num_updates if that is more.",
         "test",
         int,
-        recipes.FLAGS["num_updates"].accepts._replace(also=(-1,)),
+        recipes.DEFINITIONS["num_updates"].accepts._replace(also=(-1,)),
     ),
     Flag(
         "query_shares",
@@ -199,7 +199,7 @@ OTHER_FLAGS = (
     ),
     Flag("results_dir", None, "Folder for a test's files, if not the run folder.", "test"),
 )
-ALL_FLAGS = {flag.name: flag for flag in (*recipes.FLAGS.values(), *OTHER_FLAGS)}
+ALL_FLAGS = {flag.name: flag for flag in (*recipes.DEFINITIONS.values(), *OTHER_FLAGS)}
 UNEVEN_QUERY = (
     15  # queries per class, on average, under --query_shares: 75 of 5 classes (Veilleux et al., NeurIPS 2021)
 )
@@ -276,10 +276,9 @@ def help_text() -> str:
     lines = [__doc__]
     for group, title in GROUPS.items():
         lines.append(f"{title}:\n")
-        for name, _ in ((name, flag) for name, flag in ALL_FLAGS.items() if flag.group == group):
-            flag = FLAGS[name]
+        for flag in (FLAGS[name] for name, definition in ALL_FLAGS.items() if definition.group == group):
             default = "none" if flag.default is None else flag.default_as_str.strip("'")
-            lines.append(f"  --{'[no]' * flag.boolean}{name}: (default: {default})")
+            lines.append(f"  --{'[no]' * flag.boolean}{flag.name}: (default: {default})")
             lines.append(textwrap.fill(flag.help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
         lines.append("")
     return "\n".join(lines)

@@ -60,7 +60,7 @@ NORMALISED = {
     "support": "by itself together with the labelled images",
     "batch": "together with all other images that are asked (the paper's way)",
 }
-UPDATES = recipes.FLAGS["num_updates"].accepts._replace(least=0)  # 0: the meta-learned weights as they are
+UPDATES = recipes.DEFINITIONS["num_updates"].accepts._replace(least=0)  # 0: the meta-learned weights as they are
 CHUNK = 64  # images that are read and answered at once, where each is normalised by itself
 SLOW = 200  # images; from so many on there is a progress bar
 COLUMNS = ("image", "class", "probability")  # of a table of answers; the classes follow

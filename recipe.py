@@ -433,8 +433,8 @@ def _flag_of(field: dataclasses.Field) -> Flag:
 
 
 FIELDS = {field.metadata["flag"].name: field.name for field in dataclasses.fields(Recipe)}  # flag -> field
-FLAGS = {flag.name: flag for flag in map(_flag_of, dataclasses.fields(Recipe))}
-DEFAULTS = {name: flag.default for name, flag in FLAGS.items()}
+DEFINITIONS = {flag.name: flag for flag in map(_flag_of, dataclasses.fields(Recipe))}
+DEFAULTS = {name: flag.default for name, flag in DEFINITIONS.items()}
 SPLIT = "[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}"
 # The original's folder names, without our suffixes: a folder that has one of those has a flags.json, too.
 RUN_NAME = re.compile(
@@ -454,15 +454,14 @@ def from_flags(flags: Mapping[str, Any], source: str = "flags.json") -> Recipe:
     Raise InputError for a value that its flag does not accept. source: where the values are from, for the error.
     """
     recipe = Recipe(**{field: flags[flag] for flag, field in FIELDS.items() if flag in flags})
-    for name, flag in FLAGS.items():
-        value = getattr(recipe, FIELDS[name])
-        accepted = value is None if flag.default is None and value is None else _is_a(value, flag.kind)
-        if name == "norm" and value is None:
-            accepted = True
-        if accepted and value is not None and flag.accepts is not None:
-            accepted = value in flag.accepts
+    for field in dataclasses.fields(Recipe):
+        flag, value = _flag_of(field), getattr(recipe, field.name)
+        if value is None:
+            accepted = NoneType in get_args(field.type)
+        else:
+            accepted = _is_a(value, flag.kind) and (flag.accepts is None or value in flag.accepts)
         if not accepted:
-            raise InputError(f"{source}: --{name}={printable(value)[:60]} is not a value of that flag; correct it")
+            raise InputError(f"{source}: --{flag.name}={printable(value)[:60]} is not a value of that flag; correct it")
     sizes_of_split(recipe.split)
     return recipe
 

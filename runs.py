@@ -445,15 +445,15 @@ def _restore(reader, prefix, model):
     stored_key = _stored_keys(reader, model)
     names = {stored_key(key): name for name, key in model.keys.items()}
     found = {names.get(key, key): shape for key, shape in _weight_shapes(shapes).items()}
-    expected = {name: list(model.state[key].shape) for name, key in model.keys.items()}
+    variables = model.state
+    expected = {name: list(variables[key].shape) for name, key in model.keys.items()}
     for name in sorted(expected.keys() | found.keys()):
-        here, there = (shapes.get(name, "none") for shapes in (expected, found))
+        here, there = expected.get(name, "none"), found.get(name, "none")
         if here != there:
             raise InputError(
                 f"{prefix}: is a checkpoint of another network ({name} has shape {there} there, {here} here); "
                 "give the flags that it was trained with"
             )
-    variables = model.state
     if stored_key("step") not in shapes:  # only weights: the original's, or a published model
         variables = {key: variables[key] for key in model.keys.values()}
     for key, variable in variables.items():

@@ -4,8 +4,8 @@
     python benchmarks/gpu.py run FOLDER [--json gpu.json]
 
 `export` needs TensorFlow and JAX, but no GPU. It writes each configuration's meta-gradient of a whole meta-batch, all
-tasks in one group, as a program that JAX runs: one with each form of a group's convolution (networks.py). Beside
-them it writes the initial weights and, as the reference, losses and meta-gradients in float64.
+tasks in one group, as a JAX program, once for each form of a group's convolution (networks.py). It also
+writes the initial weights and, as the reference, losses and meta-gradients in float64.
 
 `run` needs JAX and NumPy, and PyTorch if that is to be timed. It first compares our programs with the reference, task
 by task, and the other forms in float64, with their first two losses and first meta-gradient (forms.py). Then it times

@@ -1,4 +1,4 @@
-"""What the data scripts share: flags, downloads, safe reading of archives and pickles, and class folders."""
+"""Shared by the data scripts: flags, downloads, safe reading of archives and pickles, and class folders."""
 
 import argparse
 import hashlib
@@ -339,7 +339,7 @@ def by_lists(images: dict[str, Images], lists: Path, class_size: int) -> list[Cl
 
 
 def refuse_missing(classes: Iterable[Class], allow: bool) -> list[Class]:
-    """Print what is missing and fail, or, if allowed, return the classes that have any images."""
+    """Print the missing images and fail, or, if that is allowed, return the classes that have images."""
     classes = list(classes)
     short = [one for one in classes if one.missing]
     for one in short:

@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):  # 
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -99,3 +100,11 @@ def few_test_tasks():
 def small(omniglot) -> list[str]:
     """Omniglot 5-way 1-shot with a network and a meta-batch that cost little."""
     return small_flags(omniglot)
+
+
+@pytest.fixture
+def eagerly():
+    """Run graphs eagerly: tracing a small model takes longer than computing it."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)

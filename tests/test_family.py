@@ -40,14 +40,6 @@ TASKS = random_tasks(2, 6, 9, (9, 8, 2), 3)
 CONV = {"max_pool": False, "mean_head": True, "norm": "batch_norm"}
 
 
-@pytest.fixture
-def eagerly():
-    """To trace these small models would take longer than to compute them."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
 def variant(kind: str, adapt: str, learned: str, steps: int, **options) -> MAML:
     """A model in float64, whose learned step sizes are no longer all alike."""
     build = {

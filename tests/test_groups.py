@@ -25,14 +25,6 @@ NETWORKS = {
 }
 
 
-@pytest.fixture
-def eagerly():
-    """To trace these small models would take longer than to compute them."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
 @pytest.mark.parametrize("form", ["sliced_conv", "grouped_conv"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(5, 5), (6, 7), (1, 2)])

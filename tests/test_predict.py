@@ -98,7 +98,7 @@ def test_all_images_are_asked_together(characters, tmp_path):
     np.testing.assert_allclose(np.array([row[3:] for row in rows], float), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", recipe.FLAGS["loss"].accepts)
+@pytest.mark.parametrize("loss", recipe.DEFINITIONS["loss"].accepts)
 def test_the_loss_is_that_of_the_training(loss):
     """With K labelled images of each class."""
     trained = recipe.Recipe(data_set="omniglot", shot=2, filters=2, loss=loss)
