@@ -5,7 +5,7 @@
 The page is for this machine alone: it is served at 127.0.0.1, and only to itself.
 """
 
-import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
+import devices  # isort: skip  before TensorFlow, which reads what it sets
 
 import argparse
 import json

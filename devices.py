@@ -1,6 +1,7 @@
-"""How programs start here: whatever their surroundings, without TensorFlow's notices, with a task on each core.
+"""What the machine offers (cores, memory, GPUs), and TensorFlow's settings, which must be made before it starts.
 
-Programs import this module before all others, since TensorFlow reads its settings once, when it is imported.
+Programs import this module first: TensorFlow reads the environment when it is imported. This module imports TensorFlow
+only in the functions that need it.
 """
 
 import contextlib
@@ -8,149 +9,58 @@ import importlib.util
 import math
 import os
 import platform
-import subprocess
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Of several processes that compute one run, one may be gone: TensorFlow tells it in many lines, main.py in one.
+# If one process of a run dies, TensorFlow logs many lines in each of the others, and main.py prints one.
 SEVERAL = os.environ.get("TF_CONFIG") or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if SEVERAL else "2")
 
-# What TensorFlow's libraries write to stderr at their start, before that level is read, and without a GPU.
-NOTICES = "WARNING: All log messages before absl|[IW]0000 |E0000 .*failed call to cuInit"
-# A program that prints all that it reads, but the lines that begin as its argument says.
-FILTER = """
-import re, sys
-for line in sys.stdin.buffer:
-    if not re.match(sys.argv[1].encode(), line):
-        sys.stderr.buffer.write(line)
-        sys.stderr.buffer.flush()
-"""
+# Jupyter names a backend that may not be installed here. Matplotlib, which TensorFlow imports, would fail then.
+_backend = re.match(r"module://(\w+)", os.environ.get("MPLBACKEND", ""))
+if _backend and not importlib.util.find_spec(_backend[1]):
+    del os.environ["MPLBACKEND"]
+
+for _stream in (sys.stdout, sys.stderr):  # file names may have letters that the terminal cannot encode
+    if hasattr(_stream, "reconfigure"):
+        _stream.reconfigure(errors="backslashreplace")
 
 VECTOR_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx")  # best first
 
 
-def _make_ready() -> None:
-    """Makes the program independent of what the process was started with.
-
-    Where stdin, stdout or stderr is closed, the next file that is opened takes its number, and what C++ code writes to
-    stderr would land in that file. Names may have letters that stdout or stderr has no code for. And Jupyter has the
-    processes that it starts use a backend of matplotlib that may not be installed; TensorFlow imports matplotlib.
-    """
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    kind, _, backend = os.environ.get("MPLBACKEND", "").partition("module://")
-    if not kind and backend:
-        try:
-            found = importlib.util.find_spec(backend)
-        except (ImportError, ValueError):
-            found = None
-        if not found:
-            del os.environ["MPLBACKEND"]
-
-
-@contextlib.contextmanager
-def _without_notices() -> Iterator[None]:
-    """Lets a process read what C++ code writes to stderr, and print all but the notices.
-
-    It outlives this one where TensorFlow aborts, and says why. It needs no disk, which may be full.
-    """
-    command = [sys.executable, "-I", "-S", "-c", FILTER, NOTICES]
-    reader = None
-    with contextlib.suppress(OSError, TypeError):  # Python may not know where it is
-        # In a session of its own: a terminal's Ctrl-C is not for it.
-        reader = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    if reader is None:  # the start is only louder
-        yield
-        return
-    stderr = os.dup(2)
-    os.dup2(reader.stdin.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        reader.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # others may hold the pipe, if they were started meanwhile
-            reader.wait(10)
-
-
-_make_ready()
-with _without_notices():
-    import tensorflow as tf
-    from tensorflow.python.framework.config import is_op_determinism_enabled
-
-    tf.config.list_physical_devices()
-
-
-def _control_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Lists the folders of the control groups (cgroups(7), Linux alone) that this process is in, for one controller.
-
-    A group's limit holds for all groups in it, so their folders come, too; many have no file of a limit.
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if not controllers:  # version 2
-            folder = root / "sys/fs/cgroup" / group.lstrip("/")
-        elif controller in controllers.split(","):  # version 1
-            folder = root / "sys/fs/cgroup" / controller / group.lstrip("/")
-        else:
-            continue
-        yield from (folder, *folder.parents)
+def _cgroup_limits(file: str, root: Path) -> Iterator[str]:
+    """Yield the limits that cgroup v2 (Linux) sets for this process: those of its group and of all groups around it."""
+    with contextlib.suppress(OSError):
+        group = root / "sys/fs/cgroup" / (root / "proc/self/cgroup").read_text().partition("0::/")[2].strip()
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError):
+                yield (folder / file).read_text().strip()
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Counts the processor cores that this process may use.
-
-    They are the machine's, or fewer where a container or a batch system allows fewer, or a share of their time,
-    rounded up.
-    root: where the system's own files lie.
-    """
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for group in _control_groups("cpu", root):
-        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # version 2, version 1
-            with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit, and so does -1
-                quota, period = map(int, " ".join((group / file).read_text() for file in files).split())
-                if quota > 0:
-                    most = min(most, math.ceil(quota / period))
-    return most
-
-
-MOST_THREADS = max(64, 16 * cores())  # the most that a flag can ask for
+    """Count the cores that this process may use: its CPU affinity, or its container's share of CPU time, rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for limit in _cgroup_limits("cpu.max", root):
+        quota, period = limit.split()
+        if quota != "max":
+            count = min(count, math.ceil(int(quota) / int(period)))
+    return count
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Counts the bytes of memory that this process may use.
-
-    It is the machine's, or less where a container or a batch system such as Slurm sets a limit.
-    root: where the system's own files lie.
-    """
+    """Return the bytes of memory that this process may use: the machine's, or its container's limit."""
     if not hasattr(os, "sysconf"):
-        return 2**63  # Windows does not say it here
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for group in _control_groups("memory", root):
-        for file in ("memory.max", "memory.limit_in_bytes"):  # version 2, version 1
-            with contextlib.suppress(OSError, ValueError):  # "max" stands for no limit
-                limits.append(int((group / file).read_text()))
-    return min(limits)
+        return 2**63  # Windows
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *(int(limit) for limit in _cgroup_limits("memory.max", root) if limit != "max")])
 
 
 def processor() -> str:
-    """Names the kind of processor."""
+    """Return the name of the processor model."""
     info = Path("/proc/cpuinfo")
-    if info.exists():  # Linux, where platform knows no more than the architecture
+    if info.exists():  # Linux, where `platform` knows only the architecture
         lines = [line for line in info.read_text(errors="replace").splitlines() if line.startswith("model name")]
         if lines:
             return lines[0].partition(": ")[2]
@@ -171,31 +81,29 @@ def onednn() -> bool:
 
 
 def gpus() -> list[str]:
-    """Names the kinds of the GPUs that TensorFlow uses."""
+    """Return the model names of the GPUs that TensorFlow uses."""
+    import tensorflow as tf
+
     details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.get_visible_devices("GPU")]
-    return [one.get("device_name") for one in details]
+    return [detail.get("device_name") for detail in details]
 
 
 def computed() -> dict[str, object]:
-    """Says how numbers are computed by this process. Another way gives other roundings, so other weights."""
-    found = {
+    """Describe what determines the rounding of this process's numbers, and so the bits of the weights."""
+    import tensorflow as tf
+    from tensorflow.python.framework.config import is_op_determinism_enabled
+
+    settings = {
         "tensorflow": tf.__version__,
         "processor": processor(),
         "op_threads": tf.config.threading.get_intra_op_parallelism_threads(),
     }
     if names := gpus():
-        found["gpus"] = names
-        found["tensor_float_32"] = tf.config.experimental.tensor_float_32_execution_enabled()
+        settings["gpus"] = names
+        settings["tensor_float_32"] = tf.config.experimental.tensor_float_32_execution_enabled()
     if names or is_op_determinism_enabled():
-        found["deterministic"] = is_op_determinism_enabled()
-    return found
-
-
-def _take_gpu(number, processes):
-    """Where several processes of one host see all its GPUs, each takes its own."""
-    gpus = tf.config.list_physical_devices("GPU")
-    if processes > 1 and len(gpus) > 1:
-        tf.config.set_visible_devices(gpus[number : number + 1], "GPU")
+        settings["deterministic"] = is_op_determinism_enabled()
+    return settings
 
 
 def start(
@@ -207,23 +115,32 @@ def start(
     place: tuple[int, int] = (0, 1),
     join: Callable[[], None] = lambda: None,
 ) -> None:
-    """Makes TensorFlow's settings, which it takes once, before its first operation, and lets it find its devices.
+    """Make TensorFlow's settings, then start it. This must come before TensorFlow's first operation.
 
     Args:
-        parallel_tasks: tasks that are computed side by side, one a core; None: as many as there are cores.
-        op_threads: cores for one operation of a task. Another number gives other roundings, so other weights.
-        tensor_float_32: let products on a GPU round their inputs to 10 bits. TensorFlow's own default is to do it.
-        deterministic: let a GPU compute the same numbers every time. A CPU does, but this changes its roundings too.
-        place: the number of this process among those of its host, and how many there are; each has a GPU of its own.
-        join: meets the other processes of the run, between the settings and the first operation.
+        parallel_tasks: tasks computed in parallel, one per core; None: as many as there are cores.
+        op_threads: cores per operation. It changes the rounding, and so the weights.
+        tensor_float_32: allow TensorFloat-32 on GPUs, as TensorFlow does by default.
+        deterministic: make a GPU compute the same bits every time. A CPU does anyway, but this changes its rounding.
+        place: index of this process among those of its host, and their number. Each takes its own GPU.
+        join: called once the settings are made, to join the other processes of the run.
     """
+    import tensorflow as tf
+    from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
+    from tensorflow.python.eager import context
+
     tf.config.threading.set_intra_op_parallelism_threads(op_threads)
     tf.config.threading.set_inter_op_parallelism_threads(parallel_tasks or cores())
     tf.config.experimental.enable_tensor_float_32_execution(tensor_float_32)
     if deterministic:
         tf.config.experimental.enable_op_determinism()
-    _take_gpu(*place)
+    # If TensorFlow estimates that a graph needs over 200 MB, its memory optimizer adds three or more gradients of a
+    # tensor in whatever order they are ready. MiniImagenet then has other bits every time. No public option stops that.
+    config = tf.compat.v1.ConfigProto()
+    config.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT
+    context.context()._config = config
+    (index, processes), found = place, tf.config.list_physical_devices("GPU")
+    if processes > 1 and len(found) > 1:  # every process sees all GPUs of the host
+        tf.config.set_visible_devices(found[index : index + 1], "GPU")
     join()
-    with _without_notices():
-        tf.config.list_logical_devices()
-        tf.function(lambda: tf.zeros([]), jit_compile=True, autograph=False)()  # XLA looks for a GPU of its own
+    tf.config.list_logical_devices()

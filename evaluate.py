@@ -1,5 +1,6 @@
 """Evaluation of a model on many tasks, and the files and lines of a test."""
 
+import functools
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -121,10 +122,12 @@ def _chunk_size(maml, count, share):
     return group * min(CHUNK * cores, -(-share // group))
 
 
-def check_same_classes(data: SinusoidTasks | ImageTasks, workers: Cluster) -> None:
-    """Raises InputError where processes have other classes, or other numbers of images, and would draw other tasks."""
-    if isinstance(data, ImageTasks) and workers.size > 1:
-        workers.check_alike({"the classes with the checksum": data.checksum()}, "give all processes the same images")
+def check_same_start(maml: MAML, data: SinusoidTasks | ImageTasks, workers: Cluster) -> None:
+    """Raise InputError if processes differ in the model, Adam's state, the step, or the classes of the data."""
+    if workers.size > 1:
+        weights = functools.reduce(lambda crc, array: zlib.crc32(array.numpy().tobytes(), crc), maml.state.values(), 0)
+        classes = int(data.checksum(), 16) if isinstance(data, ImageTasks) else 0
+        workers.check_same(weights=weights, data=classes)
 
 
 def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterable[str]) -> int:

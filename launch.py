@@ -1,14 +1,13 @@
-"""Starts several processes on this host that compute one run together, one for each GPU.
+"""Start several processes on this host that compute one run together, one per GPU.
 
     python launch.py main.py --datasource=omniglot ...                  as many processes as there are GPUs
     python launch.py --processes=2 main.py --datasource=omniglot ...    two; without GPUs they share the cores
 
-Each line that a process prints has its number before it. Process 0 is the chief, which prints what a run tells and
-writes its folder. Ctrl-C and SIGTERM are handed on: all stop after the same step, saved. Where one process dies the
-others end too; the same command goes on from the last checkpoint, and with --restarts=K it is given again by itself,
-up to K times. Where a process ends with an error of its own, such as a wrong flag or a full disk, it is not. The exit
-code is that of the first process that ended with an error of its own. It is 75 where there is none: all that failed
-ended because another was gone.
+Each printed line starts with the number of its process. Process 0 is the chief, which prints the run's lines and writes
+its folder. Ctrl-C, SIGTERM and SIGHUP are passed on: all processes stop after the same step and the run is saved. If a
+process dies, the others exit too. The same command resumes from the last checkpoint; --restarts=K repeats it up to K
+times. Nothing is repeated if a process reports an error, such as a wrong flag or a full disk. The exit code is that of
+the first process that failed by itself, or 75 if all failures were caused by another process that died.
 """
 
 import argparse
@@ -23,30 +22,30 @@ import threading
 import time
 from typing import BinaryIO
 
-GRACE = 90  # seconds in which the others end by themselves, with a line that says why
-GONE = 75  # what a process exits with when another one is gone: cluster.GONE. This file imports no TensorFlow
+GRACE = 90  # seconds for the other processes to exit by themselves, with a line that says why
+EXIT_PEER_LOST = 75  # as in cluster.py, which needs TensorFlow
 WRITING = threading.Lock()
 
 
 def gpus() -> list[str]:
-    """Lists the GPUs of this host as CUDA_VISIBLE_DEVICES names them."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None:
-        return [name.strip() for name in shown.split(",") if name.strip() and name.strip() != "-1"]
+    """Return the GPUs of this host as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1"]
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)  # the parts of a GPU (MIG) have lines of their own
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)  # the parts of a GPU (MIG) have their own lines
 
 
 def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
-    """What each process finds in its environment. names: of the GPUs."""
+    """Return the environment of each process. names: of the GPUs."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(processes)]
-    addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
-    for one in sockets:
-        one.close()
-    found = []
+    addresses = [f"127.0.0.1:{server.getsockname()[1]}" for server in sockets]
+    for server in sockets:
+        server.close()
+    environments = []
     for index in range(processes):
         environment = {key: value for key, value in os.environ.items() if key != "TF_CONFIG"}
         environment["PYTHONUNBUFFERED"] = "1"
@@ -55,64 +54,66 @@ def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
             environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
         if names:
             environment["CUDA_VISIBLE_DEVICES"] = names[index]
-        found.append(environment)
-    return found
+        environments.append(environment)
+    return environments
 
 
-def hand_on(pipe: BinaryIO, number: int, to: BinaryIO) -> None:
-    """Writes each line of a pipe with the process's number before it."""
-    with pipe:  # where it is closed early, the process is told so, and does not wait for ever to be read
-        try:
-            for line in pipe:
+def forward(pipe: BinaryIO, number: int, to: BinaryIO) -> None:
+    """Copy the lines of a pipe, each with the number of its process in front."""
+    with pipe:  # once it is closed, the process cannot print, and so does not wait to be read
+        for line in pipe:
+            try:
                 with WRITING:
                     to.write(b"[%d] %s" % (number, line if line.endswith(b"\n") else line + b"\n"))
                     to.flush()
-        except BrokenPipeError:  # the reader of what is printed, such as head, has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # else Python writes what is left at its end
+            except OSError as error:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
+                if isinstance(error, BrokenPipeError):  # the reader, such as head, has enough
+                    return  # else the terminal was closed, and the process must be able to save
 
 
 def say(line: str) -> None:
-    """Prints a line of this program."""
+    """Print a line of this program."""
     with WRITING:
         print(f"launch.py: {line}", file=sys.stderr, flush=True)
 
 
-def ended(code: int) -> str:
-    """Says how a process ended."""
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+def ending(code: int) -> str:
+    """Describe how a process ended."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 def run_once(command: list[str], processes: int, names: list[str], stops: list[int]) -> list[int]:
-    """Starts the processes and waits for their end. Returns their exit codes, of a signal -number, in that order.
+    """Run the processes. Return their exit codes, negative for signals, in the order in which they ended.
 
-    stops: the signals that this program gets; they are handed on.
+    stops: the signals that this program receives; they are passed on.
     """
     running, threads = [], []
     for number, environment in enumerate(environments(processes, names)):
-        # In a session of its own: a terminal's Ctrl-C comes once, from here, and not twice.
+        # In its own session, so that a terminal's Ctrl-C comes from here only, and not twice.
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         running.append(process)
         for pipe, to in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
-            threads.append(threading.Thread(target=hand_on, args=(pipe, number, to), daemon=True))
+            threads.append(threading.Thread(target=forward, args=(pipe, number, to), daemon=True))
             threads[-1].start()
-    handed_on, first, until = 0, [], None
+    passed_on, ended, until = 0, [], None
     try:
         while any(process.poll() is None for process in running):
             time.sleep(0.05)
-            for number in stops[handed_on:]:
+            for number in stops[passed_on:]:
                 for process in running:
                     if process.poll() is None:
                         process.send_signal(number)
-                handed_on += 1
+                passed_on += 1
             for number, process in enumerate(running):
-                if process.poll() is not None and number not in first:
-                    first.append(number)
+                if process.poll() is not None and number not in ended:
+                    ended.append(number)
                     if process.returncode and until is None and not stops:
                         until = time.monotonic() + GRACE
                         if processes > 1:
-                            say(f"process {number} {ended(process.returncode)}, and the others end")
+                            say(f"process {number} {ending(process.returncode)}; stopping the others")
             if until and time.monotonic() > until:
                 break
     finally:
@@ -122,35 +123,37 @@ def run_once(command: list[str], processes: int, names: list[str], stops: list[i
             process.wait()
         for thread in threads:
             thread.join()
-    return [running[number].returncode for number in [*first, *(set(range(processes)) - set(first))]]
+    return [running[number].returncode for number in [*ended, *(set(range(processes)) - set(ended))]]
 
 
 def main() -> int:
-    """Starts what the command line says. Returns the exit code."""
+    """Run what the command line says. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, help="how many; by default one for each GPU")
+    parser.add_argument("--processes", type=int, help="how many; by default one per GPU")
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help="start again up to K times (0)")
     parser.add_argument("program", help="main.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags, the same for all processes")
     args = parser.parse_args()
     names = gpus()
-    if args.processes is None and not names:
-        parser.exit(1, "launch.py: no GPU is found here: say how many processes with --processes=N\n")
     processes = len(names) if args.processes is None else args.processes
+    if args.processes is None and not names:
+        parser.exit(1, "launch.py: --processes: is missing, and this host has no GPU; say how many\n")
     if processes < 1 or args.restarts < 0:
-        parser.exit(1, "launch.py: --processes must be 1 or more, and --restarts 0 or more\n")
+        name = "--processes" if processes < 1 else "--restarts"
+        parser.exit(1, f"launch.py: {name}: is too small; give {int(processes < 1)} or more\n")
     if names and processes > len(names):
-        parser.exit(
-            1, f"launch.py: --processes={processes}, but here are {len(names)} GPUs: give each process its own\n"
-        )
+        parser.exit(1, f"launch.py: --processes={processes}: is more than the {len(names)} GPUs here; lower it\n")
     stops = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, lambda number, frame: stops.append(number))
     command = [sys.executable, args.program, *args.flags]
     for restart in range(args.restarts + 1):
         codes = [code for code in run_once(command, processes, names, stops) if code]
-        code = next((code for code in codes if code != GONE), GONE if codes else 0)
-        died = code < 0 or code == GONE
+        code = next((code for code in codes if code != EXIT_PEER_LOST), EXIT_PEER_LOST if codes else 0)
+        died = code < 0 or code == EXIT_PEER_LOST
         if not died or stops or restart == args.restarts:
             break
         say(f"starting again, {restart + 1} of {args.restarts} times")

@@ -25,12 +25,12 @@ import copy
 import dataclasses
 import errno
 import functools
-import hashlib
 import os
 import re
 import signal
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -523,15 +523,15 @@ def side_by_side(workers: "Cluster") -> int:
     return FLAGS["threads"].value or max(1, devices.cores() // workers.place[1])
 
 
-def identity() -> dict[str, object]:
-    """Return what must be alike in all processes of a run: the flags, except --threads, and the code."""
+def identity() -> dict[str, int]:
+    """Return checksums of what all processes of a run must have in common: the flags except --threads, and the code."""
     import tensorflow as tf
 
     import devices
 
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("[!.]*.py")))).hexdigest()[:16]
-    given = {f"--{name}": FLAGS[name].value for name in ALL_FLAGS if name != "threads"}
-    return given | {"code with the checksum": code, "TensorFlow": tf.__version__, "GPUs": devices.gpus()}
+    given = {name: FLAGS[name].value for name in ALL_FLAGS if name != "threads"}
+    code = [path.read_bytes() for path in sorted(ROOT.glob("[!.]*.py"))], tf.__version__, devices.gpus()
+    return {"flags": zlib.crc32(repr(given).encode()), "code": zlib.crc32(repr(code).encode())}
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -549,14 +549,18 @@ def run(argv: list[str]) -> None:
         workers = cluster.of_environment()
         main(argv, workers)
     except InputError as error:
-        fail(workers.failed(error) if workers else error)
+        if workers:
+            workers.failed()
+        fail(error)
     except BrokenPipeError as error:
         nobody_reads()
         fail(f"stdout: {error.strerror}; run the same command again to continue from the last checkpoint")
     except OSError as error:
         if error.errno not in FIXABLE:
             raise
-        fail(workers.failed(error) if workers else error)
+        if workers:
+            workers.failed()
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -590,7 +594,7 @@ def main(argv: list[str], workers: "Cluster") -> None:
         raise InputError(f"{argv[1]}: unexpected argument; flags are written --name=value")
     logging.set_verbosity(logging.WARNING)  # TensorFlow reports every checkpoint
     start_devices(workers)
-    workers.check_alike(identity(), "give all processes the same flags and files, except for --threads")
+    workers.check_same(**identity())
     if workers.size > 1:
         print(f"{workers.size} processes compute this run. This is process 0, which alone prints and writes.")
     if devices.gpus():
@@ -645,7 +649,6 @@ def train_run(recipe: Recipe, workers: "Cluster") -> None:
     with run.locked():
         run.check(recipes.to_flags(recipe), recipes.DEFAULTS, FLAGS.resume)
         data = open_data(dataset, ("train", settings.val_split), recipe, training=True)
-        workers.ready(run.folder)
         with stopping_on_signals() as own_stop:
             stop = workers.agreed(own_stop)
             picture = functools.partial(fit_picture, shot=recipe.shot) if dataset.images is None else None
@@ -716,9 +719,7 @@ def test_run(recipe: Recipe, workers: "Cluster") -> None:
     else:
         run.restore(maml, prefix)
     say(f"Restoring model weights from {prefix}")
-    workers.ready()
-    workers.check_alike({"the checkpoint": Path(prefix).name}, "give all processes one --logdir that they share")
-    evaluate.check_same_classes(data, workers)
+    evaluate.check_same_start(maml, data, workers)
     evaluate.test(maml, data, trained, protocol, run, prefix, results, workers)
     workers.leave()
 

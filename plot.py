@@ -9,7 +9,7 @@
 What is drawn is given as label=path. Each figure is written as <output>.png, .svg and .pdf.
 """
 
-import devices  # noqa: F401, isort: skip (it comes first, since it imports TensorFlow without its notices)
+import devices  # noqa: F401, isort: skip (before TensorFlow, which reads what it sets)
 
 import argparse
 import csv

@@ -14,7 +14,7 @@ As a library:
     probabilities = adapted.predict(other_images)  # [n, 5], columns as in adapted.classes
 """
 
-import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
+import devices  # isort: skip  before TensorFlow, which reads what it sets
 
 import argparse
 import contextlib

@@ -253,8 +253,7 @@ class Run:
             iteration = self.best().best
             if iteration == -1:
                 raise InputError(
-                    f"{flag}=best: {self.folder} has no validation yet (on images every 500 iterations, on the "
-                    "sinusoid never); give an iteration, or -1 for the latest"
+                    f"{flag}=best: {self.folder} has no validation yet; give an iteration, or -1 for the latest"
                 )
         if iteration not in (-1, *saved):
             listed = ", ".join(map(str, saved))
@@ -270,10 +269,7 @@ class Run:
             return f"choose one of the run folders in it: {', '.join(inside)}"
         for name in beside:
             if re.sub(r"^cls_\d+", "", name) == re.sub(r"^cls_\d+", "", self.folder.name):
-                return (
-                    f"{self.folder.parent / name} has one, but a model has an output for each class of a training "
-                    "task, so give the --num_classes of its training"
-                )
+                return f"{self.folder.parent / name} has one, so give the --num_classes that it was trained with"
         if beside:
             return f"{self.folder.parent} has runs in {', '.join(beside)}: give the flags of one of them"
         return "train first, or choose a trained run"

@@ -1,9 +1,7 @@
 """The training loop: its clocks and its steps."""
 
-import functools
 import math
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,7 +13,7 @@ from tqdm import tqdm
 import devices
 from cluster import Cluster, Stop
 from data_generator import ImageTasks, SinusoidTasks
-from evaluate import check_same_classes, evaluate, known_classes
+from evaluate import check_same_start, evaluate, known_classes
 from files import InputError, say
 from maml import MAML, adapt
 from recipe import Recipe, to_flags
@@ -111,11 +109,7 @@ def train(
             )
         say(f"Restoring model weights from {prefix}")
     start = saved = int(maml.step)
-    workers.check_alike(
-        {"Step": start, "weights with the checksum": _checksum(maml)},
-        "give all processes one --logdir that they share, and one kind of machine",
-    )
-    check_same_classes(data, workers)
+    check_same_start(maml, data, workers)
     if start <= total:  # else the folder has more than this recipe says
         run.record(to_flags(recipe) | ({"data": settings.data} if settings.data else {}))
     schedule = Schedule.of(total, settings.save_interval, validates=images is not None)
@@ -305,12 +299,6 @@ class Steps:
         first = number * self.block * batch + self.workers.rank * share
         tasks = self.data.draw(self.recipe.seed, "train", first, self.block * share)
         return Tasks(*(part.reshape(self.block, share, *part.shape[1:]) for part in tasks))
-
-
-def _checksum(maml):
-    """Of all that a step changes."""
-    crc = functools.reduce(lambda crc, one: zlib.crc32(one.numpy().tobytes(), crc), maml.state.values(), 0)
-    return format(crc, "08x")
 
 
 def _training_curve(maml, recipe, iteration, tasks, workers):

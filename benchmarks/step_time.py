@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import devices  # isort: skip  it comes first, since it imports TensorFlow without its notices
+import devices  # isort: skip  before TensorFlow, which reads what it sets
 
 import numpy as np
 

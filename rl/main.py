@@ -18,7 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as NumPy: tasks are comput
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, in place of rl/
 
-import devices  # isort: skip  it comes before the others, since it imports TensorFlow without its notices
+import devices  # isort: skip  before TensorFlow, which reads what it sets
 
 import numpy as np
 from absl import flags, logging

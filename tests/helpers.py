@@ -177,9 +177,15 @@ def spawn(*command: object, **options) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen) -> Ended:
-    """Waits for it. TensorFlow's own lines about how it starts are not among what it writes."""
+    """Wait for a process."""
     out, err = process.communicate(timeout=300)
-    return Ended(process.returncode, out, err.rstrip("\n"))
+    return Ended(process.returncode, out, without_start_up_lines(err))
+
+
+def without_start_up_lines(err: str) -> str:
+    """Return what a process wrote to stderr, without the lines that TensorFlow writes when it starts."""
+    own = re.compile(r"WARNING: All log messages before absl|[IWE]0000 ")
+    return "\n".join(line for line in err.splitlines() if not own.match(line))
 
 
 def only_run(logdir: Path) -> Path:

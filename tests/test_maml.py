@@ -12,7 +12,18 @@ from files import InputError
 from maml import MAML, Adam
 from parallel import Layout
 from tests import reference
-from tests.helpers import LINE, assert_slope, in_float64, maml_of, meta_gradient, one_task, random_tasks
+from tests.helpers import (
+    LINE,
+    PROGRAM,
+    assert_slope,
+    end,
+    in_float64,
+    maml_of,
+    meta_gradient,
+    one_task,
+    random_tasks,
+    spawn,
+)
 from utils import Tasks, accuracy, mean_xent, mse, statistics, xent
 
 
@@ -211,6 +222,39 @@ def test_weights_that_batch_norm_cancels_stay_where_they_are():
         maml.train_step(SMALL())
     for layer in range(1, 5):
         assert not maml.weights[f"b{layer}"].numpy().any()
+
+
+REPEATED = """
+import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, range(os.cpu_count()))  # a test's worker has one core
+import devices
+devices.start(parallel_tasks=8)
+import tensorflow as tf
+from maml import InnerLoop, query_loss
+from networks import conv4
+from utils import Tasks, mean_xent
+
+network = conv4((84, 84), 3, 5, 32, max_pool=True, norm="batch_norm", mean_head=False)
+inner, theta = InnerLoop(network, mean_xent, 0.01, 1), network.init(0)
+labels = tf.one_hot(tf.range(75) % 5, 5)
+images = tf.random.stateless_uniform([75, 84, 84, 3], [0, 0])
+task = Tasks(images[:5], labels[:5], images, labels)
+
+@tf.function
+def gradient():
+    with tf.GradientTape() as tape:
+        tape.watch(theta)
+        loss = query_loss(inner, theta, task)
+    return tape.gradient(loss, theta, unconnected_gradients="zero")
+
+print(len({b"".join(g.numpy().tobytes() for g in gradient().values()) for _ in range(8)}))
+"""
+
+
+def test_gradients_of_photographs_have_the_same_bits_every_time():
+    ended = end(spawn("-c", REPEATED, cwd=PROGRAM.parent))
+    assert (ended.code, ended.out) == (0, "1\n")
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 8])

@@ -1,7 +1,6 @@
 """The run folder: its name, its flags, whole checkpoints only, older and the original's checkpoints, results."""
 
 import csv
-import errno
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import files
 import networks
 import recipe
 import runs
@@ -187,15 +185,6 @@ def test_a_folder_without_checkpoints_may_change_its_flags(run):
     assert json.loads((run.folder / "flags.json").read_text()) == OMNIGLOT
 
 
-def test_resume_false_overwrites_nothing(run):
-    claim(run, FLAGS)
-    run.save(line_model_at(100))
-    before = contents(run.folder)
-    with pytest.raises(InputError, match="--resume"):
-        claim(run, FLAGS, resume=False)
-    assert contents(run.folder) == before
-
-
 @pytest.mark.parametrize(
     ("recorded", "done", "now", "allowed"),
     [
@@ -244,32 +233,6 @@ def test_a_damaged_record_is_named(run, record):
 def test_a_folder_that_tensorflow_could_not_read_is_refused(name, tmp_path):
     with pytest.raises(InputError, match="--logdir"):
         runs.Run(tmp_path / name)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match=r"file/run: .*--logdir"):
-        claim(runs.Run(tmp_path / "file" / "run"), FLAGS)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_second_process_in_one_folder_is_refused(run):
-    with run.locked():
-        with pytest.raises(InputError, match=re.escape(f"{run.folder}: ")):
-            claim(runs.Run(run.folder), FLAGS)
-        run.save(line_model_at(1))
-        assert runs.Run(run.folder).restore_newest(line_model()) == run.prefix(0)  # a test is allowed
-    (run.folder / "model0.index").unlink()
-    claim(runs.Run(run.folder), FLAGS)  # and so is training, after the other process has ended
-
-
-def test_a_disk_without_locks_is_used_with_a_warning(run, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(files.fcntl, "flock", flock)
-    claim(run, FLAGS)
-    assert str(run.folder) in capsys.readouterr().out
 
 
 def test_how_iterations_were_computed_is_recorded_and_repeated_ones_again(run, capsys):
