@@ -349,10 +349,14 @@ def recorded(values: flags.FlagValues) -> dict:
         return recipes.to_flags(recipes.from_run_name(folder.resolve().name, values["datasource"].value))
 
 
+def _recorded_recipe(values):
+    """Return the recipe in the flags.json of --run."""
+    return recipes.from_flags(recorded(values), str(Path(values["run"].value) / "flags.json"))
+
+
 def _recipe_of_run(values):
     """Return the recipe of --run, with the flags given next to it that may differ. Refuse the others."""
-    record, folder = recorded(values), values["run"].value
-    trained = recipes.from_flags(record, str(Path(folder) / "flags.json"))
+    trained, folder = _recorded_recipe(values), values["run"].value
     allowed, changed = TRAIN_OVERRIDES if values["train"].value else TEST_OVERRIDES, {}
     for name in ("logdir", "train_update_batch_size", "train_update_lr"):
         if values[name].present:
@@ -364,6 +368,10 @@ def _recipe_of_run(values):
             raise InputError(f"--{flag}={value}: the run in {folder} has {getattr(trained, field)}; leave it out")
         if flag != "data_path":  # the folder of the images may have moved; it is the same run
             changed[field] = value
+    if values["test_datasource"].value and not values["split"].present:
+        changed["split"] = None  # the training's is not that of another data set
+    if trained.baseline == "oracle" and "metatrain_steps" in changed:  # see recipe_of
+        changed["pretrain_steps"] = changed.get("pretrain_steps", 0) + changed.pop("metatrain_steps")
     return dataclasses.replace(trained, **changed)
 
 
@@ -391,7 +399,7 @@ def skips_broken() -> bool:
 def trained_recipe(recipe: Recipe, values: flags.FlagValues) -> Recipe:
     """Return the recipe of the training from that of a test, which may have another K and alpha."""
     if values["run"].value:
-        return recipes.from_flags(recorded(values))
+        return _recorded_recipe(values)
     shot, inner_lr = values["train_update_batch_size"].value, values["train_update_lr"].value
     return dataclasses.replace(
         recipe,

@@ -73,13 +73,9 @@ class Events:
 
     @contextlib.contextmanager
     def _at(self, iteration: int) -> Iterator[None]:
+        # as_default flushes at its end. A run that resumes from a later checkpoint does not write these events again.
         with writing(self.folder), self.writer.as_default(iteration):
             yield
-
-    def flush(self) -> None:
-        """Hand all events to the file system. A run that resumes from a later checkpoint does not write them again."""
-        with writing(self.folder):
-            self.writer.flush()
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         """Write values by tag in one event, which is ten times as fast as one tf.summary.scalar per tag."""

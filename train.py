@@ -136,7 +136,6 @@ def train(
 
         def save() -> None:
             nonlocal prefix, saved
-            report.flush()  # a run that resumes from this checkpoint does not write these events again
             prefix, saved = run.save(maml), steps.done
 
         def validate(iteration: int) -> bool:

@@ -690,6 +690,27 @@ def test_run_finds_its_images_and_takes_the_flags_of_a_test(own_run, own_images,
 )
 def test_a_flag_that_contradicts_the_run_is_refused(flag, own_run):
     assert flag.partition("=")[0] in refusal(f"--run={own_run.folder}", flag)
+    if flag != "--update_lr=0.2":  # a test may have another alpha
+        assert flag.partition("=")[0] in refusal(f"--run={own_run.folder}", "--train=False", flag)
+
+
+def test_run_remembers_where_a_published_data_set_is(omniglot_run, few_test_tasks, tmp_path):
+    folder = shutil.copytree(omniglot_run.folder, tmp_path / "run")
+    assert "Images of " in run(f"--run={folder}", "--train=False")
+
+
+def test_more_iterations_of_an_oracle_run_are_pretraining(tmp_path):
+    run("--baseline=oracle", "--norm=None", "--metatrain_iterations=2", f"--logdir={tmp_path}")
+    folder = only_run(tmp_path)
+    run(f"--run={folder}", "--metatrain_iterations=4")
+    flags = json.loads((folder / "flags.json").read_text())
+    assert (flags["pretrain_iterations"], flags["metatrain_iterations"]) == (4, 0)
+
+
+def test_idle_cores_are_reported(small, tmp_path):
+    flags = *small, "--metatrain_iterations=1", "--meta_batch_size=4"
+    assert "--op_threads=2" in run(*flags, "--threads=8", f"--logdir={tmp_path / 'idle'}")
+    assert "--op_threads" not in run(*flags, "--threads=7", f"--logdir={tmp_path / 'busy'}")
 
 
 def test_run_of_a_missing_folder_is_refused(tmp_path):
