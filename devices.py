@@ -80,6 +80,15 @@ def onednn() -> bool:
     return setting in ("1", "true") if setting else instruction_set().endswith("_vnni")
 
 
+def prefer_onednn(on: bool) -> None:
+    """Turn oneDNN on or off on a processor on which TensorFlow leaves it off, unless the environment says which.
+
+    This must come before TensorFlow's import; later it has no effect.
+    """
+    if "tensorflow" not in sys.modules and not instruction_set().endswith("_vnni"):
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1" if on else "0")
+
+
 def gpus() -> list[str]:
     """Return the model names of the GPUs that TensorFlow uses."""
     import tensorflow as tf
@@ -96,6 +105,8 @@ def computed() -> dict[str, object]:
     settings = {
         "tensorflow": tf.__version__,
         "processor": processor(),
+        "instructions": instruction_set(),
+        "onednn": onednn(),
         "op_threads": tf.config.threading.get_intra_op_parallelism_threads(),
     }
     if names := gpus():

@@ -417,16 +417,20 @@ def defaults_taken(values: flags.FlagValues) -> list[str]:
     return [f"--{flag}={value}" for flag, value in named.items() if values[flag].using_default_value]
 
 
+def run_path(values: flags.FlagValues) -> Path:
+    """Return the path of the run folder that flags name, whether it exists or not."""
+    if values["run"].value:
+        return Path(values["run"].value).expanduser()
+    recipe = recipe_of(values)
+    trained = recipe if values.train else trained_recipe(recipe, values)
+    return Path(values.logdir) / trained.run_name
+
+
 def run_folder(values: flags.FlagValues, kind: "type[Run] | None" = None) -> "Run":
     """Return the run folder that flags name."""
     import runs
 
-    kind = kind or runs.Run
-    if values["run"].value:
-        return kind(Path(values["run"].value).expanduser())
-    recipe = recipe_of(values)
-    trained = recipe if values.train else trained_recipe(recipe, values)
-    return kind(Path(values.logdir) / trained.run_name)
+    return (kind or runs.Run)(run_path(values))
 
 
 def data_set(name: str, name_flag: str, path: flags.Flag) -> Dataset:
@@ -495,6 +499,24 @@ def open_data(
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
+def choose_kernels(values: flags.FlagValues) -> None:
+    """Choose TensorFlow's kernels, before it is imported: oneDNN for photographs, which halves the time of a step.
+
+    A run keeps the kernels it began with. If its folder does not record them, it began with TensorFlow's default.
+    """
+    import devices
+
+    folder = run_path(values)
+    images = DATASETS[recipe_of(values).data_set].images
+    onednn = images is not None and images.channels == 3
+    if any(folder.glob("model*.index")):
+        records = []
+        with contextlib.suppress(FileNotFoundError):
+            records = read_json(folder / "computed.json", list, "delete it", dict)
+        onednn = bool(records and records[-1].get("onednn"))
+    devices.prefer_onednn(onednn)
+
+
 def start_devices(workers: "Cluster | None" = None) -> None:
     """Start TensorFlow as the flags say, and meet the other processes of the run."""
     import devices
@@ -549,8 +571,7 @@ def run(argv: list[str]) -> None:
     """Run main. Print what the user can fix in one line; any other error is a bug here, and has its traceback."""
     workers = None
     try:
-        recipe_of(FLAGS)  # wrong flags are reported before TensorFlow is imported, which takes seconds
-        import devices  # noqa: F401, isort: skip  it says how TensorFlow starts, so it comes before what imports it
+        choose_kernels(FLAGS)  # wrong flags are reported here, before TensorFlow is imported, which takes seconds
         import cluster
 
         workers = cluster.Cluster()

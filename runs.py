@@ -124,7 +124,10 @@ class Run:
         """
         recorded = self._recorded("computed.json", dict)
         earlier = [record for record in recorded if record.get("from_iteration") in range(start)]
-        before = {key: value for key, value in earlier[-1].items() if key != "from_iteration"} if earlier else computed
+        before = computed
+        if earlier:
+            unknown = {key: computed.get(key) for key in ("instructions", "onednn")}  # not in older records
+            before = {key: value for key, value in (unknown | earlier[-1]).items() if key != "from_iteration"}
         differing = [key for key in {**before, **computed} if before.get(key) != computed.get(key)]
         if differing:
             changes = ", ".join(f"{key} {before.get(key)} there, {computed.get(key)} here" for key in differing)

@@ -25,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import devices  # isort: skip  before TensorFlow, which reads what it sets
+
 import numpy as np
 from forms import (
     BETA1,
@@ -41,7 +43,7 @@ from forms import (
 )
 from step_time import CONFIGS
 
-COMPARED = ("sinusoid_10shot", "omniglot_5way", "omniglot_20way", "miniimagenet_1shot", "miniimagenet_5shot")
+COMPARED = tuple(name for name in CONFIGS if name != "omniglot_fc")
 BLOCK = 100  # steps of the sinusoid in one call, as main.py takes them
 ROUNDS, STEPS = 5, 4  # turns, and timed calls in each
 SLOW = 2.0  # seconds; of longer calls one is timed in each turn
@@ -54,10 +56,12 @@ def built(flags: str):
     """(maml, problem) of a command of main.py."""
 
     import main
+
+    main.FLAGS(["main.py", *flags.split()])
+    main.choose_kernels(main.FLAGS)
     import recipe as recipes
     from data_generator import SinusoidTasks
 
-    main.FLAGS(["main.py", *flags.split()])
     main.start_devices()
     recipe = main.recipe_of(main.FLAGS)
     dataset, maml = recipe.dataset, recipes.build(recipe, main.layout())
@@ -160,7 +164,7 @@ def serve(pipe, form: str, given) -> None:
     try:
         if form == "ours":
             step, problem, expected = ours(given)
-            pipe.send((problem, expected, step(1)))
+            pipe.send((problem, expected, step(1), devices.onednn()))
         else:
             _, make, options = FORMS[form]
             step, moment = make(given, **options)
@@ -222,9 +226,9 @@ def compare(configuration: str, peers: list[str], limit: float) -> list[dict]:
     """A row for each peer, printed as it comes."""
     rows = []
     with Worker("ours", CONFIGS[configuration], 10 * limit) as we:
-        problem, expected, our_loss = we.answer()
+        problem, expected, our_loss, onednn = we.answer()
         for peer in peers:
-            row = {"configuration": configuration, "peer": peer, "form": FORMS[peer][0]}
+            row = {"configuration": configuration, "peer": peer, "form": FORMS[peer][0], "our_onednn": onednn}
             try:
                 with Worker(peer, problem, limit) as worker:
                     losses, _ = worker.answer()
@@ -247,7 +251,11 @@ def compare(configuration: str, peers: list[str], limit: float) -> list[dict]:
     timed = [row for row in rows if "ratio" in row]
     if timed:
         best = min(timed, key=lambda row: row["ratio"])
-        print(f"{configuration:19} best: {best['form']}, {best['ratio']:.2f} times ours\n", flush=True)
+        print(
+            f"{configuration:19} best: {best['form']}, {best['ratio']:.2f} times ours "
+            f"(oneDNN {'on' if onednn else 'off'})\n",
+            flush=True,
+        )
     return rows
 
 
@@ -266,7 +274,7 @@ def main() -> None:
         sys.exit(f"peers.py: {error.name} is not installed: pip install -r benchmarks/requirements-peers.txt")
     machine = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {CORES} cores, Python {platform.python_version()}",
+        "machine": f"{devices.instruction_set()}, {CORES} cores, Python {platform.python_version()}",
         "versions": versions,
     }
     print(machine["date"], machine["machine"], ", ".join(f"{k} {v}" for k, v in machine["versions"].items()), sep=", ")

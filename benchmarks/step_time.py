@@ -40,6 +40,7 @@ CONFIGS = {
     "omniglot_fc": "--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 --conv=False",
     "miniimagenet_1shot": "--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 "
     "--num_updates=5 --num_filters=32 --max_pool=True",
+    "cifarfs_1shot": "--datasource=cifarfs --update_batch_size=1",
     "miniimagenet_5shot": "--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=5 --update_lr=0.01 "
     "--num_updates=5 --num_filters=32 --max_pool=True",
 }
@@ -120,13 +121,15 @@ def random_images(recipe, count: int = 100, per_class: int = 40):
 def measure(name: str, flags: str, steps: int) -> dict:
     """One configuration, in this process."""
     import main
+
+    main.FLAGS(["main.py", *flags.split()])
+    main.choose_kernels(main.FLAGS)
     import recipe as recipes
     import train
     from cluster import Stop
     from files import InputError
     from maml import MAML
 
-    main.FLAGS(["main.py", *flags.split()])
     main.start_devices()
     recipe = main.recipe_of(main.FLAGS)
     source = "generated"
@@ -155,6 +158,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
     median, floor = float(np.median(times)), flops / matmul
     return {
         "configuration": name,
+        "onednn": devices.onednn(),
         "images": source,
         "ms_per_step": 1e3 * median,
         "ms_5th_to_95th_percentile": [1e3 * float(np.percentile(times, q)) for q in (5, 95)],
@@ -181,9 +185,9 @@ def main() -> None:
         print(json.dumps(measure(*args.one, args.steps)))
         return
     rows = []
-    print(f"{platform.machine()}, {devices.cores()} cores, Python {platform.python_version()}")
+    print(f"{devices.instruction_set()}, {devices.cores()} cores, Python {platform.python_version()}")
     print(
-        "configuration            ms/step (5..95 %)            GFLOP  peak GFLOP/s  x floor  tasks/s  "
+        "configuration            oneDNN  ms/step (5..95 %)            GFLOP  peak GFLOP/s  x floor  tasks/s  "
         "MB warm, end, peak"
     )
     for name in args.configs:
@@ -198,7 +202,8 @@ def main() -> None:
             rows.append(row)
             low, high = row["ms_5th_to_95th_percentile"]
             print(
-                f"{row['configuration']:31} {row['ms_per_step']:8.3f} ({low:.3f}..{high:.3f})"
+                f"{row['configuration']:25} {'on' if row['onednn'] else 'off':5}"
+                f" {row['ms_per_step']:8.3f} ({low:.3f}..{high:.3f})"
                 f" {row['gflop']:8.2f} {row['peak_gflop_per_s']:8.0f} {row['times_floor']:8.2f}"
                 f" {row['tasks_per_s']:9.0f}  " + " ".join(f"{mb:5.0f}" for mb in row["memory_mb_warm_end_peak"]),
                 flush=True,
