@@ -1,23 +1,33 @@
 """Train and test MAML (Finn, Abbeel, Levine, ICML 2017) on sinusoid regression and few-shot image classification.
 
-Train an Omniglot model as the paper does, and test it (README.md has every command of the paper):
+The paper's commands:
 
-  python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 \\
-      --update_lr=0.4 --num_updates=1 --logdir=logs/omniglot5way/
-  the same command plus --train=False --test_set=True
+  10-shot sinusoid, MAML, the oracle, and the pretrained baseline:
+    python main.py --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000 --norm=None --update_batch_size=10
+    python main.py --datasource=sinusoid --logdir=logs/sine/ --pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10 --baseline=oracle
+    python main.py --datasource=sinusoid --logdir=logs/sine/ --pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10
 
-Resume or test any run folder without typing its flags again:
+  Omniglot 5-way and 20-way, 1-shot:
+    python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 --num_updates=1 --logdir=logs/omniglot5way/
+    python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=16 --update_batch_size=1 --num_classes=20 --update_lr=0.1 --num_updates=5 --logdir=logs/omniglot20way/
+
+  MiniImagenet 5-way, 1-shot and 5-shot:
+    python main.py --datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/miniimagenet1shot/ --num_filters=32 --max_pool=True
+    python main.py --datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=5 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/miniimagenet5shot/ --num_filters=32 --max_pool=True
+
+Each command resumes where it stopped. With --train=False --test_set=True it tests. Any run folder can be resumed or
+tested without its flags:
 
   python main.py --run=logs/omniglot5way/<run>
   python main.py --run=logs/omniglot5way/<run> --train=False --test_set=True
 
-Train on your own images in DIR/<class>/, with 64 classes to train, 16 to validate and 20 to test:
+Your own images, in DIR/<class>/, with 64 classes to train on, 16 to validate and 20 to test:
 
   python main.py --datasource=folder --data_path=DIR --split=64,16,20 --update_batch_size=1 --logdir=logs/own/
 
-Under batch norm, evaluation is transductive, as in the paper: a task's query images are normalized together, unless
+Batch norm makes evaluation transductive, as in the paper: a task's query images are normalized together, unless
 --query_norm=support is given.
-"""
+"""  # noqa: E501
 
 # Whatever needs TensorFlow is imported in the functions below, so --help and a mistyped flag are answered at once.
 import contextlib

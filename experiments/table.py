@@ -117,8 +117,17 @@ MMFEWSHOT = [
     for shot in (1, 5)
     for network in ("conv4", "resnet12")
 ]
-SUMMARY = [Row("Sinusoid 10-shot, error after 1 / 5 / 10 updates", "MAML", "sinusoid_maml", 10, 0.001), *IMAGES]
-RETURNS = {"point": "2D navigation", "cheetah_direction": "Half-cheetah, direction"}  # rl/; by updates 0 to 3
+SUMMARY = {  # title -> row
+    "Sinusoid 10-shot, error after 1 update": Row("", "MAML", "sinusoid_maml", 10, 0.001),
+    "Omniglot 5-way 1-shot": Row("", "MAML", "omniglot_5way_1shot", 1, 0.4),
+    "Omniglot 5-way 5-shot": Row("", "MAML", "omniglot_5way_1shot", 5, 0.4),
+    "Omniglot 5-way 1-shot, no convolutions": Row("", "MAML", "omniglot_5way_1shot_fc", 1, 0.4),
+    "Omniglot 5-way 5-shot, no convolutions": Row("", "MAML", "omniglot_5way_1shot_fc", 5, 0.4),
+    "Omniglot 20-way 1-shot": Row("", "MAML", "omniglot_20way_1shot", 1, 0.1),
+    "Omniglot 20-way 5-shot": Row("", "MAML", "omniglot_20way_1shot", 5, 0.1),
+    "MiniImagenet 5-way 1-shot, the authors' released model": next(row for row in IMAGES if row.released),
+}
+RETURNS = {"point": "2D navigation", "cheetah_direction": "Half-cheetah direction"}  # rl/; by updates 0 to 3
 SPEED = {
     "sinusoid_10shot": "sinusoid 10-shot",
     "omniglot_5way": "Omniglot 5-way 1-shot",
@@ -251,32 +260,40 @@ def _seed(record, test):
 
 
 def summary(results: Path) -> str:
-    """The rows for which others report a number, theirs beside ours; then those of them that nobody has run.
+    """Write one line per row: the paper's number, and the mean of ours over the seeds with the lowest and the highest.
 
-    Where the last checkpoint of a run was tested, its best on validation stands in docs/results.md alone.
+    A single seed has the half-width of its test's 95 % interval. The last checkpoint counts, or if that was not tested
+    the best on validation. Ours is by the original's protocol (Q = K); the last column has one query per class.
     """
-    lines = ["| test | paper | ours, each seed | queries a class |", "| --- | --- | --- | --- |"]
-    missing = []
-    for row in SUMMARY:
-        name = row.test if row.model == "MAML" else f"{row.test}, {row.model}"
+    lines = ["| test | paper | ours | ours, Q = 1 |", "| --- | --- | --- | --- |"]
+    for title, row in SUMMARY.items():
         tested = ours(row, results)
-        if not tested and _theirs(row, results):
-            missing.append(name)
-        by_theirs = defaultdict(list)
-        for protocol, tests in tested.items():
-            for record, test in tests:
-                of_last = tested.get(protocol.removesuffix(f", {BEST}"), []) if test["best_on_validation"] else []
-                if all(record is not other for other, _ in of_last):
-                    cell = _reported(test) + _cut_short(row, record)
-                    by_theirs[_theirs(row, results, protocol)].append((cell, protocol))
-        by_theirs.pop("", None)
-        for theirs, cells in by_theirs.items():
-            mine, protocols = map("<br>".join, zip(*cells, strict=True))
-            lines.append(f"| {name} | {theirs} | {mine} | {protocols} |")
-    lines += returns(results)
-    if missing:
-        lines += ["", f"Not run yet: {'; '.join(missing)}."]
-    return "\n".join(lines)
+        mine, one_query = (_over_seeds(tested.get(f"{q}", tested.get(f"{q}, {BEST}"))) for q in (row.shot, 1))
+        if row.shot == 1 or row.script.startswith("sinusoid"):
+            one_query = ""
+        records = [record for tests in tested.values() for record, _ in tests]
+        mine += next(filter(None, (_cut_short(row, record) for record in records)), "")
+        paper = published(row, "paper", results)
+        if not paper:  # the paper has the sinusoid as a curve
+            paper = f"{published(row, 'original code', results).split(' / ')[0]} (its code)"
+        lines.append(f"| {title} | {paper.replace('+-', '±')} | {mine} | {one_query} |")
+    return "\n".join([*lines, *returns(results)])
+
+
+def _over_seeds(tests):
+    """Write the mean over seeds of the first column that the paper reports."""
+    if not tests:
+        return "not run yet"
+    columns = [next(column for column in test["results"] if column["the_papers_number"]) for _, test in tests]
+    digits = ".3f" if _is_error(tests[0][1]) else ".1%"
+    return _spread([column["mean"] for column in columns], columns[0]["ci95"], digits).replace("%", "")
+
+
+def _spread(means, half, digits):
+    mean = sum(means) / len(means)
+    if len(means) == 1:
+        return f"{mean:{digits}} ± {half:{digits}}"
+    return f"{mean:{digits}} ({min(means):{digits}} to {max(means):{digits}}, {len(means)} seeds)"
 
 
 def _cut_short(row, record):
@@ -286,36 +303,23 @@ def _cut_short(row, record):
     script = (ROOT / "experiments" / f"{row.script}.sh").read_text()
     whole = sum(int(number) for number in re.findall(r"--(?:pre|meta)train_iterations=(\d+)", script))
     done = record["iterations"]
-    return f" (stopped after {done:,} of {whole:,} iterations)" if done < whole else ""
+    return f" (stopped at {done:,} of {whole:,} iterations)" if done < whole else ""
 
 
 def returns(results: Path) -> list[str]:
-    """Reinforcement learning by MAML: the authors' returns beside ours; docs/rl.md has the other policies."""
+    """Write the returns of MAML after three updates in reinforcement learning, the authors' next to ours."""
     lines = []
     for environment, title in RETURNS.items():
         records = [json.loads(path.read_text()) for path in sorted(results.glob(f"rl_{environment}_maml*.json"))]
-        if not records:
-            continue
-        theirs = json.loads((results / "rl_authors.json").read_text())[environment]["maml"]
-        mine = [_returned_by(record) for record in records]
-        name = f"{title}, return after 0 / 1 / 2 / 3 updates"
-        lines.append(f"| {name} | {_returned(theirs['mean'], theirs['ci95'])} | {'<br>'.join(mine)} | |")
+        if records:
+            theirs = json.loads((results / "rl_authors.json").read_text())[environment]["maml"]
+            columns = [record["results"][3] for record in records]
+            mine = _spread([column["mean"] for column in columns], columns[0]["ci95"], ".1f")
+            done = min(record["flags"]["iterations"] for record in records)
+            cut = f" (stopped at {done} of 100 iterations)" if done < 100 else ""
+            paper = f"{theirs['mean'][3]:.1f} ± {theirs['ci95'][3]:.1f}"
+            lines.append(f"| {title}, return after 3 updates | {paper} | {mine}{cut} | |")
     return lines
-
-
-def _returned_by(record):
-    done = record["flags"]["iterations"]
-    returned = _returned(*zip(*((one["mean"], one["ci95"]) for one in record["results"]), strict=True))
-    return returned if done >= 100 else f"{returned} (stopped after {done} of 100)"
-
-
-def _returned(means, halves):
-    return " +- ".join(" / ".join(f"{number:.1f}" for number in numbers[:4]) for numbers in (means, halves))
-
-
-def _theirs(row, results, protocol=""):
-    original = published(row, "original code", results, protocol)
-    return published(row, "paper", results, protocol) or (original and f"{original} (original code)")
 
 
 def speed(results: Path) -> str:
