@@ -1,4 +1,4 @@
-"""The training loop: its clocks and its steps."""
+"""The training loop: its schedule and its steps."""
 
 import math
 import time
@@ -21,52 +21,52 @@ from report import Report, before_and_after, task_picture, tell
 from runs import Run
 from utils import Tasks
 
-# The original's (its main.py), in iterations.
+# In iterations, from the original's main.py.
 SUMMARY_INTERVAL = 100
 VALIDATION_INTERVAL = 500
 
-CURVE_INTERVAL = 1000  # of summaries beyond J updates. Differs: every 100 in the original, 3 % of an Omniglot run
+CURVE_INTERVAL = 1000  # for curves beyond J updates. Differs: the original's 100 costs 3 % of an Omniglot run
 
 
 class Settings(NamedTuple):
-    """What training does besides its steps. No weight depends on it, but which checkpoint is the best does."""
+    """How training validates, saves and logs. It affects which checkpoint is the best, but no weight."""
 
-    val_split: str = "val"  # "test": the test classes, which choose no best checkpoint
+    val_split: str = "val"  # "test": validate on the test classes, which never choose the best checkpoint
     val_tasks: int = 200
-    eval_seed: int = 0  # of the validation tasks
-    save_interval: int = 1000  # iterations
+    eval_seed: int = 0  # seed of the validation tasks
+    save_interval: int = 1000  # iterations between checkpoints
     log: bool = True  # write TensorBoard events
-    data: Mapping[str, object] = {}  # where the images are, for --run: flags.json has it, but it is not compared
+    data: Mapping[str, object] = {}  # where the images are: recorded for --run, but not part of the run's identity
 
 
 class Clock(NamedTuple):
-    """The iterations at which something is due: `first`, and every `interval` after it, below `end`."""
+    """Iterations at which something is due: `first` and every `interval` after it, below `end`."""
 
     first: int
     interval: int
     end: int
 
     def due(self, iteration: int) -> bool:
-        """Tells whether it is due at this iteration."""
+        """Tell whether it is due at this iteration."""
         return self.first <= iteration < self.end and (iteration - self.first) % self.interval == 0
 
     def next(self, iteration: int) -> float:
-        """Finds the first iteration at which it is due, from this one on; infinity if there is none."""
+        """Return the first due iteration at or after this one; infinity if there is none."""
         intervals = max(0, math.ceil((iteration - self.first) / self.interval))
         due = self.first + intervals * self.interval
         return due if due < self.end else math.inf
 
 
 class Schedule(NamedTuple):
-    """When a training run does more than a step. A summary is made before the step of its iteration, the rest after."""
+    """What else a training run does, and when. A summary precedes the step of its iteration; the rest follows it."""
 
-    summary: Clock  # the training tasks at hand are evaluated
-    validation: Clock  # the validation tasks are evaluated, and may choose a new best checkpoint
-    checkpoint: Clock  # besides, one is saved after the last iteration, at every new best, and when training is stopped
+    summary: Clock  # evaluate the current training tasks
+    validation: Clock  # evaluate the validation tasks, which may make this checkpoint the best
+    checkpoint: Clock  # training also saves at the last iteration, at every new best, and when it is stopped
 
     @classmethod
     def of(cls, total: int, save_interval: int, validates: bool) -> "Schedule":
-        """Makes the schedule of `total` iterations."""
+        """Return the schedule of a run of `total` iterations."""
         return cls(
             summary=Clock(0, SUMMARY_INTERVAL, total),
             validation=Clock(VALIDATION_INTERVAL, VALIDATION_INTERVAL, total if validates else 0),
@@ -84,19 +84,20 @@ def train(
     last_picture: Callable[[MAML], np.ndarray | None] | None = None,
     workers: Cluster | None = None,
 ) -> bool:
-    """Pretrains and meta-trains from where the run folder stands, with the original's printed lines and files.
+    """Pretrain and meta-train from the newest checkpoint on, with the original's printed lines and files.
 
     Args:
-        recipe: of the run.
-        run: its folder, locked by the caller, who has checked that it is a run of this recipe.
+        recipe: everything that the run's numbers depend on.
+        run: the run folder. The caller has locked it and checked that it belongs to this recipe.
         maml: the model with its initial weights.
-        data: where the training tasks and the validation tasks are drawn from.
-        settings: what is done besides the steps.
-        stop: training ends after the step at hand, and saves, once its `reason` is set.
-        last_picture: makes the picture, uint8 [height, width, 3], that ends the events of a sinusoid run.
-        workers: the processes that compute the run together, if there are several. `stop` is then one of all.
-    Returns True when all iterations are done, False when it was stopped.
-    Raises InputError where the folder holds weights alone, the run diverges, or a file cannot be written.
+        data: the source of training and validation tasks.
+        settings: how to validate, save and log.
+        stop: once its `reason` is set, training finishes the current step, saves, and ends.
+        last_picture: returns a picture, uint8 [height, width, 3], for the last event of a sinusoid run.
+        workers: all processes of the run, if there are several. They share `stop`.
+
+    Return True if all iterations are done, False if training was stopped.
+    Raise InputError if the folder has weights but no optimizer state, the run diverges, or a file cannot be written.
     """
     stop, total, images, workers = stop or Stop(), recipe.steps, recipe.dataset.images, workers or Cluster()
     settings = settings._replace(log=settings.log and workers.chief)
@@ -105,19 +106,19 @@ def train(
         prefix = run.restore_newest(maml)
         if maml.step == 0:
             raise InputError(
-                f"{prefix} holds weights alone, to be tested and not trained further: give another --logdir"
+                f"{prefix}: has weights but no optimizer state, so it can only be tested; train in another --logdir"
             )
         say(f"Restoring model weights from {prefix}")
     start = saved = int(maml.step)
     check_same_start(maml, data, workers)
-    if start <= total:  # else the folder has more than this recipe says
+    if start <= total:  # else the run already has more iterations than this recipe
         run.record(to_flags(recipe) | ({"data": settings.data} if settings.data else {}))
     schedule = Schedule.of(total, settings.save_interval, validates=images is not None)
-    # A stop may have cut the validation of the newest checkpoint short.
+    # A stop may have interrupted the validation of the newest checkpoint.
     missed = schedule.validation.due(start - 1) and run.validation.last != start - 1
     if start >= total and not missed:
         more = "--metatrain_iterations" if recipe.metatrain_steps else "--pretrain_iterations"
-        print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more {more}.")
+        print(f"Nothing left to do: {start} of {total} iterations are done. To train further, give a larger {more}.")
         return True
 
     run.record_computed(start, devices.computed())
@@ -139,7 +140,7 @@ def train(
             prefix, saved = run.save(maml), steps.done
 
         def validate(iteration: int) -> bool:
-            """Validates the weights at hand; returns whether it came to its end."""
+            """Validate the current weights. Return False if a stop interrupted it."""
             # Differs: the original validates on one meta-batch.
             curve = evaluate(
                 maml,
@@ -154,7 +155,7 @@ def train(
             if curve is None:
                 return False
             report.validation(iteration, curve)
-            # The test classes choose no best.
+            # The test classes must not choose the best checkpoint.
             accuracy = before_and_after(curve, recipe.inner_steps)[1] if settings.val_split == "val" else -math.inf
             run.validation = run.validation.then(iteration, accuracy, settings.val_tasks)
             if run.validation.best == iteration:
@@ -168,7 +169,7 @@ def train(
         if images and start == 0:
             picture(0)  # before any step
         if missed and validate(start - 1):
-            save()  # with what validation has found
+            save()  # with the result of the validation
             missed = False
         while steps.done < total and not stop.reason:
             iteration, curve = steps.done, None
@@ -181,12 +182,12 @@ def train(
                 schedule.summary.next(iteration + 1),
                 schedule.validation.next(iteration) + 1,
                 schedule.checkpoint.next(iteration) + 1,
-                iteration + maml.inner.network.steps_a_call if curve else total,  # a summary is told at once
+                iteration + maml.inner.network.steps_a_call if curve else total,  # print a summary at once
                 total,
             )
             gradient_norm = steps.advance(end)
             if steps.done == iteration:
-                break  # it was stopped before a step
+                break  # stopped before a step
             if curve:
                 report.training(iteration, curve, gradient_norm, steps.milliseconds())
             latest = steps.done - 1
@@ -214,10 +215,9 @@ def train(
 
 
 class Steps:
-    """Takes the outer steps, on tasks that are drawn while the steps before run.
+    """Takes the outer steps. A background thread draws the next tasks meanwhile.
 
-    Tasks are drawn a block at a time. A block is the meta-batches of as many iterations as the network takes in one
-    call: one, or a hundred of a tiny network.
+    A block holds the meta-batches of the iterations that one call computes: one, or 100 for a tiny network.
     """
 
     def __init__(
@@ -233,8 +233,8 @@ class Steps:
         self.workers = workers or Cluster()
         self.done = int(maml.step)  # outer steps
         self.block = maml.inner.network.steps_a_call
-        self.drawn = {}  # number of a block -> a Future of its tasks
-        self.timed, self.seconds = 0, 0.0  # steps, and what they took, since the last call of milliseconds()
+        self.drawn = {}  # index of a block -> Future of its tasks
+        self.timed, self.seconds = 0, 0.0  # steps since the last call of milliseconds(), and their time
 
     def __enter__(self) -> "Steps":
         self.background = ThreadPoolExecutor(1)
@@ -244,20 +244,20 @@ class Steps:
         self.background.shutdown(cancel_futures=True)
 
     def meta_batch(self, iteration: int) -> Tasks:
-        """Gives this process's share of the meta-batch of an iteration, as NumPy arrays."""
+        """Return this process's share of an iteration's meta-batch, as NumPy arrays."""
         number, place = divmod(iteration, self.block)
         return Tasks(*(part[place] for part in self._block(number)))
 
     def milliseconds(self) -> float:
-        """Gives the mean time of a step, in ms, since the last call."""
+        """Return the mean time per step since the last call, in ms."""
         mean = 1000 * self.seconds / self.timed
         self.timed, self.seconds = 0, 0.0
         return mean
 
     def advance(self, end: int) -> float | None:
-        """Takes the steps up to iteration end - 1, unless it is stopped.
+        """Take the steps up to and including iteration end - 1, or until a stop.
 
-        Returns the norm of the first one's meta-gradient before the clip; None where no step was taken.
+        Return the norm of the first step's meta-gradient before the clip; None if a stop came first.
         """
         first_norm = None
         while self.done < end and not self.stop.reason:
@@ -284,7 +284,7 @@ class Steps:
         return None if first_norm is None else float(first_norm)
 
     def _block(self, number):
-        """The tasks of a block: Tasks with one more leading axis."""
+        """Return the tasks of a block: Tasks with one more leading axis, the iteration."""
         self._draw(number)
         return self.drawn[number].result()
 
@@ -294,21 +294,21 @@ class Steps:
 
     def _drawn_tasks(self, number):
         batch = self.recipe.meta_batch
-        share = self.workers.share(batch)  # of several processes, whose blocks have one meta-batch
+        share = self.workers.share(batch)  # with several processes, a block is one meta-batch
         first = number * self.block * batch + self.workers.rank * share
         tasks = self.data.draw(self.recipe.seed, "train", first, self.block * share)
         return Tasks(*(part.reshape(self.block, share, *part.shape[1:]) for part in tasks))
 
 
 def _training_curve(maml, recipe, iteration, tasks, workers):
-    """Evaluate the training tasks of an iteration before its step. tasks: this process's share of them."""
+    """Evaluate an iteration's training tasks before its step. tasks: this process's share of them."""
     further = 0 if iteration % CURVE_INTERVAL else recipe.dataset.curve_steps
     curve = maml.evaluate(tasks, max(recipe.inner_steps, further))
     return tf.nest.map_structure(workers.gathered, curve)
 
 
 def _task_picture(maml, data, settings, updates):
-    """The first validation task, and what its query images are taken for after so many updates."""
+    """Draw the first validation task with the predictions for its query images after `updates` inner steps."""
     drawn = settings.eval_seed, settings.val_split, 0
     task = Tasks(*(part[0] for part in data.draw(*drawn, 1)))
     adapted = adapt(maml.inner, maml.values(), task, updates)

@@ -216,7 +216,6 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
                 tell(f"Iteration {iteration}: {returns}")
             last = iteration == total - 1
             if last or stop.reason or (iteration + 1) % FLAGS.save_interval == 0:
-                events.flush()  # a run that resumes from this checkpoint does not write these events again
                 prefix = run.save(learner)
             if stop.reason and not last:
                 print(f"Stopped by {stop.reason}, saved in {prefix}. To continue: python rl/main.py --run={run.folder}")

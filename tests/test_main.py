@@ -707,7 +707,8 @@ def test_more_iterations_of_an_oracle_run_are_pretraining(tmp_path):
     assert (flags["pretrain_iterations"], flags["metatrain_iterations"]) == (4, 0)
 
 
-def test_idle_cores_are_reported(small, tmp_path):
+def test_idle_cores_are_reported(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "start", lambda *args, **kwargs: None)  # TensorFlow takes its threads once
     flags = *small, "--metatrain_iterations=1", "--meta_batch_size=4"
     assert "--op_threads=2" in run(*flags, "--threads=8", f"--logdir={tmp_path / 'idle'}")
     assert "--op_threads" not in run(*flags, "--threads=7", f"--logdir={tmp_path / 'busy'}")
