@@ -90,12 +90,12 @@ def test_command_prints_a_line_and_writes_a_row_for_each_image(characters, capsy
 def test_batch_normalizes_all_images_together(characters, tmp_path):
     """Even if they exceed a chunk. An image that is named twice counts once."""
     labeled, unlabeled, table = characters / "labeled", characters / "unlabeled", tmp_path / "answers.csv"
-    asked = sorted(unlabeled.glob("*/*"))
-    assert len(asked) > predict.CHUNK
+    queries = sorted(unlabeled.glob("*/*"))
+    assert len(queries) > predict.CHUNK
     model = predict.load(PUBLISHED, normalise_with="batch")
-    predict.answer(model, str(labeled), [str(unlabeled), str(asked[0])], table)
+    predict.answer(model, str(labeled), [str(unlabeled), str(queries[0])], table)
     _, *rows = csv.reader(io.StringIO(table.read_text()))
-    expected = _adapted(model, characters).predict(asked)
+    expected = _adapted(model, characters).predict(queries)
     np.testing.assert_allclose(np.array([row[3:] for row in rows], float), expected, atol=1e-6)
 
 
@@ -112,15 +112,15 @@ def test_loss_equals_the_training_loss_for_k_images_per_class(loss):
 
 def test_support_makes_predictions_independent_of_other_images(model, characters):
     adapted = _adapted(model, characters)
-    asked = sorted((characters / "unlabeled").glob("*/*"))
-    together = adapted.predict(asked)
-    np.testing.assert_allclose([adapted.predict([path])[0] for path in asked[::10]], together[::10], atol=1e-6)
+    queries = sorted((characters / "unlabeled").glob("*/*"))
+    together = adapted.predict(queries)
+    np.testing.assert_allclose([adapted.predict([path])[0] for path in queries[::10]], together[::10], atol=1e-6)
     model = predict.load(PUBLISHED, normalise_with="batch")
     adapted = _adapted(model, characters)
-    assert not np.allclose(adapted.predict(asked[:1])[0], adapted.predict(asked)[0], atol=0.01)
-    pixels = model.inputs(model.read(asked))
+    assert not np.allclose(adapted.predict(queries[:1])[0], adapted.predict(queries)[0], atol=0.01)
+    pixels = model.inputs(model.read(queries))
     scores = model.maml.inner.network.apply(adapted.trajectory[-1], pixels)
-    np.testing.assert_allclose(adapted.predict(asked), tf.nn.softmax(scores), atol=1e-6)
+    np.testing.assert_allclose(adapted.predict(queries), tf.nn.softmax(scores), atol=1e-6)
 
 
 def _adapted(model, characters):
@@ -148,15 +148,15 @@ def test_preprocessing_is_bitwise_that_of_training(model, characters):
 
 
 def test_predictions_after_any_number_of_updates(model, characters):
-    asked = sorted((characters / "unlabeled").glob("*/*"))[:5]
+    queries = sorted((characters / "unlabeled").glob("*/*"))[:5]
     adapted = _adapted(model, characters)
     one = _adapted(predict.load(PUBLISHED, updates=1), characters)
     assert (len(adapted.trajectory), len(one.trajectory)) == (4, 2)
-    np.testing.assert_allclose(adapted.predict(asked, updates=1), one.predict(asked), atol=1e-6)
-    assert not np.allclose(adapted.predict(asked, updates=0), one.predict(asked), atol=0.01)
+    np.testing.assert_allclose(adapted.predict(queries, updates=1), one.predict(queries), atol=1e-6)
+    assert not np.allclose(adapted.predict(queries, updates=0), one.predict(queries), atol=0.01)
     for wrong in (-1, 4, 1.5, "1"):
         with pytest.raises(InputError, match=f"^updates={wrong}: .* 0 to 3"):
-            adapted.predict(asked, wrong)
+            adapted.predict(queries, wrong)
     for wrong in (-1, 201, 1.5, "1"):
         with pytest.raises(InputError, match=f"^updates={wrong}: .* 200"):
             predict.load(PUBLISHED, updates=wrong)
@@ -209,9 +209,9 @@ def test_run_without_flags_json_is_loaded_by_its_name(characters, model, tmp_pat
     shutil.copytree(PUBLISHED, copy, ignore=shutil.ignore_patterns("flags.json"))
     found = predict.load(copy)
     assert found.recipe.data_set == "omniglot"
-    asked = sorted((characters / "unlabeled").glob("*/*"))[:5]
-    expected = _adapted(model, characters).predict(asked)
-    np.testing.assert_allclose(_adapted(found, characters).predict(asked), expected, atol=1e-6)
+    queries = sorted((characters / "unlabeled").glob("*/*"))[:5]
+    expected = _adapted(model, characters).predict(queries)
+    np.testing.assert_allclose(_adapted(found, characters).predict(queries), expected, atol=1e-6)
     copy.rename(tmp_path / "mine")
     with pytest.raises(InputError, match="mine: "):
         predict.load(tmp_path / "mine")
@@ -255,9 +255,9 @@ def test_wrong_arguments_are_refused_in_one_line(characters, capsys, tmp_path):
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
 def test_closed_output_is_not_an_error_and_the_table_is_complete(characters, tmp_path, table, both):
     """As with `| head`."""
-    shutil.copytree(characters / "unlabeled", tmp_path / "asked")
-    (tmp_path / "asked" / "zz.png").write_text("not an image")  # reported at the end
-    command = [sys.executable, predict.__file__, PUBLISHED, characters / "labeled", tmp_path / "asked"]
+    shutil.copytree(characters / "unlabeled", tmp_path / "queries")
+    (tmp_path / "queries" / "zz.png").write_text("not an image")  # reported at the end
+    command = [sys.executable, predict.__file__, PUBLISHED, characters / "labeled", tmp_path / "queries"]
     command += [f"--csv={tmp_path / table}"] if table else []
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if both else subprocess.PIPE}
@@ -316,8 +316,8 @@ def test_each_pillow_warning_is_one_line(characters, capsys, monkeypatch):
         transpose(image, **named)
 
     monkeypatch.setattr(ImageOps, "exif_transpose", warn)
-    asked = sorted((characters / "unlabeled").glob("*/*"))[:3]
-    _, err = command(capsys, PUBLISHED, characters / "labeled", *asked)
+    queries = sorted((characters / "unlabeled").glob("*/*"))[:3]
+    _, err = command(capsys, PUBLISHED, characters / "labeled", *queries)
     assert all("Corrupt EXIF data" in line for line in err.splitlines())
     assert len(err.splitlines()) == 2  # one for the labeled images, one for the others
 
@@ -455,10 +455,10 @@ def test_export_runs_without_the_project(characters, capsys, tmp_path, way):
     assert str(tmp_path / "exported") in out
     model = predict.load(PUBLISHED, normalise_with=way)
     adapted = _adapted(model, characters)
-    asked = sorted((characters / "unlabeled").glob("*/*"))
+    queries = sorted((characters / "unlabeled").glob("*/*"))
     labeled = sorted((characters / "labeled").glob("*/*"))
     labels = np.array([adapted.classes.index(path.parent.name) for path in labeled])
-    np.savez(tmp_path / "given.npz", support_x=model.read(labeled), support_y=labels, query_x=model.read(asked))
+    np.savez(tmp_path / "given.npz", support_x=model.read(labeled), support_y=labels, query_x=model.read(queries))
     ended = subprocess.run(
         [sys.executable, "-I", "-c", WITHOUT_THE_PROJECT, "exported", "given.npz", "found.npz"],
         cwd=tmp_path,
@@ -470,7 +470,7 @@ def test_export_runs_without_the_project(characters, capsys, tmp_path, way):
     assert "WARNING:absl" not in ended.stderr
     with np.load(tmp_path / "found.npz") as found:
         for kind in ("uint8", "signature", "float"):
-            np.testing.assert_allclose(found[kind], adapted.predict(asked), atol=1e-6)
+            np.testing.assert_allclose(found[kind], adapted.predict(queries), atol=1e-6)
     flag = f"--export={tmp_path / 'exported'}"
     assert f"{flag}: " in refusal(capsys, PUBLISHED, flag)
 
@@ -502,9 +502,9 @@ def test_published_model_classifies_omniglot_test_characters(shared, model):
             drawings[part].append(np.uint8(drawing.convert("L"))[..., None])
             labels[part].append(name)
     adapted = model.adapt(np.stack(drawings["labeled"]), labels["labeled"])
-    asked, true = np.stack(drawings["unlabeled"]), np.array([adapted.classes.index(n) for n in labels["unlabeled"]])
-    right = adapted.predict(asked).argmax(1) == true
+    queries, true = np.stack(drawings["unlabeled"]), np.array([adapted.classes.index(n) for n in labels["unlabeled"]])
+    right = adapted.predict(queries).argmax(1) == true
     assert right.sum() >= 90
     for label in range(5):
-        alone = adapted.predict(asked[true == label]).argmax(1) == label
+        alone = adapted.predict(queries[true == label]).argmax(1) == label
         assert alone.sum() == right[true == label].sum()
