@@ -422,7 +422,7 @@ def random_crops(pixels: np.ndarray, aspects: np.ndarray, words: np.ndarray, siz
 
 
 def center_crops(pixels: np.ndarray, aspects: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return center crops of photographs whose short side is SHORT_SIDE times the crop's. See random_crops for shapes."""
+    """Return center crops of photographs whose short side is SHORT_SIDE times the crop's. Shapes: see random_crops."""
     boxes = center_boxes(aspects, size)
     return _stack(lambda i: np.asarray(_crop(pixels[i], boxes[i], size)), len(pixels))
 
