@@ -205,7 +205,7 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], bool]]:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Return the image formats that Pillow itself reads. EPS is not one: Pillow would start a different program."""
+    """Return the image formats that Pillow reads by itself, without EPS, for which it runs an external program."""
     Image.init()
     return [format for format in Image.OPEN if Image.MIME.get(format, "").startswith("image/")]
 

@@ -185,20 +185,22 @@ def list_files(source: File) -> dict[str, File]:
     try:
         if str(source).endswith(".zip"):
             opened = zipfile.ZipFile(source)
-            found = {one.filename: partial(opened.open, one) for one in opened.infolist() if not one.is_dir()}
+            openers = {
+                member.filename: partial(opened.open, member) for member in opened.infolist() if not member.is_dir()
+            }
         else:
             _opened.append(source.open("rb"))
             tar = tarfile.open(fileobj=_opened[-1])  # noqa: SIM115  stays open
-            found = {one.name: partial(tar.extractfile, one) for one in tar if one.isreg()}
+            openers = {member.name: partial(tar.extractfile, member) for member in tar if member.isreg()}
             while tar.fileobj.read(2**20):  # verifies the checksum at the end of a compressed file
                 pass
     except Exception as error:  # a damaged archive can raise nearly any exception
         raise InputError(f"{source}: is not a complete zip or tar archive ({error}); fetch it again") from error
-    for name in found:
+    for name in openers:
         path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
         if path.anchor or ".." in path.parts or "\0" in name:
             raise InputError(f"{source}: contains a path outside its folder, {name!r}; use the published archive")
-    return {name.removeprefix("./"): Member(f"{source}/{name}", opener) for name, opener in found.items()}
+    return {name.removeprefix("./"): Member(f"{source}/{name}", opener) for name, opener in openers.items()}
 
 
 def _number(name: str, *_: object) -> np.dtype:
@@ -247,20 +249,20 @@ def cifar100(sources: Iterable[Path]) -> dict[str, Images]:
     Each source is an archive or a folder with the official Python files meta, train and test, or with Bertinetto's
     layout of the same images (R2D2, ICLR 2019), <class>/*.png at any depth.
     """
-    found: dict[str, Images] = defaultdict(dict)
+    classes: dict[str, Images] = defaultdict(dict)
     for source in sources:
         files = list_files(source)
         official = {path.rpartition("/")[2]: file for path, file in files.items()}
         if {"meta", "train", "test"} <= official.keys():
-            images = [one for part in ("train", "test") for one in _cifar100_part(official[part], official["meta"])]
+            images = [row for part in ("train", "test") for row in _cifar100_part(official[part], official["meta"])]
         else:
             matches = [(CIFAR_LAYOUT.fullmatch(path), file) for path, file in files.items()]
             images = [(match["label"], match["name"], file) for match, file in matches if match]
         if not images:
             raise InputError(f"{source}: does not contain CIFAR-100; name meta, train and test, or <class>/*.png")
         for label, name, image in images:
-            found[label][name] = image
-    return found
+            classes[label][name] = image
+    return classes
 
 
 def _cifar100_part(file: File, meta: File) -> list[tuple[str, str, Pixels]]:
@@ -283,18 +285,18 @@ def imagenet(source: Path) -> dict[str, File]:
     source: a folder of <wnid>/ or <wnid>.tar, or ILSVRC2012_img_train.tar, which is a tar of <wnid>.tar.
     """
     folder = {path.name: path for path in sorted(source.glob("n*"))}
-    found = {}
+    classes = {}
     for name, file in (folder or list_files(source)).items():
         if match := re.fullmatch(r"(?:.*/)?(n\d{8})(?:\.tar)?", name):
-            found[match[1]] = file
-    if not found:
+            classes[match[1]] = file
+    if not classes:
         raise InputError(f"{source}: contains no ImageNet classes; name a folder or tar of <wnid>/ or <wnid>.tar")
-    return found
+    return classes
 
 
 def photographs(source: File) -> dict[str, File]:
     """Return the .jpg and .jpeg files of a folder or archive, at any depth, by their names without folders."""
-    found: dict[str, File] = {}
+    images: dict[str, File] = {}
     stems: dict[str, File] = {}  # two files that differ only in their suffix would become one .png
     for path, file in list_files(source).items():
         name = path.rpartition("/")[2]
@@ -303,10 +305,10 @@ def photographs(source: File) -> dict[str, File]:
         other = stems.setdefault(Path(name).stem, file)
         if other is not file:
             raise InputError(f"{file}: has the same name as {other}; keep only one of them")
-        found[name] = file
-    if not found:
+        images[name] = file
+    if not images:
         raise InputError(f"{source}: contains no .jpg or .jpeg images; check the path")
-    return found
+    return images
 
 
 def header(path: Path) -> tuple[str, str, tuple[int, int]] | None:
@@ -322,8 +324,8 @@ def is_finished(path: Path, size: Size) -> bool:
     """Return whether the image at `path` is already written. Raise InputError if it is a different file."""
     if not os.path.lexists(path):
         return False
-    found = header(path)
-    if not found or size not in (found[2], min(found[2])):
+    properties = header(path)
+    if not properties or size not in (properties[2], min(properties[2])):
         raise InputError(f"{path}: is not an image of the size to write; move it away, or choose a new --out")
     return True
 
@@ -341,12 +343,12 @@ def by_lists(images: dict[str, Images], lists: Path, class_size: int) -> list[Cl
 def refuse_missing(classes: Iterable[Class], allow: bool) -> list[Class]:
     """Print incomplete classes, and return the classes that have images. Raise InputError unless that is allowed."""
     classes = list(classes)
-    incomplete = [one for one in classes if one.missing]
-    for one in incomplete:
-        say(f"{one.folder}: {f'{one.missing:,} images missing' if one.images else 'no images'}")
+    incomplete = [entry for entry in classes if entry.missing]
+    for entry in incomplete:
+        say(f"{entry.folder}: {f'{entry.missing:,} images missing' if entry.images else 'no images'}")
     if incomplete and not allow:
         raise InputError(f"{len(incomplete):,} classes are incomplete; add the missing images, or use --allow_missing")
-    return [one for one in classes if one.images]
+    return [entry for entry in classes if entry.images]
 
 
 def write_classes(
@@ -358,33 +360,33 @@ def write_classes(
     for data sets of unknown class sizes, also raise it at the end if there are fewer images than published.
     """
 
-    def outputs(one: Class) -> Images:
-        images = one.images() if callable(one.images) else one.images
+    def outputs(entry: Class) -> Images:
+        images = entry.images() if callable(entry.images) else entry.images
         return {Path(name).with_suffix(suffix).name: file for name, file in images.items()}
 
     classes, todo = list(classes), []
     if not classes:
-        raise InputError(f"{out}: none of the listed classes was found; check the source")
-    for one in classes:
-        folder = out / one.folder
+        raise InputError(f"{out}: none of the listed classes exists; check the source")
+    for entry in classes:
+        folder = out / entry.folder
         present = {path.name for path in folder.glob("[!.]*")}
-        images = outputs(one) if present else {}
+        images = outputs(entry) if present else {}
         for name in sorted(present):
             if name not in images or not is_finished(folder / name, size):
                 raise InputError(f"{folder / name}: is not an image of this class; move it away")
         if not present or len(present) < len(images):
-            todo.append(one)
+            todo.append(entry)
     say(f"{len(classes)} classes, {len(classes) - len(todo)} already finished")
-    for one in tqdm(todo, unit="class", disable=None):
-        images = {out / one.folder / name: file for name, file in outputs(one).items()}
+    for entry in tqdm(todo, unit="class", disable=None):
+        images = {out / entry.folder / name: file for name, file in outputs(entry).items()}
         write_images(((path, file) for path, file in images.items() if not path.exists()), size)
 
-    found = {"images": 0}
+    counts = {"images": 0}
     for split in SPLITS:
         images = list((out / split).glob(f"[!.]*/[!.]*{suffix}"))
-        found |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
-        found["images"] += len(images)
-    if print_counts(found, expected) and whole:
+        counts |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
+        counts["images"] += len(images)
+    if print_counts(counts, expected) and whole:
         raise InputError("the published data set has more images; add them, or use --allow_missing")
 
 
@@ -430,12 +432,12 @@ def published_counts(**splits: tuple[int, int]) -> dict[str, int]:
     return counts
 
 
-def print_counts(found: dict[str, int], expected: dict[str, int]) -> bool:
+def print_counts(counts: dict[str, int], expected: dict[str, int]) -> bool:
     """Print each count next to the published one. Print and return whether any is lower."""
     for what, number in expected.items():
-        remark = "" if found[what] == number else "  <- not the published number"
-        say(f"{what}: {found[what]:,} found, {number:,} expected{remark}")
-    fewer = any(found[what] < number for what, number in expected.items())
+        remark = "" if counts[what] == number else "  <- not the published number"
+        say(f"{what}: {counts[what]:,} found, {number:,} expected{remark}")
+    fewer = any(counts[what] < number for what, number in expected.items())
     if fewer:
         say("all given images are written; the published data set has more")
     return fewer

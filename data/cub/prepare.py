@@ -31,15 +31,15 @@ LAYOUT = re.compile(r"(?:.*/)?images/(?P<label>\d{3}\.\w[^/]*)/(?P<name>\w[^/]*\
 
 def find(sources: Iterable[Path]) -> dict[str, archive.Images]:
     """Return the photographs images/<NNN.Class>/*.jpg by class, in the archives' order."""
-    found: dict[str, archive.Images] = defaultdict(dict)
+    photographs: dict[str, archive.Images] = defaultdict(dict)
     for source in sources:
         matches = [(LAYOUT.fullmatch(path), file) for path, file in archive.list_files(source).items()]
         if not any(match for match, _ in matches):
             raise archive.InputError(f"{source}: contains no CUB; name images/001.Black_footed_Albatross/*.jpg etc.")
         for match, file in matches:
             if match:
-                found[match["label"]][match["name"]] = file
-    return found
+                photographs[match["label"]][match["name"]] = file
+    return photographs
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     classes = archive.refuse_missing(classes, args.allow_missing)
     # Keep the archive's order, because a compressed tar is read sequentially.
     position = {label: i for i, label in enumerate(images)}
-    classes.sort(key=lambda one: position[one.folder.rpartition("/")[2]])
+    classes.sort(key=lambda entry: position[entry.folder.rpartition("/")[2]])
     archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED, whole=not args.allow_missing)
 
 

@@ -49,7 +49,7 @@ def find_imagenet(source: Path) -> Photographs:
     """Return ImageNet's photographs of the 100 classes, named as in the csv files: <wnid><rank in its class>.jpg."""
     lists = json.loads(CLASS_LISTS.read_text())
     places = archive.imagenet(source)
-    found: Photographs = {}
+    named: Photographs = {}
     for wnid in (wnid for split in archive.SPLITS for wnid in lists[split] if wnid in places):
         photographs = archive.photographs(places[wnid])
         numbers = {}
@@ -58,9 +58,9 @@ def find_imagenet(source: Path) -> Photographs:
                 raise archive.InputError(f"{file}: is not named {wnid}_<number>.JPEG as in ImageNet; move it away")
             numbers[int(match[1])] = file
         for rank, number in enumerate(sorted(numbers), start=1):
-            found[f"{wnid}{rank:08}.jpg"] = numbers[number]
+            named[f"{wnid}{rank:08}.jpg"] = numbers[number]
     archive.say("Images are numbered by rank in their ImageNet class; the csv files do not define their numbers.")
-    return found
+    return named
 
 
 def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
@@ -78,10 +78,10 @@ def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
     return [
         archive.Class(
             folder=f"{path.stem}/{label}",
-            images={name: photographs[name] for name in listed if name in photographs},
-            missing=sum(name not in photographs for name in listed),
+            images={name: photographs[name] for name in files if name in photographs},
+            missing=sum(name not in photographs for name in files),
         )
-        for label, listed in names.items()
+        for label, files in names.items()
     ]
 
 
@@ -113,7 +113,7 @@ def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[arch
         return classes_by_name(photographs)
     if missing:
         raise archive.InputError(f"{missing[0]}: no such file; provide train.csv, val.csv and test.csv")
-    return [one for path in csv_files for one in classes_of_csv(path, photographs)]
+    return [entry for path in csv_files for entry in classes_of_csv(path, photographs)]
 
 
 def classes_of_pickles(folder: Path) -> list[archive.Class]:

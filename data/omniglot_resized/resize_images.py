@@ -52,13 +52,13 @@ def prepare(sources: list[Path], out: Path) -> None:
     """Write the drawings in the sources, or else in `out` itself, as 28x28 <out>/<alphabet>/<character>/*.png."""
     drawings = defaultdict(list)
     for source in sources or [out]:
-        found = find(source)
-        if not found:
+        files = find(source)
+        if not files:
             raise archive.InputError(
                 f"{source}: contains no drawings <alphabet>/<character>/*.png; copy data/omniglot/* there, or name "
                 "images_background.zip and images_evaluation.zip"
             )
-        for name, file in found:
+        for name, file in files:
             drawings[name.split("/")[0]].append((out / name, file))
 
     copies = set() if sources else {file for images in drawings.values() for _, file in images}
@@ -69,7 +69,10 @@ def prepare(sources: list[Path], out: Path) -> None:
     def is_finished(path: Path) -> bool:
         return archive.header(path)[2] == SIZE if path in copies else archive.is_finished(path, SIZE)
 
-    todo = {alphabet: [one for one in images if not is_finished(one[0])] for alphabet, images in drawings.items()}
+    todo = {
+        alphabet: [drawing for drawing in images if not is_finished(drawing[0])]
+        for alphabet, images in drawings.items()
+    }
     todo = {alphabet: images for alphabet, images in todo.items() if images}
     archive.say(f"{len(drawings)} alphabets, {len(drawings) - len(todo)} already finished")
     for images in tqdm(todo.values(), unit="alphabet", disable=None):

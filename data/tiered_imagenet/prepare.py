@@ -25,18 +25,18 @@ EXPECTED = archive.published_counts(train=(351, 448_695), val=(97, 124_261), tes
 
 def main() -> None:
     args = archive.arguments(__doc__, HERE, photographs=True)
-    places: dict[str, archive.File] = {}
+    sources: dict[str, archive.File] = {}
     for source in args.archive:
-        places |= archive.imagenet(source)
+        sources |= archive.imagenet(source)
     lists = json.loads(CLASS_LISTS.read_text())
-    listed = {f"{split}/{wnid}": wnid for split in archive.SPLITS for wnid in lists[split]}
-    absent = [archive.Class(folder, {}, missing=1) for folder, wnid in listed.items() if wnid not in places]
+    wnids = {f"{split}/{wnid}": wnid for split in archive.SPLITS for wnid in lists[split]}
+    absent = [archive.Class(folder, {}, missing=1) for folder, wnid in wnids.items() if wnid not in sources]
     archive.refuse_missing(absent, args.allow_missing)
     # List one class at a time, because the names of all images would fill the memory.
     classes = [
-        archive.Class(folder, partial(archive.photographs, places[wnid]), missing=0)
-        for folder, wnid in listed.items()
-        if wnid in places
+        archive.Class(folder, partial(archive.photographs, sources[wnid]), missing=0)
+        for folder, wnid in wnids.items()
+        if wnid in sources
     ]
     archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED, whole=not args.allow_missing)
 
