@@ -199,7 +199,7 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], bool]]:
         images, others = [], []
         for name in sorted(files):
             if name[0] != ".":
-                (images if os.path.splitext(name)[1].lower() in _endings() else others).append(name)
+                (images if os.path.splitext(name)[1].lower() in _suffixes() else others).append(name)
         yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, not folders
 
 
@@ -211,9 +211,9 @@ def _formats() -> list[str]:
 
 
 @functools.cache
-def _endings() -> frozenset[str]:
+def _suffixes() -> frozenset[str]:
     formats = _formats()
-    return frozenset(ending for ending, format in Image.registered_extensions().items() if format in formats)
+    return frozenset(suffix for suffix, format in Image.registered_extensions().items() if format in formats)
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

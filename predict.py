@@ -82,7 +82,7 @@ def load(
         normalise_with: the images whose batch-norm statistics normalize an image. "support": itself and the labeled
             images, so that its prediction does not depend on other images. "batch": all images of one call of
             `predict`, as in the paper.
-    Raise InputError if the run lacks this checkpoint or is not an image model, or if an argument is invalid.
+    Raise InputError for a missing run or checkpoint, a run that is not on images, or an invalid argument.
     """
     recipe, maml, prefix = runs.load(run, checkpoint)
     if recipe.dataset.images is None:
