@@ -316,7 +316,7 @@ def _remove_gradient_names(graph):
 def _other_models(way, folder):
     """Return an error's advice: models for this number of classes, in the folder's parent or published."""
     if way < 2:
-        return "give as many classes"
+        return "give that many classes"
     models = []
     for record in sorted({*folder.resolve().parent.glob("*/flags.json"), *PUBLISHED.glob("*/flags.json")}):
         with contextlib.suppress(InputError, FileNotFoundError):  # skip damaged records
