@@ -105,7 +105,7 @@ def classes_by_name(photographs: Photographs) -> list[archive.Class]:
 
 
 def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[archive.Class]:
-    """Return the classes in the csv files, or by image names if `csv_folder` is None and HERE has no csv files."""
+    """Return the classes in the csv files, or by image names if HERE, the default folder, lacks csv files."""
     csv_files = [(csv_folder or HERE) / f"{split}.csv" for split in archive.SPLITS]
     missing = [path for path in csv_files if not path.is_file()]
     if csv_folder is None and missing == csv_files:
