@@ -58,7 +58,7 @@ from utils import Tasks, Weights, xent
 PUBLISHED = ROOT / "logs" / "published"
 NORMALIZED = {
     "support": "with the labeled images only",
-    "batch": "with all images to classify (as in the paper)",
+    "batch": "with all images to classify, as in the paper",
 }
 UPDATES = recipes.DEFINITIONS["num_updates"].accepts._replace(least=0)  # 0: use the meta-learned weights
 CHUNK = 64  # images to read and classify at once with normalise_with=support
@@ -348,8 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *("--normalise_with", "--query_norm"),
         default="support",
         choices=list(NORMALIZED),
-        help="under batch norm, normalize each image "
-        + ", or ".join(f"{images} ({value})" for value, images in NORMALIZED.items())
+        help="how batch norm normalizes an image; "
+        + "; ".join(f"{value}: {images}" for value, images in NORMALIZED.items())
         + " (default: support)",
     )
     parser.add_argument("--export", metavar="DIR", help="write the model to DIR as a SavedModel, and classify nothing")
