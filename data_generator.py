@@ -1,8 +1,8 @@
-"""The data sets, and the tasks drawn from them.
+"""Few-shot tasks, drawn from image data sets or sinusoids.
 
-A task is a pure function of (seed, split, task number): its random words are a fixed stretch of a Philox stream. Seed
-and split choose the stream, the task number the stretch. So the size of the meta-batch, resuming, and evaluation in
-pieces agree by construction, on any machine.
+A task is a pure function of (seed, split, task number). Seed and split choose a Philox stream, and the task number
+chooses a block of random words in it. Tasks therefore do not depend on the meta-batch size, on resuming, on how an
+evaluation is divided, or on the machine.
 """
 
 import zlib
@@ -29,16 +29,16 @@ from utils import Tasks
 class SinusoidTasks:
     """Regression tasks y = A sin(x - p), A ~ U[0.1, 5], p ~ U[0, pi], x ~ U[-5, 5] (paper section 5.1).
 
-    With `oracle`, A and p stand beside every x: inputs [T, K, 3] (x, A, p), else [T, K, 1].
+    Inputs are x, [T, K, 1], or with `oracle` x, A and p, [T, K, 3].
     """
 
     def __init__(self, shot: int, query: int, oracle: bool = False):
         self.shot, self.query, self.oracle = shot, query, oracle
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
-        """Draws tasks first .. first + count - 1 of a split's stream.
+        """Return tasks first .. first + count - 1 of a split.
 
-        Returns NumPy arrays, shaped as Tasks says: T = count, N = 1, K = shot, Q = query, D = [1] or [3], O = 1.
+        They are NumPy arrays shaped as in Tasks: T = count, N = 1, K = shot, Q = query, D = [1] or [3], O = 1.
         """
         words = _words(seed, split, first, count, per_task=2 + self.shot + self.query)
         uniform = (words >> np.uint64(11))[..., None] * 2.0**-53  # [0, 1), [T, 2 + K + Q, 1]
@@ -52,10 +52,10 @@ class SinusoidTasks:
 
 
 class ImageTasks:
-    """N-way K-shot classification tasks of images (paper section 5.2).
+    """N-way K-shot image classification tasks (paper section 5.2).
 
-    A task has N * Q queries. query_shares: "balanced", Q of each class; "dirichlet", as many of each as its share of
-    Dir(2, ..., 2) says, rounded so that the sum fits (Veilleux, Boudiaf, Piantanida, Ben Ayed, NeurIPS 2021).
+    A task has N * Q queries. query_shares: "balanced", Q per class; "dirichlet", shares drawn from Dir(2, ..., 2) and
+    rounded to the same total (Veilleux, Boudiaf, Piantanida, Ben Ayed, NeurIPS 2021).
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class ImageTasks:
         query: int,
         query_shares: str = "balanced",
     ):
-        """Takes the classes of every split that tasks will be drawn from.
+        """classes: those of each split that tasks will be drawn from.
 
-        Raises InputError where query_shares is none of QUERY_SHARES.
+        Raise InputError if query_shares is not one of QUERY_SHARES.
         """
         check_choice("query_shares", query_shares, QUERY_SHARES)
         self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
@@ -77,7 +77,7 @@ class ImageTasks:
 
     @property
     def examples(self) -> int:
-        """Images of one class that a task may have."""
+        """The most images that a task can take from one class."""
         return self.shot + self.query * (1 if self.query_shares == "balanced" else self.way)
 
     @classmethod
@@ -91,9 +91,9 @@ class ImageTasks:
         query: int,
         query_shares: str = "balanced",
     ) -> "ImageTasks":
-        """Reads the images of a folder.
+        """Return tasks from the images of a folder.
 
-        Raises InputError where the folder, a split, a class or an image is not as `images` says.
+        Raise InputError if the folder, a split, a class or an image does not match `images`.
         """
         tasks = cls(images, load_splits(images, folder, splits), way, shot, query, query_shares)
         for split in splits:
@@ -101,10 +101,10 @@ class ImageTasks:
         return tasks
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
-        """Draws tasks first .. first + count - 1 of a split's stream.
+        """Return tasks first .. first + count - 1 of a split.
 
-        Returns NumPy arrays, shaped as Tasks says: T = count, D = [height, width, channels], O = N. Pixels are 0 to 1,
-        or as images.normalize makes them.
+        They are NumPy arrays shaped as in Tasks: T = count, D = [height, width, channels], O = N. Pixels are 0 to 1,
+        or with augmentation the output of images.normalize.
         """
         pixels, labels = self._pixels(seed, split, first, count)
         x = np.divide(pixels, 255, dtype=np.float32)
@@ -117,45 +117,45 @@ class ImageTasks:
         return Tasks(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
     def checksum(self) -> str:
-        """Makes a checksum of all classes' names and numbers of images. Where it is another, other tasks are drawn."""
-        listed = [(split, *zip(one.names, one.counts.tolist(), strict=True)) for split, one in self.classes.items()]
-        return f"{zlib.crc32(fsencode(str(listed))):08x}"
+        """Return a checksum of the names and sizes of all classes. If it differs, so do the tasks."""
+        sizes = [(split, *zip(part.names, part.counts.tolist(), strict=True)) for split, part in self.classes.items()]
+        return f"{zlib.crc32(fsencode(str(sizes))):08x}"
 
     def names(self, seed: int, split: str, task: int) -> list[str]:
-        """Gives the names of a task's classes, in order of their labels, with the angle of those that are turned."""
-        chosen, quarters, _ = self._chosen(seed, split, task, 1)
-        turned = [f", {90 * quarter}°" if quarter and self.images.rotations else "" for quarter in quarters[0]]
-        return [self.classes[split].names[c] + angle for c, angle in zip(chosen[0], turned, strict=True)]
+        """Return the names of a task's classes, in order of their labels, with the angle of each rotated class."""
+        ids, quarters, _ = self._draw_classes(seed, split, task, 1)
+        angles = [f", {90 * quarter}°" if quarter and self.images.rotations else "" for quarter in quarters[0]]
+        return [self.classes[split].names[c] + angle for c, angle in zip(ids[0], angles, strict=True)]
 
-    def _chosen(self, seed, split, first, count):
-        """The classes of tasks [T, N], their quarter turns counterclockwise [T, N], and the random words left."""
+    def _draw_classes(self, seed, split, first, count):
+        """Return the tasks' class ids [T, N], their counterclockwise quarter turns [T, N], and the unused words."""
         way = self.way
         words = _words(seed, split, first, count, per_task=sum(self._words_needed(split)))
         sizes = np.full(count, len(self.classes[split].starts))
         return _without_replacement(words[:, :way], sizes), words[:, way : 2 * way] % 4, words[:, 2 * way :]
 
     def _words_needed(self, split):
-        """The random words of a task: for its classes, members, orders, the shares of its queries, and its crops."""
+        """Return how many random words a task needs for its classes, examples, orders, query shares and crops."""
         images = self.way * self.examples
         shares = 0 if self.query_shares == "balanced" else 2 * self.way
         crops = CROP_WORDS * images if self.images.augment and split == "train" else 0
         return 2 * self.way, images, images, shares, crops
 
     def colours(self, task: Tasks) -> Tasks:
-        """Gives a task with colours of 0 to 1, which its images have unless they are augmented."""
+        """Return a task with colors from 0 to 1, undoing the normalization of augmented images."""
         if not self.images.augment:
             return task
         support_x, query_x = (np.clip(denormalize(part), 0, 1) for part in (task.support_x, task.query_x))
         return task._replace(support_x=support_x, query_x=query_x)
 
     def _pixels(self, seed, split, first, count):
-        """uint8 [T, N * (K + Q), height, width, channels] and each image's label [T, N * (K + Q)].
+        """Return pixels, uint8 [T, N * (K + Q), height, width, channels], and labels [T, N * (K + Q)].
 
-        Example e of every class, the classes in a new order for each e; the first K examples are the support set. Where
-        the classes have queries of different numbers, the examples beyond a class's own are left out.
+        They are example 0 of every class, then example 1, and so on, each time in a new order of the classes. The first
+        K examples are the support set. With uneven queries, a class's surplus examples are left out.
         """
         classes, way, examples = self.classes[split], self.way, self.examples
-        chosen, turned, words = self._chosen(seed, split, first, count)
+        chosen, quarters, words = self._draw_classes(seed, split, first, count)
         members, orders, shares, crops = np.split(words, np.cumsum(self._words_needed(split)[1:-1]), axis=1)
 
         members = members.reshape(-1, examples)
@@ -164,10 +164,10 @@ class ImageTasks:
         order = _without_replacement(orders.reshape(-1, way), np.full(count * examples, way)).reshape(ids.shape)
 
         ids = np.take_along_axis(ids, order, 2)
-        quarters = np.take_along_axis(turned[:, None], order, 2)
+        quarters = np.take_along_axis(quarters[:, None], order, 2)
         if shares.size:
-            own = self.shot + _query_counts(shares, way * self.query)  # [T, N], examples of each class
-            used = np.arange(examples)[:, None] < np.take_along_axis(own[:, None], order, 2)
+            class_sizes = self.shot + _query_counts(shares, way * self.query)  # [T, N], examples per class
+            used = np.arange(examples)[:, None] < np.take_along_axis(class_sizes[:, None], order, 2)
             ids, quarters, order = ids[used], quarters[used], order[used]
         ids, quarters, order = (part.reshape(count, -1) for part in (ids, quarters, order))
 
@@ -180,7 +180,7 @@ class ImageTasks:
         return pixels, order
 
     def _crops(self, classes, ids, words):
-        """The crops of the images ids [T, n], at random where there are words for them."""
+        """Return crops of the images `ids` [T, n]: random ones if there are words for them, else center crops."""
         pixels, aspects, size = classes.pixels[ids.ravel()], classes.aspects[ids.ravel()], self.images.size
         if words.size:
             crops = random_crops(pixels, aspects, words.reshape(len(pixels), CROP_WORDS), size)
@@ -192,78 +192,77 @@ class ImageTasks:
 def tasks_from_arrays(
     support_x: np.ndarray, support_y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray, way: int | None = None
 ) -> Tasks:
-    """Makes a meta-batch of your own arrays, checked, as MAML takes it.
+    """Check your own arrays, and return them as a meta-batch for MAML: float32, with one-hot labels if `way` is given.
 
     Args:
-        support_x, query_x: [T, n, *D], numbers; n may be another for support and query.
-        support_y, query_y: targets [T, n, O], numbers, O the same in both; or, with `way`, class numbers [T, n] from 0
-            to way - 1.
+        support_x, query_x: numbers [T, n, *D]; n may differ between support and query.
+        support_y, query_y: numeric targets [T, n, O], or with `way` class numbers [T, n] from 0 to way - 1.
         way: N, for classification.
-    Returns Tasks, float32, with one-hot labels for classification.
-    Raises InputError where a shape or a value is another.
+    Raise InputError for an invalid shape, type or value.
     """
     x, y = {}, {}
     for part, inputs, targets in (("support", support_x, support_y), ("query", query_x, query_y)):
         inputs, targets = np.asarray(inputs), np.asarray(targets)
         if inputs.ndim < 3 or inputs.dtype.kind not in "fiub" or not inputs.size:
             raise InputError(
-                f"{part}_x is {inputs.dtype}, of the shape {list(inputs.shape)}: give numbers [tasks, examples, ...], "
-                "at least one of each"
+                f"{part}_x: has type {inputs.dtype} and shape {list(inputs.shape)}; give numbers [tasks, examples, "
+                "...], at least one of each"
             )
         if way is not None:
             wrong = targets.ndim != 2 or targets.dtype.kind not in "iu" or not targets.size
             if wrong or not 0 <= targets.min() <= targets.max() < way:
                 raise InputError(
-                    f"{part}_y is {targets.dtype}, of the shape {list(targets.shape)}: give class numbers from 0 to "
-                    f"{way - 1}, [tasks, examples]"
+                    f"{part}_y: has type {targets.dtype} and shape {list(targets.shape)}, or values out of range; give "
+                    f"class numbers from 0 to {way - 1}, [tasks, examples]"
                 )
             targets = np.eye(way)[targets]
         if targets.ndim != 3 or targets.dtype.kind not in "fiub" or targets.shape[:2] != inputs.shape[:2]:
             raise InputError(
-                f"{part}_y is {targets.dtype}, of the shape {list(targets.shape)}, beside {part}_x of "
-                f"{list(inputs.shape)}: give a target [tasks, examples, outputs] for each, or class numbers and way"
+                f"{part}_y: has type {targets.dtype} and shape {list(targets.shape)}, but {part}_x has shape "
+                f"{list(inputs.shape)}; give targets [tasks, examples, outputs], or class numbers with way"
             )
         x[part], y[part] = inputs.astype(np.float32), targets.astype(np.float32)
-        if not (np.isfinite(x[part]).all() and np.isfinite(y[part]).all()):
-            raise InputError(f"{part}_x or {part}_y has a value that is no number, or infinite in float32: mend it")
+        for name, values in ((f"{part}_x", x[part]), (f"{part}_y", y[part])):
+            if not np.isfinite(values).all():
+                raise InputError(f"{name}: contains NaN, or infinity in float32; remove it")
     if len(x["support"]) != len(x["query"]) or x["support"].shape[2:] != x["query"].shape[2:]:
         raise InputError(
-            f"support_x of {list(x['support'].shape)} and query_x of {list(x['query'].shape)} differ in the number of "
-            "tasks or in the shape of an example: give both for the same tasks"
+            f"support_x and query_x: shapes {list(x['support'].shape)} and {list(x['query'].shape)} differ in tasks or "
+            "example shape; give both for the same tasks"
         )
     if y["support"].shape[2] != y["query"].shape[2]:
         raise InputError(
-            f"support_y of {list(y['support'].shape)} and query_y of {list(y['query'].shape)} differ in the number of "
-            "targets of an example: give as many in both"
+            f"support_y and query_y: shapes {list(y['support'].shape)} and {list(y['query'].shape)} differ in outputs; "
+            "give the same number in both"
         )
     return Tasks(x["support"], y["support"], x["query"], y["query"])
 
 
 def _words(seed: int, split: str, first: int, count: int, per_task: int) -> np.ndarray:
-    """uint64 [count, per_task], the random words of tasks first .. first + count - 1."""
-    blocks = -(-per_task // 4)  # Philox makes four words a counter
+    """Return the random words of tasks first .. first + count - 1, uint64 [count, per_task]."""
+    blocks = -(-per_task // 4)  # Philox yields four words per counter value
     stream = np.random.Philox(key=[seed, SPLITS.index(split)], counter=int(first) * blocks)
     return stream.random_raw(count * blocks * 4).reshape(count, -1)[:, :per_task]
 
 
 def _query_counts(words: np.ndarray, total: int) -> np.ndarray:
-    """Each class's number of queries, [T, N] of sum `total`: shares of Dir(2, ..., 2), and random words [T, 2 N].
+    """Return the number of queries per class [T, N], Dir(2, ..., 2) shares of `total`, given random words [T, 2 N].
 
-    A share is Gamma(2) distributed over the sum of all, and Gamma(2) is the sum of two exponentials. The shares of
+    Shares are Gamma(2) variables divided by their sum; a Gamma(2) variable is the sum of two exponentials. Shares of
     `total` are rounded down, and those with the largest remainders get one more.
     """
     uniform = ((words >> np.uint64(11)) + np.uint64(1)) * 2.0**-53  # (0, 1]
     gamma = -np.log(uniform).reshape(len(words), -1, 2).sum(2)
     exact = total * gamma / gamma.sum(1, keepdims=True)
     counts = np.floor(exact).astype(int)
-    place = (counts - exact).argsort(1, kind="stable").argsort(1)  # 0: the largest remainder
-    return counts + (place < total - counts.sum(1, keepdims=True))
+    rank = (counts - exact).argsort(1, kind="stable").argsort(1)  # 0: the largest remainder
+    return counts + (rank < total - counts.sum(1, keepdims=True))
 
 
 def _without_replacement(words: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """k different numbers below sizes[row] in every row, by the first k steps of a Fisher-Yates shuffle.
+    """Return k distinct numbers below sizes[row] in each row, from the first k steps of a Fisher-Yates shuffle.
 
-    words [rows, k] are random 64-bit ones: modulo a size of some thousands they are uneven by less than 1e-15.
+    words: random 64-bit words [rows, k]. Modulo a size of a few thousand, their bias is below 1e-15.
     """
     rows, k = words.shape
     pool = np.tile(np.arange(sizes.max()), (rows, 1))

@@ -1,11 +1,11 @@
-"""Tells which image is of which class, by a trained model and a few labelled images of each class.
+"""Classify images with a trained model, given a few labeled images of each class.
 
-    python predict.py RUN LABELLED UNLABELLED [--csv=answers.csv]
+    python predict.py RUN LABELED UNLABELED [--csv=answers.csv]
     python predict.py RUN --export=DIR
 
-RUN is a run folder, such as one of logs/published/. LABELLED is a folder of class folders: as many as the model has
-classes, with one image or more in each, and not the same number in all if you like. UNLABELLED are images, or folders
-of images. docs/predict.md says more.
+RUN is a run folder, such as one in logs/published/. LABELED is a folder with one folder of images per class; the model
+fixes the number of classes, and each needs at least one image. UNLABELED is one or more images or folders of images.
+See docs/predict.md.
 
 As a library:
 
@@ -14,7 +14,7 @@ As a library:
     probabilities = adapted.predict(other_images)  # [n, 5], columns as in adapted.classes
 """
 
-import devices  # isort: skip  before TensorFlow, which reads what it sets
+import devices  # isort: skip  must precede TensorFlow, which reads its environment variables
 
 import argparse
 import contextlib
@@ -56,14 +56,14 @@ from recipe import Recipe
 from utils import Tasks, Weights, xent
 
 PUBLISHED = ROOT / "logs" / "published"
-NORMALISED = {
-    "support": "by itself together with the labelled images",
-    "batch": "together with all other images that are asked (the paper's way)",
+NORMALIZED = {
+    "support": "with the labeled images only",
+    "batch": "with all images to classify, as in the paper",
 }
-UPDATES = recipes.DEFINITIONS["num_updates"].accepts._replace(least=0)  # 0: the meta-learned weights as they are
-CHUNK = 64  # images that are read and answered at once, where each is normalised by itself
-SLOW = 200  # images; from so many on there is a progress bar
-COLUMNS = ("image", "class", "probability")  # of a table of answers; the classes follow
+UPDATES = recipes.DEFINITIONS["num_updates"].accepts._replace(least=0)  # 0: use the meta-learned weights
+CHUNK = 64  # images to read and classify at once with normalise_with=support
+PROGRESS_BAR_FROM = 200  # images
+COLUMNS = ("image", "class", "probability")  # of the table of predictions; one column per class follows
 
 
 # -- the library -------------------------------------------------------------------------------------------------------
@@ -72,31 +72,31 @@ COLUMNS = ("image", "class", "probability")  # of a table of answers; the classe
 def load(
     run: Path | str, *, checkpoint: int | str = -1, updates: int | None = None, normalise_with: str = "support"
 ) -> "Model":
-    """Loads a trained model of images.
+    """Return a trained image classifier.
 
     Args:
-        run: the run folder, ours or the original's.
-        checkpoint: the iteration, -1 for the latest, or "best" on validation.
-        updates: gradient updates on the labelled images, 0 to 200; None: the last of Recipe.paper_updates, or as in
-            training where it has none.
-        normalise_with: with what an image is normalised under batch norm. "support": the labelled images alone, so that
-            an answer does not depend on what else is asked. "batch": all images of a call of predict, as in the paper.
-    Raises InputError where there is no such model, it is not one of images, or an argument is none of these.
+        run: run folder, ours or the original's.
+        checkpoint: iteration, -1 for the latest, or "best" on validation.
+        updates: gradient updates on the labeled images, 0 to 200. None: the last of Recipe.paper_updates, or if that is
+            empty, as many as in training.
+        normalise_with: the images whose batch-norm statistics normalize an image. "support": itself and the labeled
+            images, so that its prediction does not depend on other images. "batch": all images of one call of
+            `predict`, as in the paper.
+    Raise InputError for a missing run or checkpoint, a run that is not on images, or an invalid argument.
     """
     recipe, maml, prefix = runs.load(run, checkpoint)
     if recipe.dataset.images is None:
-        raise InputError(f"{run} is a run of the {recipe.data_set}, which has no classes: name a run of images")
-    check_choice("normalise_with", normalise_with, NORMALISED)
+        raise InputError(f"{run}: is a {recipe.data_set} run, without classes; name a run on images")
+    check_choice("normalise_with", normalise_with, NORMALIZED)
     if updates is not None and not (isinstance(updates, Integral) and updates in UPDATES):
-        raise InputError(f"updates={updates} must be {UPDATES}")
+        raise InputError(f"updates={updates}: must be {UPDATES}")
     return Model(recipe, maml, prefix, updates, normalise_with)
 
 
 class Model:
-    """A trained model of images, which learns new classes from a few labelled images of each."""
+    """A trained image classifier that learns new classes from a few labeled images of each. Made by `load`."""
 
     def __init__(self, recipe: Recipe, maml: MAML, checkpoint: str, updates: int | None, normalise_with: str):
-        """Takes what load makes."""
         self.recipe, self.maml, self.checkpoint, self.normalise_with = recipe, maml, checkpoint, normalise_with
         if updates is None:
             updates = (recipe.paper_updates or (recipe.inner_steps,))[-1]
@@ -107,34 +107,34 @@ class Model:
         self._weights_spec = {name: tf.TensorSpec(weight.shape) for name, weight in maml.weights.items()}
 
     def read(self, paths: Sequence[Path | str]) -> np.ndarray:
-        """Reads images as training does, uint8 [n, height, width, channels]. Raises InputError where one cannot be."""
+        """Return images as in training, uint8 [n, height, width, channels]. Raise InputError if one is unreadable."""
         return self._array([read_image(path, self.images) for path in paths])
 
     def adapt(self, images: object, labels: Sequence[str] | Sequence[int]) -> "Adapted":
-        """Learns N classes from labelled images.
+        """Return the model adapted to N classes.
 
         Args:
-            images: paths, or an array [n, height, width, channels] of the model's size, uint8 (0 to 255) or floats (0
-                to 1); of a grey model also [n, height, width]. Any number a class.
-            labels: the class of each, numbers or strings.
-        Raises InputError where images or labels are not as said.
+            images: paths, or an array [n, height, width, channels] of the model's size, uint8 (0 to 255) or float (0
+                to 1). A gray model also takes [n, height, width]. Any number per class.
+            labels: one number or string per image.
+        Raise InputError if images or labels are invalid.
         """
         pixels = self._pixels(images)
         try:
             labels = list(labels)
         except TypeError:
-            raise InputError(f"the labels are of type {type(labels).__name__}: give a list, a label for each") from None
+            raise InputError(f"labels: has type {type(labels).__name__}; give a list, one label per image") from None
         try:
             classes, way = sorted(set(labels)), self.recipe.way
-        except TypeError:  # of a row of a one-hot array, or of a number beside a string
+        except TypeError:  # rows of a one-hot array, or numbers mixed with strings
             kinds = " and ".join(sorted({type(label).__name__ for label in labels}))
-            raise InputError(f"the labels are {kinds}: give numbers or strings, one for each image") from None
+            raise InputError(f"labels: has elements of type {kinds}; give all numbers or all strings") from None
         if len(labels) != len(pixels):
-            raise InputError(f"{len(pixels)} images, but {len(labels)} labels: give a label to each")
+            raise InputError(f"labels: has {len(labels)} labels for {len(pixels)} images; give one per image")
         if len(classes) != way:
             raise InputError(
-                f"the labels are of {len(classes)} classes, but {self.checkpoint} is a model of {way}: "
-                f"{_models_of(len(classes), Path(self.checkpoint).parent)}"
+                f"labels: has {len(classes)} classes, but {self.checkpoint} is a {way}-way model; "
+                f"{_other_models(len(classes), Path(self.checkpoint).parent)}"
             )
         support_x = self.inputs(pixels)
         support_y = tf.one_hot([classes.index(label) for label in labels], way)
@@ -144,25 +144,25 @@ class Model:
         return Adapted(self, classes, support_x, trajectory)
 
     def _loss(self, logits, labels):
-        """The recipe's, with as many labelled images of a class as there are."""
+        """Return the recipe's loss, for any number of labeled images per class."""
         loss = xent(logits, labels, shot=None)
         return loss / self.recipe.way if self.recipe.loss == "mean" else loss
 
     def inputs(self, pixels: np.ndarray | tf.Tensor) -> tf.Tensor:
-        """Makes of pixels, uint8 or floats of 0 to 1, what the network takes: float32, as training's were made."""
+        """Convert pixels, uint8 or floats from 0 to 1, to network input, float32, as in training."""
         x = tf.cast(pixels, tf.float32) / 255 if pixels.dtype == np.uint8 else tf.cast(pixels, tf.float32)
         x = 1 - x if self.images.invert else x
         return normalize(x) if self.images.augment else x
 
     def probabilities(self, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor) -> tf.Tensor:
-        """Computes the probability of each class, [n, N], with the weights after the updates."""
+        """Return the probability of each class, [n, N], given the weights after the updates."""
         if self.normalise_with == "support":
             return tf.nn.softmax(support_normalized(self.inner.network, weights, support_x, query_x))
         return tf.nn.softmax(self.inner.network.apply(weights, query_x))
 
     @functools.cached_property
     def _one_update(self):
-        """The graph of (weights, support_x, support_y, j) -> weights after one more inner step; j were taken before."""
+        """The graph of (weights, support_x, support_y, j) -> weights after inner step j, which counts from 0."""
 
         def update(weights, support_x, support_y, j):
             task = Tasks(support_x, support_y, support_x, support_y)
@@ -174,8 +174,8 @@ class Model:
         )
 
     @functools.cached_property
-    def _answers(self):
-        """The graph of probabilities."""
+    def _probabilities(self):
+        """The graph of `probabilities`."""
         return tf.function(self.probabilities, autograph=False).get_concrete_function(
             self._weights_spec, self._images_spec, self._images_spec
         )
@@ -184,108 +184,108 @@ class Model:
         return np.array(images, np.uint8).reshape(-1, *self.images.size, self.images.channels)
 
     def _pixels(self, images):
-        """The images of a call: paths are read, arrays are checked."""
+        """Read a list of paths, or check an array. Return pixels [n, height, width, channels], uint8 or float."""
         if isinstance(images, str | Path):
-            raise InputError(f"{images} is one path: give a list of paths, or an array")
+            raise InputError(f"images: {images} is a single path; give a list of paths, or an array")
         try:
             are_paths = len(images) > 0 and isinstance(images[0], str | Path)
         except (TypeError, LookupError):
-            raise InputError(
-                f"the images are of type {type(images).__name__}: give a list of paths, or an array"
-            ) from None
+            raise InputError(f"images: has type {type(images).__name__}; give a list of paths, or an array") from None
         if are_paths:
             if not all(isinstance(image, str | Path) for image in images):
-                raise InputError("the images are paths and other things: give paths alone, or one array")
+                raise InputError("images: mixes paths with other values; give only paths, or one array")
             return self.read(images)
         try:
             pixels = np.asarray(images)
         except ValueError:
-            raise InputError("the images have different shapes: resize them, or give their paths") from None
+            raise InputError("images: has images of different shapes; resize them, or give their paths") from None
         size, channels = self.images.size, self.images.channels
         if channels == 1 and pixels.shape[1:] == size:
             pixels = pixels[..., None]
         if pixels.shape[1:] != (*size, channels) or not len(pixels):
             raise InputError(
-                f"the images have the shape {list(pixels.shape)}, but the model takes "
-                f"[n, {size[0]}, {size[1]}, {channels}], n of 1 or more: resize them, or give their paths"
+                f"images: has shape {list(pixels.shape)}, but the model takes [n, {size[0]}, {size[1]}, {channels}] "
+                "with n of at least 1; resize them, or give their paths"
             )
         if pixels.dtype != np.uint8:
             if not np.issubdtype(pixels.dtype, np.floating):
-                raise InputError(f"the images are {pixels.dtype}: give uint8 of 0 to 255, or floats of 0 to 1")
-            if not (pixels.min() >= 0 and pixels.max() <= 1):  # a nan is neither
+                raise InputError(f"images: has type {pixels.dtype}; give uint8 from 0 to 255, or floats from 0 to 1")
+            if not (pixels.min() >= 0 and pixels.max() <= 1):  # also refuses NaN
                 raise InputError(
-                    f"the images are floats of {pixels.min():g} to {pixels.max():g}: divide them to 0 to 1, or give "
-                    "uint8 of 0 to 255"
+                    f"images: has floats from {pixels.min():g} to {pixels.max():g}; scale them to 0 to 1, or give "
+                    "uint8 from 0 to 255"
                 )
         return pixels
 
 
 class Adapted:
-    """A model that has learnt the classes of some labelled images."""
+    """A model adapted to the classes of labeled images. Made by Model.adapt."""
 
     def __init__(self, model: Model, classes: list, support_x: tf.Tensor, trajectory: list[Weights]):
-        """Takes what Model.adapt makes. trajectory: the weights before and after each update."""
+        """trajectory: the weights before the first update and after each one."""
         self.model, self.classes, self.support_x, self.trajectory = model, classes, support_x, trajectory
 
     def predict(self, images: object, updates: int | None = None) -> np.ndarray:
-        """Computes the probabilities of images, float32 [n, N]; the columns are `classes`.
+        """Return the probability of each class, float32 [n, N]; column c is classes[c].
 
-        Args: images as of Model.adapt, any number; after how many updates, None: all.
-        Raises InputError where images are not as said, so many updates were not taken, or they diverged.
+        Args:
+            images: as in Model.adapt.
+            updates: use the weights after this many updates; None: after all.
+        Raise InputError if the images are invalid, if fewer updates were taken, or if the updates diverged.
         """
         if updates is not None and not (isinstance(updates, Integral) and 0 <= updates < len(self.trajectory)):
             taken = len(self.trajectory) - 1
-            raise InputError(f"updates={updates}, but {taken} were taken: give 0 to {taken}")
+            raise InputError(f"updates={updates}: the model took {taken} updates; give 0 to {taken}")
         pixels, weights = self.model._pixels(images), self.trajectory[-1 if updates is None else updates]
         size = CHUNK if self.model.normalise_with == "support" else len(pixels)
         try:
             parts = [
-                self.model._answers(weights, self.support_x, self.model.inputs(pixels[first : first + size]))
+                self.model._probabilities(weights, self.support_x, self.model.inputs(pixels[first : first + size]))
                 for first in range(0, len(pixels), size)
             ]
         except tf.errors.ResourceExhaustedError:
             raise InputError(
-                f"{len(pixels):,} images at once need more memory than there is: ask fewer in a call, or normalise "
-                "each with the labelled images alone (normalise_with=support)"
+                f"images: {len(pixels):,} at once do not fit in memory; classify fewer at once, or use "
+                "--normalise_with=support"
             ) from None
-        found = np.concatenate(parts)
-        if not np.isfinite(found).all():
+        probabilities = np.concatenate(parts)
+        if not np.isfinite(probabilities).all():
             raise InputError(
-                "the answers are no numbers, since the updates on the labelled images diverged: give fewer --updates, "
-                "or images that are more like those of the training"
+                "--updates: the updates on the labeled images diverged, and the probabilities are NaN; lower it, or "
+                "use images that are more like the training images"
             )
-        return found
+        return probabilities
 
 
 def export(model: Model, folder: Path | str) -> None:
-    """Writes the model as a SavedModel, which TensorFlow runs without this project.
+    """Write the model as a SavedModel, which TensorFlow runs without this project.
 
-    Its one function is adapt_and_predict(support_x, support_y, query_x) -> probabilities [n, N], for any number of
-    images, all uint8 (0 to 255) or all float32 (0 to 1), [n, height, width, channels]; support_y holds class numbers
-    from 0 to N - 1, int64, each of them once or more. Column c is class c. The signature of the same name takes uint8,
-    adapt_and_predict_float takes float32. Preprocessing, updates and how an image is normalised are inside.
-    Raises InputError where the folder exists or cannot be written.
+    Its one function, adapt_and_predict(support_x, support_y, query_x) -> probabilities [n, N], includes preprocessing,
+    updates and normalization. Images are [n, height, width, channels], all uint8 (0 to 255) or all float32 (0 to 1).
+    support_y has class numbers from 0 to N - 1, int64, each at least once. Column c is class c. The signature
+    adapt_and_predict takes uint8, adapt_and_predict_float takes float32.
+    Raise InputError if the folder exists or cannot be written.
     """
     folder, way = Path(folder), model.recipe.way
     if folder.exists():
-        raise InputError(f"{folder} exists: remove it, or give another folder")
-    runs.check_writable(folder.parent, "folder to export to")
+        raise InputError(f"--export={folder}: already exists; remove it, or choose another folder")
+    runs.check_writable(folder.parent, "--export")
     module = tf.Module()
     module.weights = {name: tf.Variable(weight) for name, weight in model.maml.weights.items()}
 
     def adapt_and_predict(support_x, support_y, query_x):
         for images in (support_x, query_x):
             if images.dtype != tf.uint8:
-                tf.debugging.assert_greater_equal(tf.reduce_min(images), 0.0, "float images are of 0 to 1")
-                tf.debugging.assert_less_equal(tf.reduce_max(images), 1.0, "float images are of 0 to 1")
-        labels = tf.one_hot(support_y, way)  # of no class where a number is not one of 0 to N - 1
-        tf.debugging.assert_equal(tf.reduce_sum(labels, 1), 1.0, f"support_y is from 0 to {way - 1}")
-        tf.debugging.assert_positive(tf.reduce_sum(labels, 0), f"support_y has each of the classes 0 to {way - 1}")
+                tf.debugging.assert_greater_equal(tf.reduce_min(images), 0.0, "float images must be from 0 to 1")
+                tf.debugging.assert_less_equal(tf.reduce_max(images), 1.0, "float images must be from 0 to 1")
+        labels = tf.one_hot(support_y, way)  # all zeros for a number outside 0 to N - 1
+        tf.debugging.assert_equal(tf.reduce_sum(labels, 1), 1.0, f"support_y must be from 0 to {way - 1}")
+        tf.debugging.assert_positive(tf.reduce_sum(labels, 0), f"support_y must have each class from 0 to {way - 1}")
         support, query = model.inputs(support_x), model.inputs(query_x)
         weights = {name: tf.convert_to_tensor(weight) for name, weight in module.weights.items()}
         for j in range(model.updates):
             weights = model._one_update(weights, support, labels, tf.constant(j))
-        return {"probabilities": model._answers(weights, support, query)}
+        return {"probabilities": model._probabilities(weights, support, query)}
 
     def concrete(dtype):
         shape = [None, *model.images.size, model.images.channels]
@@ -295,16 +295,16 @@ def export(model: Model, folder: Path | str) -> None:
 
     module.adapt_and_predict = tf.function(adapt_and_predict, autograph=False)
     signatures = {"adapt_and_predict": concrete(tf.uint8), "adapt_and_predict_float": concrete(tf.float32)}
-    with writing(folder.parent), tempfile.TemporaryDirectory(prefix=".export", dir=folder.parent) as beside:
-        tf.saved_model.save(module, f"{beside}/model", signatures)
-        _forget_gradients(Path(beside) / "model" / "saved_model.pb")
-        os.replace(f"{beside}/model", folder)
+    with writing(folder.parent), tempfile.TemporaryDirectory(prefix=".export", dir=folder.parent) as temporary:
+        tf.saved_model.save(module, f"{temporary}/model", signatures)
+        _remove_gradient_names(Path(temporary) / "model" / "saved_model.pb")
+        os.replace(f"{temporary}/model", folder)
 
 
-def _forget_gradients(graph):
-    """Takes the names of our gradients by hand out of a SavedModel: else TensorFlow warns, each time it loads it.
+def _remove_gradient_names(graph):
+    """Remove the names of our custom gradients from a SavedModel, or TensorFlow warns whenever it loads one.
 
-    The updates' gradients are operations of the graph already, and nobody differentiates those once more.
+    The gradients of the updates are already operations of the graph, and a user does not differentiate those again.
     """
     saved = saved_model_pb2.SavedModel.FromString(graph.read_bytes())
     for function in saved.meta_graphs[0].graph_def.library.function:
@@ -313,47 +313,49 @@ def _forget_gradients(graph):
     graph.write_bytes(saved.SerializeToString(deterministic=True))
 
 
-def _models_of(way, folder):
-    """The way out of a wrong number of classes."""
+def _other_models(way, folder):
+    """Return an error's advice: models for this number of classes, in the folder's parent or published."""
     if way < 2:
-        return "give images of as many classes as it has"
-    found = []
+        return "give that many classes"
+    models = []
     for record in sorted({*folder.resolve().parent.glob("*/flags.json"), *PUBLISHED.glob("*/flags.json")}):
-        with contextlib.suppress(InputError, FileNotFoundError):  # a damaged one is not what was asked for
+        with contextlib.suppress(InputError, FileNotFoundError):  # skip damaged records
             flags = runs.read_json(record, dict, "remove it")
             if flags.get("num_classes") == way and flags.get("datasource") not in (None, "sinusoid"):
-                found.append(os.path.relpath(record.parent))
-    if found:
-        return f"models of {way} are {', '.join(found)}"
-    return f"no model of {way} is at hand, train one with --num_classes={way}"
+                models.append(os.path.relpath(record.parent))
+    if models:
+        return f"use a {way}-way model: {', '.join(models)}"
+    return f"train a {way}-way model with --num_classes={way}"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answers what the command line asks. What the user can mend is told in one line."""
+    """Run the command. Errors that the user can fix are printed in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of a trained model")
-    parser.add_argument("labelled", metavar="LABELLED", nargs="?", help="folder of class folders of images")
-    parser.add_argument("unlabelled", metavar="UNLABELLED", nargs="*", help="images, or folders of images")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all probabilities there, one image a row")
+    parser.add_argument("labeled", metavar="LABELED", nargs="?", help="folder with one folder of images per class")
+    parser.add_argument("unlabeled", metavar="UNLABELED", nargs="*", help="images, or folders of images")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all probabilities to FILE, one row per image")
     parser.add_argument(
-        "--updates", type=int, metavar="J", help="updates on the labelled images (as in published tests)"
+        "--updates", type=int, metavar="J", help="updates on the labeled images (default: as in published tests)"
     )
     parser.add_argument(
-        "--checkpoint", default="-1", help="an iteration; -1: the latest; best: the best on validation (-1)"
+        "--checkpoint", default="-1", help="an iteration, -1 for the latest, or best on validation (default: -1)"
     )
     parser.add_argument(
         *("--normalise_with", "--query_norm"),
         default="support",
-        choices=list(NORMALISED),
-        help="under batch norm, each image is normalised: " + "; ".join(f"{k}: {v}" for k, v in NORMALISED.items()),
+        choices=list(NORMALIZED),
+        help="how batch norm normalizes an image; "
+        + "; ".join(f"{value}: {images}" for value, images in NORMALIZED.items())
+        + " (default: support)",
     )
-    parser.add_argument("--export", metavar="DIR", help="write the model there as a SavedModel, instead of answers")
+    parser.add_argument("--export", metavar="DIR", help="write the model to DIR as a SavedModel, and classify nothing")
     args = parser.parse_intermixed_args(arguments)
-    if bool(args.export) == bool(args.unlabelled) or (args.export and (args.labelled or args.csv)):
-        parser.error("give RUN LABELLED UNLABELLED for answers, or RUN --export=DIR")
+    if bool(args.export) == bool(args.unlabeled) or (args.export and (args.labeled or args.csv)):
+        parser.error("give RUN LABELED UNLABELED to classify images, or RUN --export=DIR")
     logging.set_verbosity(logging.WARNING)
     devices.start()
     try:
@@ -365,11 +367,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if args.export:
             export(model, args.export)
-            say(f"Written: {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
+            say(f"Wrote {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
-            answer(model, args.labelled, args.unlabelled, args.csv)
-    except BrokenPipeError:  # nobody reads the answers any more
-        _print_no_more(sys.stdout)
+            answer(model, args.labeled, args.unlabeled, args.csv)
+    except BrokenPipeError:  # such as `| head`
+        _discard_output(sys.stdout)
         sys.exit(1 if args.csv else 0)
     except (InputError, OSError) as error:
         say(f"predict.py: {error}", sys.stderr)
@@ -378,149 +380,152 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def answer(model: Model, labelled: str, unlabelled: Sequence[str], table: Path | None) -> None:
-    """Adapts the model to the labelled images, and prints the class of every other image.
+def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | None) -> None:
+    """Adapt the model to the labeled images, and print the class of every other image.
 
-    Args: the model; a folder of class folders; images or folders of them; where the probabilities are written, if so.
+    Args:
+        labeled: folder with one folder of images per class.
+        unlabeled: images, or folders of images.
+        table: file to write all probabilities to, or None.
     """
-    files, paths = labelled_files(model, labelled), unlabelled_files(labelled, unlabelled)
+    label_of, paths = labeled_files(model, labeled), unlabeled_files(labeled, unlabeled)
     if table:
         _check_table(table)
     read = functools.partial(_read_all, model)
-    # A table is finished though nobody reads the answers any more.
-    printing = functools.partial(_reader_may_leave, sys.stdout) if table else contextlib.nullcontext
-    shown = [one for one in read(list(files), list(files.values())) if one[2] is not None]
-    lost = set(files.values()) - {label for _, label, _ in shown}
-    if lost:
-        raise InputError(f"no image of class {min(lost)} in {labelled} can be read: give it one, or remove the class")
-    _warn_of_twins(shown)
-    adapted = model.adapt(np.stack([image for *_, image in shown]), [label for _, label, _ in shown])
-    width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
-    most = max(len("class"), *(len(printable(name)) for name in adapted.classes))
+    # With a table, a closed stdout does not stop the work.
+    printing = functools.partial(_closed_stream_allowed, sys.stdout) if table else contextlib.nullcontext
+    support = [row for row in read(list(label_of), list(label_of.values())) if row[2] is not None]
+    unreadable = set(label_of.values()) - {label for _, label, _ in support}
+    if unreadable:
+        raise InputError(f"{labeled}: all images of class {min(unreadable)} are unreadable; replace them")
+    _warn_of_duplicates(support)
+    adapted = model.adapt(np.stack([image for *_, image in support]), [label for _, label, _ in support])
+    path_width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
+    class_width = max(len("class"), *(len(printable(name)) for name in adapted.classes))
     with printing():
         say(
-            f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(shown)} labelled images "
+            f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(support)} labeled images "
             f"of {len(adapted.classes)} classes."
         )
         if model.inner.network.batch_statistics:
-            way = NORMALISED[model.normalise_with]
-            print(f"Each image is normalised {way}: --normalise_with={model.normalise_with}.")
-        print(f"\n{'image':{width}}  {'class':{most}}  probability  runner-up", flush=True)
+            images = NORMALIZED[model.normalise_with]
+            print(f"Each image is normalized {images}: --normalise_with={model.normalise_with}.")
+        print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability  runner-up", flush=True)
     rows = []
-    with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= SLOW else True) as bar:
+    with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= PROGRESS_BAR_FROM else True) as bar:
         size = CHUNK if model.normalise_with == "support" else len(paths)
         for first in range(0, len(paths), size):
-            some = [(path, image) for path, _, image in read(paths[first : first + size]) if image is not None]
-            if some:
-                found = adapted.predict(np.stack([image for _, image in some]))
-                for (path, _), probabilities in zip(some, found, strict=True):
+            chunk = [(path, image) for path, _, image in read(paths[first : first + size]) if image is not None]
+            if chunk:
+                predicted = adapted.predict(np.stack([image for _, image in chunk]))
+                for (path, _), probabilities in zip(chunk, predicted, strict=True):
                     best, second = np.argsort(-probabilities, kind="stable")[:2]
                     rows.append([path, adapted.classes[best], probabilities[best], *probabilities])
                     with printing(), tqdm.external_write_mode():
                         print(
-                            f"{printable(path):{width}}  {printable(adapted.classes[best]):{most}}"
+                            f"{printable(path):{path_width}}  {printable(adapted.classes[best]):{class_width}}"
                             f"  {probabilities[best]:11.4f}"
                             f"  {printable(adapted.classes[second])} {probabilities[second]:.4f}",
                             flush=True,
                         )
             bar.update(len(paths[first : first + size]))
     if not rows:
-        raise InputError("no image of UNLABELLED can be read: give others")
+        raise InputError("UNLABELED: all images are unreadable; name other images")
     if table:
         text = "".join(map(_csv_line, [[*COLUMNS, *adapted.classes], *rows]))
-        # A file's name may be no text: its bytes are written as they are.
+        # A file name may have bytes that are not text; keep them.
         write_whole(table, lambda file: file.write(text.encode(errors="surrogateescape")))
         with printing():
-            say(f"Written: {table}.")
+            say(f"Wrote {table}.")
 
 
 def _check_table(table):
-    """Raises InputError where the file of --csv is another thing than a table, or cannot be written."""
+    """Raise InputError if the --csv file exists and is not a table of predictions, or cannot be written."""
     if table.is_dir():
-        raise InputError(f"--csv={table} is a folder: name a file")
+        raise InputError(f"--csv={table}: is a folder; name a file")
     if table.exists():
         if not table.is_file():
-            raise InputError(f"--csv={table} is no regular file: name another, such as answers.csv")
-        # --csv photo*.png names photographs, of which the first would be lost.
-        begin = ",".join(COLUMNS).encode()
+            raise InputError(f"--csv={table}: is not a regular file; choose another name, such as answers.csv")
+        # `--csv photo*.png` would overwrite the first photograph.
+        header = ",".join(COLUMNS).encode()
         with table.open("rb") as file:
-            if file.read(len(begin)) not in (b"", begin):
-                raise InputError(f"--csv={table} is another file than a table of answers: name another")
+            if file.read(len(header)) not in (b"", header):
+                raise InputError(f"--csv={table}: file exists but is not a predictions table; choose another name")
     runs.check_writable(table.parent, "--csv")
 
 
 def _csv_line(row):
-    """A line of a table, which ends with a newline alone; the writer has to know of carriage returns to quote them."""
+    """Return a line that ends with a newline alone. The writer's default terminator makes it quote carriage returns."""
     line = io.StringIO()
     csv.writer(line).writerow(row)
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 @contextlib.contextmanager
-def _reader_may_leave(stream: TextIO) -> Iterator[None]:
-    """Prints no more where the reader of what is printed, such as head, has enough."""
+def _closed_stream_allowed(stream: TextIO) -> Iterator[None]:
+    """Stop printing, without an error, once the reader of the stream has closed it, as head does."""
     try:
         yield
     except BrokenPipeError:
-        _print_no_more(stream)
+        _discard_output(stream)
 
 
-def _print_no_more(stream):
+def _discard_output(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _remark(line):
-    """Says what is no answer where the answers are not. Whoever reads it may leave before the end."""
-    with _reader_may_leave(sys.stderr):
+    """Print a line to stderr, apart from the predictions."""
+    with _closed_stream_allowed(sys.stderr):
         say(line, sys.stderr)
 
 
-def labelled_files(model: Model, folder: str) -> dict[str, str]:
-    """Finds the labelled images: path -> class. Raises InputError where they are not N classes of images."""
+def labeled_files(model: Model, folder: str) -> dict[str, str]:
+    """Return path -> class of the labeled images. Raise InputError unless they are N classes of images."""
     if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder} of labelled images: give one with a folder of images for each class")
+        raise InputError(f"{folder}: no such folder; name one with a folder of images per class")
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
-        _remark(f"Not used, {loose:,} images in {folder} that lie in no class folder.")
-    _tell_of_others(folder)
+        _remark(f"{folder}: ignored {loose:,} images outside class folders")
+    _report_other_files(folder)
     if len(classes) != way:
         raise InputError(
-            f"{folder} has {len(classes)} class folders{_some(sorted(classes))}, but {model.checkpoint} is a model of "
-            f"{way} classes: {_models_of(len(classes), Path(model.checkpoint).parent)}"
+            f"{folder}: has {len(classes)} class folders{_first_ten(sorted(classes))}, but {model.checkpoint} is a "
+            f"{way}-way model; {_other_models(len(classes), Path(model.checkpoint).parent)}"
         )
     for name, files in classes.items():
         if not files:
-            raise InputError(f"class {name} in {folder} has no image: give it one, or remove the folder")
+            raise InputError(f"{folder}: class folder {name} contains no images; add one, or remove the folder")
     return {os.path.join(folder, name, file): name for name in sorted(classes) for file in classes[name]}
 
 
-def unlabelled_files(labelled: str, given: Sequence[str]) -> list[str]:
-    """Finds the images that are asked, each once. Raises InputError where one is missing or labelled."""
-    known, paths = os.path.realpath(labelled), []
-    for path in given:
+def unlabeled_files(labeled: str, unlabeled: Sequence[str]) -> list[str]:
+    """Return the images to classify, each once. Raise InputError if one is missing or overlaps the labeled folder."""
+    labeled_path, paths = os.path.realpath(labeled), []
+    for path in unlabeled:
         real = os.path.realpath(path)
         if not os.path.exists(path):
-            raise InputError(f"no image or folder {path}: give images, or folders of images")
-        if os.path.commonpath([real, known]) in (real, known):
-            raise InputError(f"{path} and {labelled} lie one in the other: keep labelled and other images apart")
-        found = [path]
+            raise InputError(f"{path}: no such image or folder; check the path")
+        if os.path.commonpath([real, labeled_path]) in (real, labeled_path):
+            raise InputError(f"{path}: overlaps {labeled}; keep labeled and unlabeled images in separate folders")
+        images = [path]
         if os.path.isdir(path):
-            found = image_files(path)
-            _tell_of_others(path)
-        if not found:
-            raise InputError(f"no images in {path}: give images, or folders of images")
-        paths += found
+            images = image_files(path)
+            _report_other_files(path)
+        if not images:
+            raise InputError(f"{path}: contains no images; name images, or folders of images")
+        paths += images
     return list(dict.fromkeys(paths))
 
 
-def _tell_of_others(folder):
-    """Tells of files that are passed over: a camera's, such as .heic, may be images that Pillow does not read."""
+def _report_other_files(folder):
+    """Print which files are ignored. Some may be images that Pillow does not read, such as a phone's .heic."""
     if others := other_files(folder):
-        _remark(f"Not used, {len(others):,} files that by their names are no images Pillow reads{_some(others)}")
+        _remark(f"{folder}: ignored {len(others):,} files whose type Pillow does not read{_first_ten(others)}")
 
 
 def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.ndarray | None]]:
-    """(path, label, pixels) of all; the images that cannot be read are named, and have no pixels."""
+    """Return (path, label, pixels) of every image, with None as the pixels of unreadable ones, which are reported."""
 
     broken = {}
 
@@ -534,18 +539,18 @@ def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.n
     with pillow_warnings(_remark), ThreadPoolExecutor(devices.cores()) as pool:
         images = list(pool.map(read, paths))
     if broken:
-        listed = _some([broken[path] for path in paths if path in broken])
-        _remark(f"Left out, {len(broken):,} images that cannot be read{listed}")
+        listed = _first_ten([broken[path] for path in paths if path in broken])
+        _remark(f"Left out {len(broken):,} unreadable images{listed}")
     return zip(paths, labels or [None] * len(paths), images, strict=True)
 
 
-def _warn_of_twins(shown):
-    """Labelled images with the same pixels in two classes teach nothing, and are most often a mistake."""
+def _warn_of_duplicates(support):
+    """Warn if two classes share an image. It teaches nothing, and is usually a mistake."""
     seen = {}
-    for path, label, image in shown:
-        other, its_label = seen.setdefault(hashlib.sha256(image.tobytes()).digest(), (path, label))
-        if its_label != label:
-            _remark(f"WARNING: {path} and {other} are the same image.")
+    for path, label, image in support:
+        first_path, first_label = seen.setdefault(hashlib.sha256(image.tobytes()).digest(), (path, label))
+        if first_label != label:
+            _remark(f"WARNING: {path} and {first_path} are the same image, in two classes.")
 
 
 def _iteration(text):
@@ -554,11 +559,11 @@ def _iteration(text):
             return int(text)
     except ValueError:
         pass
-    raise InputError(f"--checkpoint={text} must be an iteration, -1 for the latest, or best")
+    raise InputError(f"--checkpoint={text}: must be an iteration, -1 for the latest, or best")
 
 
-def _some(names):
-    """The first ten names, behind a colon."""
+def _first_ten(names):
+    """Return a colon and the first ten names, or nothing if there are none."""
     more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
     return f": {', '.join(names[:10])}{more}" if names else ""
 

@@ -1,4 +1,4 @@
-"""Shared by the data scripts: flags, downloads, safe reading of archives and pickles, and class folders."""
+"""Shared code of the data scripts: flags, downloads, safe reading of archives and pickles, and class folders."""
 
 import argparse
 import hashlib
@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from files import InputError, printable, say
 
 SPLITS = ("train", "val", "test")
-MARKER = ".prepared"  # in an output folder: the name of the data set that a script wrote there
+MARKER = ".prepared"  # a file in the output folder with the name of its data set
 FORMATS = ("PNG", "JPEG")
 
 
 class Member(NamedTuple):
-    """A file in an archive. It reads and prints like a Path; nothing is ever unpacked to the disk."""
+    """A file in an archive. It reads and prints like a Path, and is never unpacked to disk."""
 
     path: str
     opener: Callable[[], BinaryIO]
@@ -53,13 +53,13 @@ class Member(NamedTuple):
 File = Path | Member
 Pixels = np.ndarray  # uint8 [height, width, 3], from a pickle
 Images = dict[str, File | Pixels]  # image name -> where to read it
-Size = tuple[int, int] | int  # width and height, or the short side of an image that keeps its shape
+Size = tuple[int, int] | int  # width and height, or the short side of an image that keeps its aspect ratio
 
 
 class Class(NamedTuple):
     folder: str  # train/n01532829
-    images: Images | Callable[[], Images]  # a function if the names of all classes would fill the memory
-    missing: int  # images that it should have besides
+    images: Images | Callable[[], Images]  # a function if all names together would fill the memory
+    missing: int  # number of images it lacks
 
 
 class Published(NamedTuple):
@@ -72,37 +72,37 @@ CIFAR_100 = Published("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 CIFAR_LAYOUT = re.compile(r"(?:.*/)?(?P<label>[^/.][^/]*)/(?P<name>[^/.][^/]*\.png)")
 
 OUT_HELP = (
-    "where to write (default: the script's folder): a new or empty folder, or one that this script has written to. "
-    "Finished images stay, and no other file is replaced or deleted"
+    "output folder (default: the script's): new, empty, or written by this script before. Finished images are kept, "
+    "and no other file is replaced or deleted"
 )
-SHORT_SIDE_HELP = "keep each photograph's shape and resize its short side to this many pixels, for main.py --augment"
+SHORT_SIDE_HELP = "keep aspect ratios, and resize the short side of each photograph to this many pixels (for --augment)"
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main`. Bad input, a disk error or Ctrl-C ends it with one line and exit code 1."""
-    warnings.filterwarnings("ignore", module="PIL")  # images that cannot be used are errors here
+    """Call a script's `main`. On bad input, a disk error or Ctrl-C, print one line and exit with status 1."""
+    warnings.filterwarnings("ignore", module="PIL")  # unusable images are errors here
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {printable(error)}; finished images are kept: fix the cause and run the same command again")
+        sys.exit(f"error: {printable(error)}; fix the cause and run the same command again (finished images are kept)")
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; finished images are kept: run the same command again to continue")
+        sys.exit("error: interrupted; run the same command again to continue (finished images are kept)")
 
 
 def arguments(
     doc: str, here: Path, published: Published | None = None, photographs: bool = False
 ) -> argparse.Namespace:
-    """Parse the flags of the script in the folder `here`, claim --out, and fetch the archive for --download.
+    """Parse the flags of the script in folder `here`, claim --out, and download the archive for --download.
 
-    photographs: whether the images have shapes of their own, which --short_side keeps.
+    photographs: add --short_side.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--archive", nargs="+", type=Path, help="archives, or folders with their contents")
     if published:
-        source.add_argument("--download", action="store_true", help=f"fetch {published.url} into --out")
+        source.add_argument("--download", action="store_true", help=f"download {published.url} into --out")
     parser.add_argument("--out", type=Path, default=here, help=OUT_HELP)
     parser.add_argument("--allow_missing", action="store_true", help="continue if classes or images are missing")
     if photographs:
@@ -117,47 +117,47 @@ def arguments(
 def short_side(text: str) -> int:
     """Parse a number of pixels."""
     if not (text.isdecimal() and 1 <= int(text) <= 10**4):
-        raise argparse.ArgumentTypeError(f"{text} must be from 1 to 10,000 pixels")
+        raise argparse.ArgumentTypeError(f"{text}: must be from 1 to 10,000 pixels")
     return int(text)
 
 
 def claim(out: Path, here: Path) -> None:
-    """Create and mark the output folder. Refuse one with files that the script in the folder `here` did not write."""
+    """Create and mark the output folder. Raise InputError if it has files that the script in `here` did not write."""
     if out.resolve() == here:
         return
     marker = out / MARKER
     visible = out.exists() and any(not path.name.startswith(".") for path in out.iterdir())
     if visible and not (marker.exists() and marker.read_text() == here.name):
-        raise InputError(f"--out={out}: folder has files that this script did not write; name a new folder")
+        raise InputError(f"--out={out}: contains files that this script did not write; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     marker.write_text(here.name)
 
 
 def download(published: Published, folder: Path) -> Path:
-    """Fetch a published archive into `folder`, unless it is already there; return its path."""
-    place = folder / published.url.rpartition("/")[2]
-    if place.exists():
-        if _md5(place) != published.md5:
-            raise InputError(f"{place}: is not the file that {published.url} serves; move it away")
-        return place
-    part = place.with_name(f".{place.name}.part")
+    """Download a published archive into `folder`, unless it is already there; return its path."""
+    path = folder / published.url.rpartition("/")[2]
+    if path.exists():
+        if _md5(path) != published.md5:
+            raise InputError(f"{path}: does not have the checksum of {published.url}; move it away")
+        return path
+    part = path.with_name(f".{path.name}.part")
     try:
-        # A server that compresses the file again would change its length and checksum.
+        # If a server compressed the file again, its length and checksum would change.
         identity = {"Accept-Encoding": "identity"}
         with requests.get(published.url, stream=True, timeout=60, headers=identity) as reply, part.open("wb") as file:
             reply.raise_for_status()
             total = reply.raw.length_remaining  # None if the server does not say
-            with tqdm(desc=place.name, total=total, unit="B", unit_scale=True, disable=None) as bar:
+            with tqdm(desc=path.name, total=total, unit="B", unit_scale=True, disable=None) as bar:
                 for block in reply.iter_content(2**20):
                     bar.update(file.write(block))
         if (md5 := _md5(part)) != published.md5:
-            raise InputError(f"{published.url}: has the MD5 {md5}, not the published {published.md5}; try again later")
-        os.replace(part, place)
+            raise InputError(f"{published.url}: has MD5 {md5}, not the published {published.md5}; try again later")
+        os.replace(part, path)
     except requests.RequestException as error:
         raise InputError(f"{published.url}: download failed ({error}); try again") from error
     finally:
         part.unlink(missing_ok=True)
-    return place
+    return path
 
 
 def _md5(path: Path) -> str:
@@ -168,13 +168,13 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-_opened: list[BinaryIO] = []  # archives stay open, since their members are read later
+_opened: list[BinaryIO] = []  # archives stay open because their members are read later
 
 
 def list_files(source: File) -> dict[str, File]:
-    """Return every file of a folder, or of a zip or tar archive, by its relative name.
+    """Return the files of a folder, or of a zip or tar archive, by their relative names.
 
-    Linked folders are not followed. The files of an archive keep its order, since a compressed tar reads forwards.
+    Do not follow links to folders. Keep the order of an archive, because a compressed tar is read sequentially.
     """
     if isinstance(source, Path):
         if source.is_dir():
@@ -185,31 +185,33 @@ def list_files(source: File) -> dict[str, File]:
     try:
         if str(source).endswith(".zip"):
             opened = zipfile.ZipFile(source)
-            found = {one.filename: partial(opened.open, one) for one in opened.infolist() if not one.is_dir()}
+            openers = {
+                member.filename: partial(opened.open, member) for member in opened.infolist() if not member.is_dir()
+            }
         else:
             _opened.append(source.open("rb"))
-            tar = tarfile.open(fileobj=_opened[-1])  # noqa: SIM115  the same
-            found = {one.name: partial(tar.extractfile, one) for one in tar if one.isreg()}
-            while tar.fileobj.read(2**20):  # to the checksum at the end of a compressed file
+            tar = tarfile.open(fileobj=_opened[-1])  # noqa: SIM115  stays open
+            openers = {member.name: partial(tar.extractfile, member) for member in tar if member.isreg()}
+            while tar.fileobj.read(2**20):  # verifies the checksum at the end of a compressed file
                 pass
-    except Exception as error:  # on damaged archives zipfile and tarfile raise nearly any exception
-        raise InputError(f"{source}: is not a whole zip or tar archive ({error}); fetch it again") from error
-    for name in found:
-        path = PureWindowsPath(name)  # both kinds of slashes, and drives
+    except Exception as error:  # a damaged archive can raise nearly any exception
+        raise InputError(f"{source}: is not a complete zip or tar archive ({error}); fetch it again") from error
+    for name in openers:
+        path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
         if path.anchor or ".." in path.parts or "\0" in name:
-            raise InputError(f"{source}: has a file outside its folder, {name!r}; use the published archive")
-    return {name.removeprefix("./"): Member(f"{source}/{name}", opener) for name, opener in found.items()}
+            raise InputError(f"{source}: contains a path outside its folder, {name!r}; use the published archive")
+    return {name.removeprefix("./"): Member(f"{source}/{name}", opener) for name, opener in openers.items()}
 
 
 def _number(name: str, *_: object) -> np.dtype:
-    """Return a dtype of numbers. An array of objects could hold any address."""
-    found = np.dtype(name, False, True)  # a copy, since the pickle sets its byte order
-    if found.kind not in "biuf":
+    """Return a numeric dtype. An array of objects could contain arbitrary pointers."""
+    dtype = np.dtype(name, False, True)  # a copy, because the pickle sets its byte order
+    if dtype.kind not in "biuf":
         raise pickle.UnpicklingError(f"it has an array of {name}")
-    return found
+    return dtype
 
 
-# All that a pickle may name: NumPy's reconstructors, and what Python 3 writes for bytes that Python 2 is to read.
+# The only names allowed in a pickle: NumPy's reconstructors, and Python 3's encoding of bytes for Python 2.
 _ALLOWED = {
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": _number,
@@ -223,44 +225,44 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Refuses a pickle that names anything else."""
+    """Refuse pickles that use other names."""
 
     def find_class(self, module: str, name: str) -> object:
-        wanted = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # as NumPy 2 and NumPy 1 call it
-        if wanted not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {wanted}")
-        return _ALLOWED[wanted]
+        full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # NumPy 2's name and NumPy 1's
+        if full_name not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it uses {full_name}")
+        return _ALLOWED[full_name]
 
 
 def unpickle(file: File) -> object:
-    """Return the plain values and NumPy arrays of a pickle. It cannot run code."""
+    """Return the plain values and NumPy arrays of a pickle, which cannot run code."""
     try:
         with file.open("rb") as opened:
             return _Unpickler(opened, encoding="latin1").load()
-    except Exception as error:  # on damaged pickles nearly any exception
+    except Exception as error:  # a damaged pickle can raise nearly any exception
         raise InputError(f"{file}: is not a pickle of plain values and arrays ({error}); fetch it again") from error
 
 
 def cifar100(sources: Iterable[Path]) -> dict[str, Images]:
     """Return the images of each class of CIFAR-100 (Krizhevsky 2009): {class: {file name: image}}.
 
-    Each source is an archive or a folder, with the official meta, train and test in Python's format, or
-    with Bertinetto's layout of the same images (R2D2, ICLR 2019), <class>/*.png below any folders.
+    Each source is an archive or a folder with the official Python files meta, train and test, or with Bertinetto's
+    layout of the same images (R2D2, ICLR 2019), <class>/*.png at any depth.
     """
-    found: dict[str, Images] = defaultdict(dict)
+    classes: dict[str, Images] = defaultdict(dict)
     for source in sources:
         files = list_files(source)
         official = {path.rpartition("/")[2]: file for path, file in files.items()}
         if {"meta", "train", "test"} <= official.keys():
-            images = [one for part in ("train", "test") for one in _cifar100_part(official[part], official["meta"])]
+            images = [row for part in ("train", "test") for row in _cifar100_part(official[part], official["meta"])]
         else:
             matches = [(CIFAR_LAYOUT.fullmatch(path), file) for path, file in files.items()]
             images = [(match["label"], match["name"], file) for match, file in matches if match]
         if not images:
-            raise InputError(f"{source}: has no CIFAR-100; expected the files meta, train and test, or <class>/*.png")
+            raise InputError(f"{source}: does not contain CIFAR-100; name meta, train and test, or <class>/*.png")
         for label, name, image in images:
-            found[label][name] = image
-    return found
+            classes[label][name] = image
+    return classes
 
 
 def _cifar100_part(file: File, meta: File) -> list[tuple[str, str, Pixels]]:
@@ -270,32 +272,32 @@ def _cifar100_part(file: File, meta: File) -> list[tuple[str, str, Pixels]]:
         names, filenames = names["fine_label_names"], batch["filenames"]
         pixels = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         if pixels.dtype != np.uint8 or not all(re.fullmatch(r"\w[^/\\\0]*\.png", name) for name in filenames):
-            raise ValueError("expected bytes and names of .png files")
+            raise ValueError("pixels must be bytes, and file names must end in .png")
         labels = [names[label] for label in batch["fine_labels"]]
         return list(zip(labels, filenames, pixels, strict=True))
-    except Exception as error:  # any value may be in any place
+    except Exception as error:  # the pickle may have any structure
         raise InputError(f"{file}: is not the official CIFAR-100 ({error}); fetch it again") from error
 
 
 def imagenet(source: Path) -> dict[str, File]:
-    """Return the folder or tar of each class of ImageNet, by WordNet id: for `photographs`.
+    """Return the folder or tar of each ImageNet class by WordNet ID. `photographs` reads it.
 
-    source: a folder of <wnid>/ or <wnid>.tar, or ILSVRC2012_img_train.tar, a tar of <wnid>.tar.
+    source: a folder of <wnid>/ or <wnid>.tar, or ILSVRC2012_img_train.tar, which is a tar of <wnid>.tar.
     """
     folder = {path.name: path for path in sorted(source.glob("n*"))}
-    found = {}
+    classes = {}
     for name, file in (folder or list_files(source)).items():
         if match := re.fullmatch(r"(?:.*/)?(n\d{8})(?:\.tar)?", name):
-            found[match[1]] = file
-    if not found:
-        raise InputError(f"{source}: has no classes of ImageNet; expected <wnid>/ or <wnid>.tar")
-    return found
+            classes[match[1]] = file
+    if not classes:
+        raise InputError(f"{source}: contains no ImageNet classes; name a folder or tar of <wnid>/ or <wnid>.tar")
+    return classes
 
 
 def photographs(source: File) -> dict[str, File]:
-    """Return the .jpg and .jpeg files of a folder or archive, at any depth, by name without folders."""
-    found: dict[str, File] = {}
-    stems: dict[str, File] = {}  # two that differ only by their ending would become one .png
+    """Return the .jpg and .jpeg files of a folder or archive, at any depth, by their names without folders."""
+    images: dict[str, File] = {}
+    stems: dict[str, File] = {}  # two files that differ only in their suffix would become one .png
     for path, file in list_files(source).items():
         name = path.rpartition("/")[2]
         if name.startswith(".") or not name.lower().endswith((".jpg", ".jpeg")):
@@ -303,33 +305,33 @@ def photographs(source: File) -> dict[str, File]:
         other = stems.setdefault(Path(name).stem, file)
         if other is not file:
             raise InputError(f"{file}: has the same name as {other}; keep only one of them")
-        found[name] = file
-    if not found:
-        raise InputError(f"{source}: has no .jpg or .jpeg images; check the path")
-    return found
+        images[name] = file
+    if not images:
+        raise InputError(f"{source}: contains no .jpg or .jpeg images; check the path")
+    return images
 
 
 def header(path: Path) -> tuple[str, str, tuple[int, int]] | None:
-    """Return (format, mode, (width, height)) of a PNG or JPEG file, or None if it is not one."""
+    """Return (format, mode, (width, height)) of a PNG or JPEG file, or None for any other file."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.format, image.mode, image.size
-    except Exception:  # on damaged files Pillow raises nearly any exception
+    except Exception:  # a damaged file can raise nearly any exception
         return None
 
 
 def is_finished(path: Path, size: Size) -> bool:
-    """Return whether an image was written before. Refuse any other file in its place."""
+    """Return whether the image at `path` is already written. Raise InputError if it is a different file."""
     if not os.path.lexists(path):
         return False
-    found = header(path)
-    if not found or size not in (found[2], min(found[2])):
-        raise InputError(f"{path}: is in the way of an image of another size; move it away, or name another --out")
+    properties = header(path)
+    if not properties or size not in (properties[2], min(properties[2])):
+        raise InputError(f"{path}: is not an image of the size to write; move it away, or choose a new --out")
     return True
 
 
 def by_lists(images: dict[str, Images], lists: Path, class_size: int) -> list[Class]:
-    """Return the classes of a data/splits/*.json, in its order, each of `class_size` images at least."""
+    """Return the classes listed in a data/splits/*.json, in its order, each expected to have `class_size` images."""
     splits = json.loads(lists.read_text())
     return [
         Class(f"{split}/{label}", images.get(label, {}), missing=max(0, class_size - len(images.get(label, {}))))
@@ -339,14 +341,14 @@ def by_lists(images: dict[str, Images], lists: Path, class_size: int) -> list[Cl
 
 
 def refuse_missing(classes: Iterable[Class], allow: bool) -> list[Class]:
-    """Print the missing images and fail, or, if that is allowed, return the classes that have images."""
+    """Print incomplete classes, and return the classes that have images. Raise InputError unless that is allowed."""
     classes = list(classes)
-    short = [one for one in classes if one.missing]
-    for one in short:
-        say(f"{one.folder}: {f'{one.missing:,} images missing' if one.images else 'no images'}")
-    if short and not allow:
-        raise InputError(f"{len(short):,} classes are incomplete: add the missing images, or use --allow_missing")
-    return [one for one in classes if one.images]
+    incomplete = [entry for entry in classes if entry.missing]
+    for entry in incomplete:
+        say(f"{entry.folder}: {f'{entry.missing:,} images missing' if entry.images else 'no images'}")
+    if incomplete and not allow:
+        raise InputError(f"{len(incomplete):,} classes are incomplete; add the missing images, or use --allow_missing")
+    return [entry for entry in classes if entry.images]
 
 
 def write_classes(
@@ -354,88 +356,88 @@ def write_classes(
 ) -> None:
     """Write <out>/<class folder>/<name><suffix>, RGB, of this size, and print the counts.
 
-    Finished images stay. Any other file in a class folder is an error, before any work. If `whole`, fewer images than
-    the published ones are an error at the end: for data sets whose class sizes are not known before.
+    Keep finished images. Raise InputError, before writing anything, if a class folder has other files. With `whole`,
+    for data sets of unknown class sizes, also raise it at the end if there are fewer images than published.
     """
 
-    def wanted(one: Class) -> Images:
-        images = one.images() if callable(one.images) else one.images
+    def outputs(entry: Class) -> Images:
+        images = entry.images() if callable(entry.images) else entry.images
         return {Path(name).with_suffix(suffix).name: file for name, file in images.items()}
 
     classes, todo = list(classes), []
     if not classes:
-        raise InputError(f"{out}: nothing to write, since none of the listed classes was found; check the source")
-    for one in classes:
-        place = out / one.folder
-        present = {path.name for path in place.glob("[!.]*")}
-        images = wanted(one) if present else {}
+        raise InputError(f"{out}: none of the listed classes exists; check the source")
+    for entry in classes:
+        folder = out / entry.folder
+        present = {path.name for path in folder.glob("[!.]*")}
+        images = outputs(entry) if present else {}
         for name in sorted(present):
-            if name not in images or not is_finished(place / name, size):
-                raise InputError(f"{place / name}: is not an image of this class; move it away")
+            if name not in images or not is_finished(folder / name, size):
+                raise InputError(f"{folder / name}: is not an image of this class; move it away")
         if not present or len(present) < len(images):
-            todo.append(one)
-    say(f"{len(classes)} classes, {len(classes) - len(todo)} of them finished before")
-    for one in tqdm(todo, unit="class", disable=None):
-        images = {out / one.folder / name: file for name, file in wanted(one).items()}
-        write_images(((place, file) for place, file in images.items() if not place.exists()), size)
+            todo.append(entry)
+    say(f"{len(classes)} classes, {len(classes) - len(todo)} already finished")
+    for entry in tqdm(todo, unit="class", disable=None):
+        images = {out / entry.folder / name: file for name, file in outputs(entry).items()}
+        write_images(((path, file) for path, file in images.items() if not path.exists()), size)
 
-    found = {"images": 0}
+    counts = {"images": 0}
     for split in SPLITS:
         images = list((out / split).glob(f"[!.]*/[!.]*{suffix}"))
-        found |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
-        found["images"] += len(images)
-    if print_counts(found, expected) and whole:
-        raise InputError("the published data set has more images: add them, or use --allow_missing")
+        counts |= {f"{split} classes": len({path.parent for path in images}), f"{split} images": len(images)}
+        counts["images"] += len(images)
+    if print_counts(counts, expected) and whole:
+        raise InputError("the published data set has more images; add them, or use --allow_missing")
 
 
 def write_images(images: Iterable[tuple[Path, File | Pixels]], size: Size, mode: str | None = "RGB") -> None:
-    """Write (place, image) pairs in threads. Only this thread reads, in order, for compressed tars."""
+    """Write (path, image) pairs in threads. Only the calling thread reads, in order, because of compressed tars."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(_write_image, place, image, _read(image), size, mode) for place, image in images]
+        jobs = [pool.submit(_write_image, path, image, _read(image), size, mode) for path, image in images]
         for job in jobs:
-            job.result()  # raises what the thread has raised
+            job.result()  # re-raises a thread's exception
 
 
 def _read(image: File | Pixels) -> bytes | Pixels:
     try:
         return image if isinstance(image, Pixels) else image.read_bytes()
-    except Exception as error:  # on damaged archives nearly any exception
-        raise InputError(f"{image}: cannot be read ({error}); fetch it again") from error
+    except Exception as error:  # a damaged archive can raise nearly any exception
+        raise InputError(f"{image}: cannot read ({error}); fetch it again") from error
 
 
-def _write_image(place: Path, source: File | Pixels, content: bytes | Pixels, size: Size, mode: str | None) -> None:
-    """Write an image, whole or not at all: resized, and in this mode or its own."""
+def _write_image(path: Path, source: File | Pixels, content: bytes | Pixels, size: Size, mode: str | None) -> None:
+    """Write a resized image atomically, in this Pillow mode or its own."""
     try:
         is_array = isinstance(content, Pixels)
         image = Image.fromarray(content) if is_array else Image.open(io.BytesIO(content), formats=FORMATS)
         short = min(image.size)
         target = size if isinstance(size, tuple) else tuple(round(size * side / short) for side in image.size)
         image = (image.convert(mode) if mode else image).resize(target, Image.LANCZOS)
-    except Exception as error:  # on damaged images Pillow raises nearly any exception
+    except Exception as error:  # a damaged image can raise nearly any exception
         raise InputError(f"{source}: is damaged or not a PNG or JPEG image; fetch it again") from error
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f".{secrets.token_hex(4)}{place.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(4)}{path.suffix}")
     try:
-        image.save(beside)
-        os.replace(beside, place)
+        image.save(temporary)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def published_counts(**splits: tuple[int, int]) -> dict[str, int]:
-    """Return the published numbers of classes and images of each split, for write_classes."""
-    found = {}
+    """Return the published numbers of classes and images per split, for write_classes."""
+    counts = {}
     for split, (classes, images) in splits.items():
-        found |= {f"{split} classes": classes, f"{split} images": images}
-    return found
+        counts |= {f"{split} classes": classes, f"{split} images": images}
+    return counts
 
 
-def print_counts(found: dict[str, int], expected: dict[str, int]) -> bool:
-    """Print every count beside the published one. Return whether any is lower, which is also printed."""
+def print_counts(counts: dict[str, int], expected: dict[str, int]) -> bool:
+    """Print each count next to the published one. Print and return whether any is lower."""
     for what, number in expected.items():
-        remark = "" if found[what] == number else "  <- not the published number"
-        say(f"{what}: {found[what]:,} found, {number:,} expected{remark}")
-    fewer = any(found[what] < number for what, number in expected.items())
+        remark = "" if counts[what] == number else "  <- not the published number"
+        say(f"{what}: {counts[what]:,} found, {number:,} expected{remark}")
+    fewer = any(counts[what] < number for what, number in expected.items())
     if fewer:
-        say("all images that were given are there; the published data set has more")
+        say("all given images are written; the published data set has more")
     return fewer

@@ -1,4 +1,4 @@
-"""Tasks: what they are made of, and how uniform and repeatable their draws are."""
+"""Tasks: their structure, and the uniformity, independence and repeatability of their draws."""
 
 import functools
 import hashlib
@@ -38,19 +38,19 @@ def assert_same(tasks: Tasks, others: Tasks) -> None:
 
 
 def assert_drawn_in_batches(source: ImageTasks | SinusoidTasks, seed, split, first, batches: list[int]) -> None:
-    """Tasks drawn in batches, the last batch first, are the same as those drawn at once."""
+    """Assert that tasks drawn in batches, the last batch first, equal those drawn at once."""
     whole = source.draw(seed, split, first, sum(batches))
     for i in reversed(range(len(batches))):
         start, count = sum(batches[:i]), batches[i]
         assert_same(source.draw(seed, split, first + start, count), Tasks(*(p[start : start + count] for p in whole)))
 
 
-# Random draws. The seeds are fixed, so a test that passes once always passes. The bounds on p are so low that, with
-# another generator, fewer than one run in a hundred would fail by chance.
+# Random draws. The seeds are fixed, so a test that passes once always passes. The bounds on p are low enough that with
+# a different generator, fewer than one run in a hundred would fail by chance.
 
 
 def assert_uniform(outcomes: np.ndarray, possible: int) -> None:
-    """The rows of `outcomes` take all possible values, each equally often."""
+    """Assert that the rows of `outcomes` take all possible values equally often."""
     _, counts = np.unique(outcomes, axis=0, return_counts=True)
     assert len(counts) == possible
     assert stats.chisquare(counts).pvalue > 1e-4
@@ -60,11 +60,11 @@ def assert_independent(a: np.ndarray, b: np.ndarray) -> None:
     assert stats.chi2_contingency(stats.contingency.crosstab(a, b).count).pvalue > 1e-6
 
 
-# Tasks of numbered images: each is 2x2 pixels that tell its number and how it is turned.
+# Tasks of numbered images. The 2x2 pixels of an image encode its number and rotation.
 
 
 class Drawn(NamedTuple):
-    """What was drawn, each [T, K + Q, N]: of every image in its row of the task."""
+    """The images that a task has, in its order; each field is [T, K + Q, N]."""
 
     classes: np.ndarray
     examples: np.ndarray
@@ -72,13 +72,13 @@ class Drawn(NamedTuple):
     labels: np.ndarray
 
     def by_label(self) -> "Drawn":
-        """The same with label n in column n."""
-        place = self.labels.argsort(2)
-        return Drawn(*(np.take_along_axis(part, place, 2) for part in self))
+        """Return the same with label n in column n."""
+        columns = self.labels.argsort(2)
+        return Drawn(*(np.take_along_axis(part, columns, 2) for part in self))
 
 
 def numbered_tasks(counts, way, shot, query, names=None, images=OMNIGLOT) -> ImageTasks:
-    """A source of tasks, every split of which has counts[c] images of class c, numbered through all classes."""
+    """Return tasks whose splits all have counts[c] images of class c, numbered consecutively across classes."""
     counts = np.array(counts)
     number = np.arange(counts.sum())
     corners = [np.full_like(number, 255), number // 100, number % 100, np.zeros_like(number)]
@@ -89,7 +89,7 @@ def numbered_tasks(counts, way, shot, query, names=None, images=OMNIGLOT) -> Ima
 
 
 def drawn(tasks: Tasks, counts, way: int, images=OMNIGLOT) -> Drawn:
-    """Reads numbered images and their labels back."""
+    """Decode the numbered images of tasks, and their labels."""
     x = np.concatenate([tasks.support_x, tasks.query_x], 1)
     y = np.concatenate([tasks.support_y, tasks.query_y], 1)
     shape = (len(x), -1, way)
@@ -106,7 +106,7 @@ def drawn(tasks: Tasks, counts, way: int, images=OMNIGLOT) -> Drawn:
 
 @st.composite
 def image_tasks(draw):
-    """Counts of images a class, way, shot, query: anything that a task can be drawn from, often with none to spare."""
+    """Draw (images per class, way, shot, query): any valid combination, often with no surplus images."""
     way, shot, query = draw(st.integers(2, 6)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     spare = draw(st.lists(st.integers(0, 5), min_size=way, max_size=way + 4))
     return [shot + query + more for more in spare], way, shot, query
@@ -117,9 +117,9 @@ seeds, splits, firsts = st.integers(0, 2**63), st.sampled_from(SPLITS), st.integ
 
 @given(image_tasks(), seeds, splits, firsts)
 @settings(deadline=None)
-def test_image_task_is_made_as_specified(made_of, seed, split, first):
-    counts, way, shot, query = made_of
-    tasks = numbered_tasks(*made_of).draw(seed, split, first, 3)
+def test_image_task_has_k_and_q_distinct_images_per_class(parameters, seed, split, first):
+    counts, way, shot, query = parameters
+    tasks = numbered_tasks(*parameters).draw(seed, split, first, 3)
     assert [part.shape for part in tasks] == [
         *((3, way * shot, 2, 2, 1), (3, way * shot, way)),
         *((3, way * query, 2, 2, 1), (3, way * query, way)),
@@ -130,26 +130,26 @@ def test_image_task_is_made_as_specified(made_of, seed, split, first):
         assert (labels.sum(2) == 1).all()
 
     rows = drawn(tasks, counts, way)
-    # Every N rows have every label once: K of each in the support set, Q in the query set.
+    # Each group of N images has every label once, so there are K per class in the support set and Q in the query set.
     np.testing.assert_array_equal(np.sort(rows.labels, 2), np.broadcast_to(np.arange(way), rows.labels.shape))
     label = rows.by_label()
     assert (label.classes == label.classes[:, :1]).all()
     assert (label.quarters == label.quarters[:, :1]).all()
     assert all(len(set(task[0])) == way for task in label.classes)
     examples = np.sort(label.examples, 1)
-    assert (examples[:, 1:] > examples[:, :-1]).all()  # none twice: support and query are disjoint
+    assert (examples[:, 1:] > examples[:, :-1]).all()  # no duplicates: support and query are disjoint
 
 
 @given(image_tasks(), seeds, splits, firsts, st.lists(st.integers(1, 4), min_size=2, max_size=4))
 @settings(deadline=None)
-def test_image_task_does_not_depend_on_the_meta_batch(made_of, seed, split, first, batches):
-    assert_drawn_in_batches(numbered_tasks(*made_of), seed, split, first, batches)
+def test_image_task_does_not_depend_on_the_meta_batch(parameters, seed, split, first, batches):
+    assert_drawn_in_batches(numbered_tasks(*parameters), seed, split, first, batches)
 
 
 @pytest.mark.parametrize(
     "source", [numbered_tasks([20] * 30, 5, 1, 1), SinusoidTasks(5, 5)], ids=["images", "sinusoid"]
 )
-def test_every_seed_split_and_number_has_a_task_of_its_own(source):
+def test_tasks_differ_between_seeds_splits_and_numbers(source):
     seen = set()
     for seed, split in product((0, 1, 2, 2**40), SPLITS):
         tasks = source.draw(seed, split, 0, 25)
@@ -164,9 +164,9 @@ def dirichlet_tasks(counts, way, shot, query, images=OMNIGLOT) -> ImageTasks:
 
 @given(image_tasks(), seeds, splits, firsts)
 @settings(deadline=None)
-def test_uneven_queries_have_the_same_total(made_of, seed, split, first):
-    """The support set has K of each class; the queries are N * Q, none twice and of the task's own classes."""
-    counts, way, shot, query = made_of
+def test_uneven_queries_have_the_same_total(parameters, seed, split, first):
+    """The support set has K images per class; the N * Q queries are distinct and belong to the task's classes."""
+    counts, way, shot, query = parameters
     counts = [count + (way - 1) * query for count in counts]
     tasks = dirichlet_tasks(counts, way, shot, query).draw(seed, split, first, 3)
     assert tasks.support_y.shape == (3, way * shot, way) and tasks.query_y.shape == (3, way * query, way)
@@ -178,8 +178,8 @@ def test_uneven_queries_have_the_same_total(made_of, seed, split, first):
     assert_drawn_in_batches(dirichlet_tasks(counts, way, shot, query), seed, split, first, [2, 1])
 
 
-def test_shares_of_the_queries_are_dirichlet():
-    """Each share is Beta(2, 2 (N - 1)), two are as correlated as they should be, and rounding moves less than one."""
+def test_query_shares_follow_the_dirichlet_distribution():
+    """A share is Beta(2, 2 (N - 1)), two shares have correlation -1 / (N - 1), and rounding moves less than one."""
     words = data_generator._words(0, "test", 0, 4000, per_task=10)
     shares = data_generator._query_counts(words, 10**9) / 10**9
     for share in shares.T:
@@ -190,7 +190,7 @@ def test_shares_of_the_queries_are_dirichlet():
     assert np.abs(few - 75 * shares).max() < 1
 
 
-def test_draws_of_images_are_uniform():
+def test_image_draws_are_uniform_and_independent():
     counts = [5] * 7
     source = numbered_tasks(counts, 3, 1, 1)
     rows = drawn(source.draw(0, "train", 0, 20_000), counts, 3)
@@ -199,9 +199,9 @@ def test_draws_of_images_are_uniform():
     assert_uniform(label.quarters[:, 0], possible=4**3)
     for n in range(3):
         assert_uniform(label.examples[:, :, n], possible=5 * 4)
-    assert_uniform(rows.labels.reshape(-1, 6), possible=6 * 6)  # both orders of the classes: a new one for each example
+    assert_uniform(rows.labels.reshape(-1, 6), possible=6 * 6)  # the order of the classes is new for each example
 
-    # Nothing tells anything about anything else, neither in the same task nor in the next.
+    # Draws are independent, within a task and between successive tasks.
     columns = {
         **{("class", 0, n): label.classes[:, 0, n] for n in range(3)},
         **{("quarter", 0, n): label.quarters[:, 0, n] for n in range(3)},
@@ -210,14 +210,14 @@ def test_draws_of_images_are_uniform():
     }
     for (one, a), (other, b) in permutations(columns.items(), 2):
         assert_independent(a[:-1], b[1:])
-        # In one task, classes are drawn without replacement, so are a class's examples, and an order's places.
+        # Within a task, the classes, a class's examples and an order's places are drawn without replacement.
         if one < other and (one[0] != other[0] or (one[0] == "example" and one[2] != other[2])):
             assert_independent(a, b)
     for column in columns.values():
         assert_independent(column[:-1], column[1:])
 
 
-def test_draws_are_uniform_where_classes_differ_in_size():
+def test_draws_are_uniform_if_class_sizes_differ():
     counts = [3, 11, 6]
     label = drawn(numbered_tasks(counts, 2, 1, 1).draw(0, "train", 0, 6000), counts, 2).by_label()
     assert_uniform(label.classes[:, 0], possible=6)
@@ -227,7 +227,7 @@ def test_draws_are_uniform_where_classes_differ_in_size():
 
 
 def test_omniglot_test_tasks_are_pinned():
-    """The 600 tasks that every 5-way 1-shot Omniglot accuracy is a mean over: they must never change."""
+    """The 600 tasks behind every 5-way 1-shot Omniglot accuracy must never change."""
     names, counts = sorted(PUBLISHED["test"]), [20] * 423
     tasks = numbered_tasks(counts, 5, 1, 1, names).draw(0, "test", 0, 600)
     rows = zip(*(part.ravel() for part in drawn(tasks, counts, 5)), strict=True)
@@ -237,13 +237,13 @@ def test_omniglot_test_tasks_are_pinned():
 
 
 @pytest.mark.parametrize("name", [name for name, row in DATASETS.items() if row.images])
-def test_only_omniglot_is_turned(name):
+def test_only_omniglot_is_rotated(name):
     images = DATASETS[name].images
     source = numbered_tasks([4] * 5, 5, 1, 1, images=images)
     assert drawn(source.draw(0, "train", 0, 100), [4] * 5, 5, images).quarters.any() == (name == "omniglot")
 
 
-def test_drawing_leaves_the_images_as_they_are():
+def test_drawing_does_not_modify_the_images():
     source = numbered_tasks([4] * 5, 5, 1, 1)
     before = source.classes["train"].pixels.copy()
     source.draw(0, "train", 0, 50)
@@ -254,7 +254,7 @@ def test_drawing_leaves_the_images_as_they_are():
 
 
 def assert_drawn_from(tasks: Tasks, way: int, images: Images, folders: dict[str, Path]) -> None:
-    """Every label of every task stands for one of the class folders (by name), at one rotation, to the bit."""
+    """Assert that each label of each task is one class folder (by name) at one rotation, bit for bit."""
     known: dict[bytes, set] = {}
     for name, folder in folders.items():
         for file in folder.iterdir():
@@ -262,20 +262,20 @@ def assert_drawn_from(tasks: Tasks, way: int, images: Images, folders: dict[str,
                 u8 = np.asarray(image.convert("L" if images.channels == 1 else "RGB")).reshape(*images.size, -1)
             pixels = u8.astype(np.float32) / np.float32(255)
             for quarter in range(4 if images.rotations else 1):
-                turned = np.rot90(1 - pixels if images.invert else pixels, quarter)
-                known.setdefault(turned.tobytes(), set()).add((name, quarter))
+                rotated = np.rot90(1 - pixels if images.invert else pixels, quarter)
+                known.setdefault(rotated.tobytes(), set()).add((name, quarter))
 
     x = np.concatenate([tasks.support_x, tasks.query_x], 1)
     labels = np.concatenate([tasks.support_y, tasks.query_y], 1).argmax(2)
-    turns = set()
+    quarters = set()
     for t, label in product(range(len(x)), range(way)):
-        stands_for = set.intersection(*(known[image.tobytes()] for image in x[t, labels[t] == label]))
-        assert len({name for name, _ in stands_for}) == 1
-        turns |= {quarter for _, quarter in stands_for}
-    assert turns == set(range(4 if images.rotations else 1))
+        matches = set.intersection(*(known[image.tobytes()] for image in x[t, labels[t] == label]))
+        assert len({name for name, _ in matches}) == 1
+        quarters |= {quarter for _, quarter in matches}
+    assert quarters == set(range(4 if images.rotations else 1))
 
 
-def test_omniglot_pixels_are_those_of_the_files(omniglot_like):
+def test_omniglot_pixels_match_the_files(omniglot_like):
     source = ImageTasks.from_folder(OMNIGLOT, omniglot_like, ("train", "test"), 5, 2, 3)
     for split in ("train", "test"):
         folders = {name: omniglot_like / name for name in source.classes[split].names}
@@ -284,8 +284,8 @@ def test_omniglot_pixels_are_those_of_the_files(omniglot_like):
         assert_drawn_from(tasks, 5, OMNIGLOT, folders)
 
 
-@pytest.mark.parametrize("images", [OMNIGLOT, OMNIGLOT._replace(rotations=False)], ids=["turned", "upright"])
-def test_the_names_of_a_tasks_classes(omniglot_like, images):
+@pytest.mark.parametrize("images", [OMNIGLOT, OMNIGLOT._replace(rotations=False)], ids=["rotated", "upright"])
+def test_names_give_the_class_and_angle_of_each_label(omniglot_like, images):
     source = ImageTasks.from_folder(images, omniglot_like, ("test",), 5, 1, 1)
     angles = set()
     for number in range(7, 12):
@@ -301,7 +301,7 @@ def test_the_names_of_a_tasks_classes(omniglot_like, images):
     assert angles == ({"", "90°", "180°", "270°"} if images.rotations else {""})
 
 
-def test_miniimagenet_pixels_are_those_of_the_files(miniimagenet_like):
+def test_miniimagenet_pixels_match_the_files(miniimagenet_like):
     source = ImageTasks.from_folder(MINIIMAGENET, miniimagenet_like, ("train", "test"), 5, 1, 4)
     for split in ("train", "test"):
         folders = {folder.name: folder for folder in (miniimagenet_like / split).iterdir()}
@@ -311,8 +311,8 @@ def test_miniimagenet_pixels_are_those_of_the_files(miniimagenet_like):
 
 
 @pytest.mark.parametrize("invert", [False, True])
-def test_every_grey_value(tmp_path, invert):
-    folder = tmp_path / "train" / "greys"
+def test_every_gray_value_is_scaled_exactly(tmp_path, invert):
+    folder = tmp_path / "train" / "grays"
     folder.mkdir(parents=True)
     for name in ("0.png", "1.png"):
         Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(folder / name)
@@ -326,23 +326,23 @@ def test_every_grey_value(tmp_path, invert):
 
 
 def test_tasks_of_real_omniglot(shared, tmp_path, capsys):
-    """Five alphabets from the published archive, through the script that prepares them."""
+    """Five alphabets from the published archive, prepared by the script."""
     archive, folder = shared / "data" / "omniglot" / "images_background_small1.zip", tmp_path / "omniglot"
     subprocess.run([sys.executable, ROOT / OMNIGLOT.prepare, archive, "--out", folder], check=True, capture_output=True)
     source = ImageTasks.from_folder(OMNIGLOT, folder, SPLITS, 5, 1, 1)
-    assert "has 136 of the 1,623 published classes" in capsys.readouterr().out
+    assert "136 of the 1,623 published classes" in capsys.readouterr().out
     assert [len(source.classes[split].names) for split in SPLITS] == [93, 10, 33]
     for split in SPLITS:
         assert set(source.classes[split].names) <= set(PUBLISHED[split])
         assert set(source.classes[split].counts) == {20}
         tasks = source.draw(0, split, 0, 20)
-        assert set(np.unique(tasks.support_x)) == {0, 1}  # binary as published
+        assert set(np.unique(tasks.support_x)) == {0, 1}  # binary, as published
         assert 0 < tasks.support_x.mean() < 0.3  # ink is 1
         assert_drawn_from(tasks, 5, OMNIGLOT, {name: folder / name for name in source.classes[split].names})
 
 
-def test_other_classes_have_another_checksum():
-    """By which several processes of a run know that they draw the same tasks."""
+def test_checksum_changes_with_the_classes():
+    """The processes of a run compare it, to know that they draw the same tasks."""
     names = ["a", "b", "c"]
     checksums = [
         numbered_tasks(counts, 2, 1, 1, names).checksum()
@@ -355,7 +355,7 @@ def test_other_classes_have_another_checksum():
 
 
 def sines(tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
-    """x (with what the oracle adds) and y of all points, [T, K + Q, width], in float64."""
+    """Return x (with the oracle's inputs) and y of all points, float64 [T, K + Q, width]."""
     x = np.concatenate([tasks.support_x, tasks.query_x], 1).astype(float)
     return x, np.concatenate([tasks.support_y, tasks.query_y], 1).astype(float)
 
@@ -375,19 +375,19 @@ def test_sinusoid_is_a_sine(shot, query):
     assert_same(plain, Tasks(oracle.support_x[..., :1], oracle.support_y, oracle.query_x[..., :1], oracle.query_y))
 
 
-def test_draws_of_the_sinusoid_are_uniform():
+def test_sinusoid_draws_are_uniform_and_independent():
     x, _ = sines(SinusoidTasks(2, 2, oracle=True).draw(0, "train", 0, 20_000))
     columns = {"amplitude": (x[:, 0, 1], 0.1, 5), "phase": (x[:, 0, 2], 0, np.pi)}
     columns |= {f"x{i}": (x[:, i, 0], -5, 5) for i in range(4)}
     for values, low, high in columns.values():
-        near = (high - low) / 1000
-        assert low - 1e-6 <= values.min() < low + near
-        assert high - near < values.max() <= high + 1e-6
+        margin = (high - low) / 1000
+        assert low - 1e-6 <= values.min() < low + margin
+        assert high - margin < values.max() <= high + 1e-6
         assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > 1e-4
     for (one, (a, *_)), (other, (b, *_)) in product(columns.items(), repeat=2):
         if one < other:
             assert stats.spearmanr(a, b).pvalue > 1e-5
-        assert stats.spearmanr(a[:-1], b[1:]).pvalue > 1e-5  # nor does the next task depend on this one
+        assert stats.spearmanr(a[:-1], b[1:]).pvalue > 1e-5  # successive tasks are independent, too
 
 
 @given(st.integers(1, 6), st.integers(1, 6), seeds, splits, firsts, st.lists(st.integers(1, 4), min_size=2, max_size=4))
@@ -397,15 +397,15 @@ def test_sinusoid_does_not_depend_on_the_meta_batch(shot, query, seed, split, fi
 
 
 def test_sinusoid_test_tasks_are_pinned():
-    """The first of the 600 tasks that every sinusoid error is a mean over: they must never change."""
+    """The first of the 600 tasks behind every sinusoid error; they must never change."""
     x, y = sines(SinusoidTasks(10, 10, oracle=True).draw(0, "test", 0, 4))
     digits = np.rint(np.concatenate([x, y], 2) * 1e4).astype(int)
     digest = hashlib.sha256(" ".join(map(str, digits.ravel())).encode()).hexdigest()
     assert digest == "0d06b8830fe123464a5513670b63862ab2278131d56a02bea33e0d6afaa475fc"
 
 
-def test_tasks_of_ones_own_arrays():
-    """Float32 and one-hot, ready for a step; two functions are a network."""
+def test_own_arrays_train_a_network_of_two_functions():
+    """tasks_from_arrays gives float32 and one-hot labels."""
     random = np.random.default_rng(0)
     labels = np.tile([0, 1, 2], (4, 2))
     tasks = tasks_from_arrays(
@@ -442,7 +442,7 @@ def test_tasks_of_ones_own_arrays():
         ({"support_y": np.zeros((4, 6, 2)), "query_y": np.zeros((4, 9, 1))}, None, "support_y .* query_y"),
     ],
 )
-def test_wrong_arrays_are_named(changed, way, named):
+def test_invalid_arrays_are_named(changed, way, named):
     arrays = {
         "support_x": np.zeros((4, 6, 5)),
         "support_y": np.zeros((4, 6), int),

@@ -1,4 +1,4 @@
-"""data/archive.py, the scripts that prepare the data sets, and the split lists."""
+"""The scripts that prepare the data sets, data/archive.py, and the split lists."""
 
 import bz2
 import functools
@@ -59,7 +59,7 @@ cifar_fs, fc100, cub, tiered_imagenet = map(load, ("cifar_fs", "fc100", "cub", "
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file except the scripts' marker; hidden ones too, so that leftovers show."""
+    """Return all files except the scripts' marker. Hidden files are included, to detect leftovers."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != archive.MARKER]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -69,13 +69,13 @@ def visible(folder: Path) -> set[str]:
 
 
 def names(path: Path | str):
-    """Expect the error that bad input causes, with this path or flag in it."""
+    """Expect an InputError that contains this path or flag."""
     return pytest.raises(InputError, match=re.escape(str(path)))
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(script, *flags) runs a script's main as from the command line and returns what it prints."""
+    """call(script, *flags) runs a script's main as the command line does, and returns its output."""
 
     def run_main(script, *flags: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
@@ -88,7 +88,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A copy of the project's data folder as a checkout has it: scripts and lists, no data."""
+    """A copy of the project's data folder with scripts and lists, without data."""
     for path in (ROOT / "files.py", DATA / "archive.py", DATA / RESIZE, DATA / PROC, *DATA.glob("splits/*.json")):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def data(tmp_path) -> Path:
 
 
 def draw(root: Path, *alphabets: str, characters: int = 2, drawings: int = 2) -> Path:
-    """Write raw Omniglot below root: 1-bit 105x105 PNGs of random ink, <alphabet>/characterNN/*.png."""
+    """Write raw Omniglot in root: <alphabet>/characterNN/*.png, 1-bit 105x105 PNGs of random ink."""
     noise = np.random.default_rng(0)
     for alphabet in alphabets:
         for character in range(characters):
@@ -119,14 +119,14 @@ def photograph(folder: Path, *files: str, mode: str = "RGB", seed: int = 0) -> P
 
 
 def write_csv(folder: Path, **splits: dict[str, list[str]]) -> None:
-    """Write train.csv, val.csv and test.csv of {label: file names}; a split that is not given has no classes."""
+    """Write train.csv, val.csv and test.csv from {label: file names}. Omitted splits are empty."""
     for part in PARTS:
         rows = [f"{name},{label}" for label, files in splits.get(part, {}).items() for name in files]
         (folder / f"{part}.csv").write_text("\n".join(["filename,label", *rows]) + "\n")
 
 
 def two_classes(root: Path) -> tuple[str | Path, ...]:
-    """Write photographs and csv files of two classes below root; return proc_images' flags for them."""
+    """Write photographs and csv files of two classes in root, and return proc_images' flags for them."""
     photograph(root / "images", "a0.jpg", "a1.jpg", "b0.jpg", "b1.jpg")
     write_csv(root, train={"a": ["a0.jpg", "a1.jpg"]}, test={"b": ["b0.jpg", "b1.jpg"]})
     return "--images", root / "images", "--csv", root, "--out", root / "out"
@@ -160,7 +160,7 @@ def pixels_of(path: Path) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ Omniglot
 
 
-def test_omniglot_in_the_originals_way(data):
+def test_omniglot_is_resized_in_place_as_in_the_original(data):
     draw(draw(data / "omniglot", "Greek") / "images_background", "Latin", "N_Ko")
     draw(data / "omniglot" / "images_evaluation", "Tengwar")
     raw = contents(data / "omniglot")
@@ -180,24 +180,25 @@ def test_omniglot_in_the_originals_way(data):
             assert (small.size, small.mode, small.format) == ((28, 28), "1", "PNG")
             assert np.array_equal(small, big)
 
-    # Copy and start once more: the raw copies are over and beside the finished drawings.
-    ready = contents(here)
+    # Copy and run again: the raw copies overwrite the finished drawings or join them.
+    finished = contents(here)
     subprocess.run(command, shell=True, cwd=here, capture_output=True, check=True)
-    assert contents(here) == ready
+    assert contents(here) == finished
 
 
-def test_omniglot_from_its_archives(tmp_path, call):
+def test_omniglot_from_archives_equals_omniglot_from_folders(tmp_path, call):
+    """A second run writes only the missing drawings."""
     background = pack(draw(tmp_path / "a", "images_background/Greek"), tmp_path / "images_background.zip")
     evaluation = pack(draw(tmp_path / "b", "images_evaluation/Oriya"), tmp_path / "images_evaluation.zip")
     out = tmp_path / "out"
-    assert "2 alphabets, 0 of them finished before\n" in call(resize_images, background, evaluation, "--out", out)
+    assert "2 alphabets, 0 already finished\n" in call(resize_images, background, evaluation, "--out", out)
     call(resize_images, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "from_folders")
     assert contents(out) == contents(tmp_path / "from_folders")
     assert len(contents(out)) == 8
 
     shutil.rmtree(out / "Oriya" / "character02")
     kept = {path: path.stat().st_ino for path in out.rglob("*.png")}
-    assert "2 alphabets, 1 of them finished before\n" in call(resize_images, background, evaluation, "--out", out)
+    assert "2 alphabets, 1 already finished\n" in call(resize_images, background, evaluation, "--out", out)
     assert contents(out) == contents(tmp_path / "from_folders")
     assert {path: path.stat().st_ino for path in kept} == kept
 
@@ -215,7 +216,7 @@ def test_real_omniglot_has_the_published_characters(shared):
 
 
 @pytest.mark.parametrize("source", ["empty.zip", "empty", "missing.zip"])
-def test_a_source_without_drawings_is_named(tmp_path, call, source):
+def test_source_without_drawings_is_named(tmp_path, call, source):
     (tmp_path / "empty").mkdir()
     pack(tmp_path / "empty", tmp_path / "empty.zip")
     with names(tmp_path / source):
@@ -225,7 +226,7 @@ def test_a_source_without_drawings_is_named(tmp_path, call, source):
 # -------------------------------------------------------------------------------------------- MiniImagenet
 
 
-def test_miniimagenet_in_the_originals_way(data):
+def test_miniimagenet_is_prepared_as_in_the_original(data):
     here = data / "miniImagenet"
     listed = {"train": ["a0.jpg", "a1.jpg"], "val": ["b0.jpg", "b1.jpg"], "test": ["c0.jpg", "c1.jpg"]}
     photograph(here / "images", *listed["train"], *listed["val"], "not_in_the_csv.jpg")
@@ -236,10 +237,10 @@ def test_miniimagenet_in_the_originals_way(data):
     def run() -> str:
         return subprocess.run([sys.executable, "proc_images.py"], cwd=here, capture_output=True, text=True).stdout
 
-    said = run()
-    assert "3 classes, 0 of them finished before\n" in said
-    assert "train classes: 1 found, 64 expected  <- not the published number\n" in said
-    assert "test images: 2 found, 12,000 expected" in said
+    output = run()
+    assert "3 classes, 0 already finished\n" in output
+    assert "train classes: 1 found, 64 expected  <- not the published number\n" in output
+    assert "test images: 2 found, 12,000 expected" in output
     assert contents(here / "images") == raw
     for part in PARTS:
         assert contents(here / part).keys() == {f"{name[0]}/{name}" for name in listed[part]}
@@ -252,13 +253,13 @@ def test_miniimagenet_in_the_originals_way(data):
 
     kept = {path: path.stat().st_ino for path in here.glob("t*/*/*.jpg")}
     shutil.rmtree(here / "val")
-    assert "3 classes, 2 of them finished before\n" in run()
+    assert "3 classes, 2 already finished\n" in run()
     assert {path: path.stat().st_ino for path in kept} == kept
     assert visible(here / "val" / "b") == {"b0.jpg", "b1.jpg"}
 
 
 @pytest.mark.parametrize("name", ["images.zip", "images.tar", "images.tar.xz"])
-def test_miniimagenet_from_an_archive_by_the_class_lists(tmp_path, call, name):
+def test_miniimagenet_without_csv_uses_the_class_lists(tmp_path, call, name):
     labels = {part: MINIIMAGENET[part][3] for part in PARTS}
     for label in labels.values():
         photograph(tmp_path / "packed" / "images", f"{label}00000001.jpg", f"{label}00000002.jpg")
@@ -269,8 +270,8 @@ def test_miniimagenet_from_an_archive_by_the_class_lists(tmp_path, call, name):
     with names("--allow_missing"):
         call(proc_images, *flags)
     assert contents(tmp_path / "out") == {}
-    said = call(proc_images, *flags, "--allow_missing")
-    assert f"val/{labels['val']}: 598 images missing\n" in said
+    output = call(proc_images, *flags, "--allow_missing")
+    assert f"val/{labels['val']}: 598 images missing\n" in output
     found = {f"{part}/{label}/{label}0000000{i}.jpg" for part, label in labels.items() for i in (1, 2)}
     assert contents(tmp_path / "out").keys() == found
 
@@ -287,14 +288,14 @@ def test_missing_photographs_are_reported_and_can_be_added_later(tmp_path, call,
     assert contents(tmp_path / "out").keys() == {"train/a/a0.jpg", "test/c/c0.jpg"}
 
     photograph(images, "a1.jpg", "a2.jpg", "b0.jpg")
-    assert "3 classes, 1 of them finished before" in call(proc_images, *flags)
+    assert "3 classes, 1 already finished" in call(proc_images, *flags)
     assert len(contents(tmp_path / "out")) == 5
 
 
 @pytest.mark.parametrize(
     "train", [None, "", "a0.jpg,a\n", *(f"filename,label\n{line}\n" for line in ("a0.jpg", "a0.jpg,../a", "/a0.jpg,a"))]
 )
-def test_a_wrong_csv_is_named(tmp_path, call, train):
+def test_wrong_csv_is_named(tmp_path, call, train):
     flags = two_classes(tmp_path)
     if train is None:
         (tmp_path / "train.csv").unlink()
@@ -305,20 +306,20 @@ def test_a_wrong_csv_is_named(tmp_path, call, train):
     assert contents(tmp_path / "out") == {}
 
 
-@pytest.mark.parametrize("twin", ["a0.jpeg", "more/a0.jpg"])
-def test_photographs_with_the_same_name_are_named(tmp_path, twin):
+@pytest.mark.parametrize("duplicate", ["a0.jpeg", "more/a0.jpg"])
+def test_photographs_with_the_same_name_are_refused(tmp_path, duplicate):
     """They would become one .png."""
-    for name in ("a0.jpg", "a1.jpg", twin):
+    for name in ("a0.jpg", "a1.jpg", duplicate):
         photograph((tmp_path / name).parent, Path(name).name)
-    with names(twin):
+    with names(duplicate):
         archive.photographs(tmp_path)
 
 
-IMAGENET = {part: MINIIMAGENET[part][0] for part in PARTS}  # one class of each part
+IMAGENET = {part: MINIIMAGENET[part][0] for part in PARTS}  # one class per split
 
 
 def imagenet(root: Path, wnids: list[str], kind: str) -> Path:
-    """Write a small ILSVRC 2012 training part: a folder of class folders or of class tars, or the tar of tars."""
+    """Write a small ILSVRC 2012 training set: a folder of class folders, a folder of class tars, or a tar of tars."""
     for i, wnid in enumerate(wnids):
         photograph(root / wnid, *(f"{wnid}_{number}.JPEG" for number in (100, 7, 9999, 10)), seed=i)
     if kind == "folders":
@@ -330,7 +331,7 @@ def imagenet(root: Path, wnids: list[str], kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folders", "tars", "tar of tars"])
-def test_miniimagenet_from_imagenet_takes_the_images_by_rank_in_their_class(tmp_path, call, kind):
+def test_miniimagenet_from_imagenet_numbers_images_by_rank(tmp_path, call, kind):
     raw = imagenet(tmp_path / "raw", list(IMAGENET.values()), "folders")
     source = imagenet(tmp_path / "packed", list(IMAGENET.values()), kind)
     write_csv(tmp_path, **{part: {wnid: [f"{wnid}0000000{i}.jpg" for i in (2, 4)]} for part, wnid in IMAGENET.items()})
@@ -342,11 +343,11 @@ def test_miniimagenet_from_imagenet_takes_the_images_by_rank_in_their_class(tmp_
             assert np.array_equal(saved, resized(raw / wnid / f"{wnid}_{number}.JPEG"))
 
 
-def test_miniimagenet_from_imagenet_without_csv_takes_the_first_600(tmp_path, call, monkeypatch):
+def test_miniimagenet_from_imagenet_without_csv_uses_the_first_600(tmp_path, call, monkeypatch):
     monkeypatch.setattr(proc_images, "CLASS_SIZE", 3)
     source = imagenet(tmp_path / "raw", [*IMAGENET.values(), "n00000001"], "folders")
-    said = call(proc_images, "--imagenet", source, "--out", tmp_path / "out", "--allow_missing")
-    assert "3 images after the first 3 of their class are left out" in said
+    output = call(proc_images, "--imagenet", source, "--out", tmp_path / "out", "--allow_missing")
+    assert "left out 3 images after the first 3 " in output
     files = {f"{part}/{wnid}/{wnid}0000000{i}.jpg" for part, wnid in IMAGENET.items() for i in (1, 2, 3)}
     assert contents(tmp_path / "out").keys() == files
 
@@ -359,7 +360,7 @@ def test_miniimagenet_from_imagenet_without_csv_takes_the_first_600(tmp_path, ca
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes text and bytes as Python 2 did, which had one type for both."""
+    """Write text and bytes as Python 2, which had one type for both."""
 
     dispatch = pickle._Pickler.dispatch.copy()
 
@@ -389,7 +390,7 @@ def pickled(value: object, how: str) -> bytes:
 
 
 class Evil:
-    """Its pickle names a function, which is called when the pickle is read."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function, *values):
         self.called = function, values
@@ -406,7 +407,7 @@ class Evil:
         *(Evil(np.save, "evil.npy", [1]), np.array([1, "a"], object), pickle.PicklingError("any other class")),
     ],
 )
-def test_a_pickle_cannot_run_code(tmp_path, call, monkeypatch, evil, how):
+def test_pickle_cannot_run_code(tmp_path, call, monkeypatch, evil, how):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     cifar(tmp_path / "cifar", how, data=evil)
@@ -420,7 +421,7 @@ def test_a_pickle_cannot_run_code(tmp_path, call, monkeypatch, evil, how):
 @pytest.mark.parametrize(
     "change", [{"filenames": ["../../evil.png"] * 100}, {"filenames": 7}, {"fine_labels": [100] * 100}, {"data": [0]}]
 )
-def test_a_pickle_that_is_not_cifar_is_named(tmp_path, call, change):
+def test_pickle_that_is_not_cifar_is_named(tmp_path, call, change):
     cifar(tmp_path / "raw", **change)
     with names(tmp_path / "raw" / "cifar-100-python" / "train"):
         call(cifar_fs, "--archive", tmp_path / "raw", "--out", tmp_path / "out", "--allow_missing")
@@ -429,13 +430,13 @@ def test_a_pickle_that_is_not_cifar_is_named(tmp_path, call, change):
 @pytest.mark.parametrize(
     "change", [{"image_data": np.zeros((9, 84, 84), np.uint8)}, {"class_dict": {"n01532829": ["../evil"]}}]
 )
-def test_a_pickle_that_is_not_miniimagenet_is_named(tmp_path, call, change):
+def test_pickle_that_is_not_miniimagenet_is_named(tmp_path, call, change):
     mini_caches(tmp_path / "caches", **change)
     with names(tmp_path / "caches" / "mini-imagenet-cache-train.pkl"):
         call(proc_images, "--pickles", tmp_path / "caches", "--out", tmp_path / "out", "--allow_missing")
 
 
-def test_a_damaged_pickle_is_named(tmp_path):
+def test_damaged_pickle_is_named(tmp_path):
     whole = pickle.dumps({"data": np.zeros(100)})
     for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "x.pkl").write_bytes(whole[:length])
@@ -444,7 +445,7 @@ def test_a_damaged_pickle_is_named(tmp_path):
 
 
 def mini_caches(folder: Path, how: str = "NumPy 2", **changes) -> dict[str, np.ndarray]:
-    """Write mini-imagenet-cache-*.pkl of 2 images in each of all 100 classes, in turn; return their pixels."""
+    """Write mini-imagenet-cache-*.pkl with 2 images in each of the 100 classes, interleaved. Return their pixels."""
     folder.mkdir()
     noise, pixels = np.random.default_rng(0), {}
     for part in PARTS:
@@ -457,11 +458,11 @@ def mini_caches(folder: Path, how: str = "NumPy 2", **changes) -> dict[str, np.n
 
 
 @pytest.mark.parametrize("how", PICKLERS)
-def test_miniimagenet_from_pickles_keeps_every_bit(tmp_path, call, how):
+def test_miniimagenet_from_pickles_is_lossless(tmp_path, call, how):
     pixels = mini_caches(tmp_path / "caches", how)
-    said = call(proc_images, "--pickles", tmp_path / "caches", "--out", tmp_path / "out", "--allow_missing")
-    assert f"val/{MINIIMAGENET['val'][0]}: 598 images missing\n" in said
-    assert "test images: 40 found, 12,000 expected" in said
+    output = call(proc_images, "--pickles", tmp_path / "caches", "--out", tmp_path / "out", "--allow_missing")
+    assert f"val/{MINIIMAGENET['val'][0]}: 598 images missing\n" in output
+    assert "test images: 40 found, 12,000 expected" in output
     for part in PARTS:
         for i, expected in enumerate(pixels[part]):
             label = MINIIMAGENET[part][i % len(MINIIMAGENET[part])]
@@ -472,7 +473,7 @@ def test_miniimagenet_from_pickles_keeps_every_bit(tmp_path, call, how):
 
 
 def cifar(root: Path, how: str = "NumPy 2", **changes) -> dict[str, np.ndarray]:
-    """Write the official cifar-100-python/ below root, 2 training images and 1 test image per class; return them."""
+    """Write the official cifar-100-python/ in root, with 2 training images and 1 test image per class. Return them."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     (folder / "file.txt~").touch()  # the published archive has it
@@ -485,24 +486,24 @@ def cifar(root: Path, how: str = "NumPy 2", **changes) -> dict[str, np.ndarray]:
         batch = {"filenames": files, "batch_label": part, "fine_labels": labels, "data": pixels}
         (folder / part).write_bytes(pickled(batch | changes, how))
         for label, name, row in zip(labels, files, pixels, strict=True):
-            # The publication: 1,024 red values row by row, then the green ones, then the blue.
+            # As published: 1,024 red values row by row, then the green values, then the blue.
             found[f"{FINE[label]}/{name}"] = np.stack(np.split(row, 3), axis=-1).reshape(32, 32, 3)
     return found
 
 
 @pytest.mark.parametrize("how", PICKLERS)
-def test_cifar_sets_from_the_official_archive_keep_every_bit(tmp_path, call, how):
+def test_cifar_sets_from_the_official_archive_are_lossless(tmp_path, call, how):
     pixels = cifar(tmp_path / "raw", how)
     packed = pack_tar(tmp_path / "raw", tmp_path / "cifar-100-python.tar.gz")
     for script, sizes in ((cifar_fs, (64, 16, 20)), (fc100, (60, 20, 20))):
         out = tmp_path / script.__name__
         with names("--allow_missing"):
             call(script, "--archive", packed, "--out", out)
-        said = call(script, "--archive", packed, "--out", out, "--allow_missing")
-        assert "train/orchid: 597 images missing\n" in said
+        output = call(script, "--archive", packed, "--out", out, "--allow_missing")
+        assert "train/orchid: 597 images missing\n" in output
         for part, size in zip(PARTS, sizes, strict=True):
-            assert f"{part} classes: {size} found, {size} expected\n" in said
-            assert f"{part} images: {3 * size} found, {600 * size:,} expected  <- not" in said
+            assert f"{part} classes: {size} found, {size} expected\n" in output
+            assert f"{part} images: {3 * size} found, {600 * size:,} expected  <- not" in output
             assert visible(out / part) == set(SPLITS[script.__name__][part])
         written = {f"{path.parent.name}/{path.name}": pixels_of(path) for path in out.glob("*/*/*.png")}
         assert written.keys() == pixels.keys()
@@ -510,7 +511,7 @@ def test_cifar_sets_from_the_official_archive_keep_every_bit(tmp_path, call, how
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_cifar_from_bertinettos_layout_is_the_same(tmp_path, call, packed):
+def test_bertinettos_layout_gives_the_same_cifar_fs(tmp_path, call, packed):
     pixels = cifar(tmp_path / "official")
     call(cifar_fs, "--archive", tmp_path / "official", "--out", tmp_path / "out", "--allow_missing")
     sources = [tmp_path / "raw", tmp_path / "more"]
@@ -520,12 +521,12 @@ def test_cifar_from_bertinettos_layout_is_the_same(tmp_path, call, packed):
         Image.fromarray(image).save(path)
     if packed:
         sources = [pack(source, source.with_suffix(".zip")) for source in sources]
-    said = call(cifar_fs, "--archive", *sources, "--out", tmp_path / "out_2", "--allow_missing")
-    assert "100 classes, 0 of them finished before\n" in said
+    output = call(cifar_fs, "--archive", *sources, "--out", tmp_path / "out_2", "--allow_missing")
+    assert "100 classes, 0 already finished\n" in output
     assert contents(tmp_path / "out_2") == contents(tmp_path / "out")
 
 
-def test_real_cifar(shared):
+def test_real_cifar_has_the_published_images(shared):
     folder = shared / "data" / "cifar_fs"
     parts = [folder / f"cifar100_meta_{part}.zip" for part in ("train_100_per_class", "val", "test")]
     whole = {*SPLITS["cifar_fs"]["val"], *SPLITS["cifar_fs"]["test"]}
@@ -537,12 +538,12 @@ def test_real_cifar(shared):
 
 
 def birds(root: Path, *classes: str) -> Path:
-    """Write CUB-200-2011 as published, with two photographs per class, the second grayscale."""
+    """Write CUB-200-2011 in its published layout, with one color and one grayscale photograph per class."""
     for i, label in enumerate(classes or BIRDS):
         folder = root / "CUB_200_2011" / "images" / label
         photograph(folder, f"{label[4:]}_0001_1.jpg", seed=i)
         photograph(folder, f"{label[4:]}_0002_2.jpg", seed=i, mode="L")
-    (root / "CUB_200_2011" / "images.txt").write_text("1 of the files beside the images\n")
+    (root / "CUB_200_2011" / "images.txt").write_text("a file that is not an image\n")
     return root
 
 
@@ -551,17 +552,18 @@ def all_birds(tmp_path_factory) -> Path:
     return birds(tmp_path_factory.mktemp("birds"))
 
 
-def test_cub_from_its_archive(all_birds, tmp_path, call, monkeypatch):
-    # As in the published archive, the classes are not in order of their names.
+def test_cub_archive_is_read_once_from_end_to_end(all_birds, tmp_path, call, monkeypatch):
+    """Its images are resized, and its classes split, as documented."""
+    # As in the published archive, the classes are not sorted by name.
     packed = pack_tar(all_birds, tmp_path / "CUB.tgz", lambda path: hashlib.md5(path.parent.name.encode()).digest())
     rewinds, rewind = [], gzip._GzipReader._rewind
     monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: rewinds.append(1) or rewind(self))
 
-    said = call(cub, "--archive", packed, "--out", tmp_path / "out", "--allow_missing")
+    output = call(cub, "--archive", packed, "--out", tmp_path / "out", "--allow_missing")
 
-    assert len(rewinds) < 5  # it is read from end to end, not once per class
-    assert "train classes: 100 found, 100 expected\n" in said
-    assert "images: 400 found, 11,788 expected  <- not the published number\n" in said
+    assert len(rewinds) < 5  # not one rewind per class
+    assert "train classes: 100 found, 100 expected\n" in output
+    assert "images: 400 found, 11,788 expected  <- not the published number\n" in output
     for i, label in enumerate(BIRDS):
         part = "train" if i % 2 == 0 else "val" if i % 4 == 1 else "test"
         for path in (all_birds / "CUB_200_2011" / "images" / label).iterdir():
@@ -570,7 +572,7 @@ def test_cub_from_its_archive(all_birds, tmp_path, call, monkeypatch):
 
 
 def test_counts_below_the_published_ones_are_an_error(all_birds, tmp_path, call):
-    with names("--allow_missing"):  # how many photographs a class should have is not known before
+    with names("--allow_missing"):  # at the end, because the class sizes are unknown
         call(cub, "--archive", all_birds, "--out", tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 400
     with names("--allow_missing"):
@@ -582,21 +584,21 @@ TIERED = {part: SPLITS["tiered_imagenet"][part][5] for part in PARTS}
 
 
 @pytest.mark.parametrize("kind", ["folders", "tars", "tar of tars"])
-def test_tiered_imagenet_from_imagenet(tmp_path, call, kind):
+def test_tiered_imagenet_is_prepared_from_imagenet(tmp_path, call, kind):
     raw = imagenet(tmp_path / "raw", list(TIERED.values()), "folders")
     source = imagenet(tmp_path / "packed", [*TIERED.values(), "n00000001"], kind)
     flags = ("--archive", source, "--out", tmp_path / "out")
     with names("--allow_missing"):
         call(tiered_imagenet, *flags)
-    said = call(tiered_imagenet, *flags, "--allow_missing")
-    assert f"train/{SPLITS['tiered_imagenet']['train'][0]}: no images\n" in said
-    assert "train images: 4 found, 448,695 expected" in said
+    output = call(tiered_imagenet, *flags, "--allow_missing")
+    assert f"train/{SPLITS['tiered_imagenet']['train'][0]}: no images\n" in output
+    assert "train images: 4 found, 448,695 expected" in output
     assert len(contents(tmp_path / "out")) == 12
     for part, wnid in TIERED.items():
         for path in (raw / wnid).iterdir():
             assert np.array_equal(pixels_of(tmp_path / "out" / part / wnid / f"{path.stem}.png"), resized(path))
     (tmp_path / "out" / "val" / TIERED["val"] / f"{TIERED['val']}_7.png").unlink()
-    assert "3 classes, 2 of them finished before\n" in call(tiered_imagenet, *flags, "--allow_missing")
+    assert "3 classes, 2 already finished\n" in call(tiered_imagenet, *flags, "--allow_missing")
     assert len(contents(tmp_path / "out")) == 12
 
 
@@ -605,7 +607,7 @@ def test_tiered_imagenet_from_imagenet(tmp_path, call, kind):
 
 @pytest.fixture
 def server(tmp_path):
-    """The address of a web server on this machine, for the files in tmp_path/served."""
+    """The address of a local web server for the files in tmp_path/served."""
     (tmp_path / "served").mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
@@ -620,7 +622,7 @@ def published(server: str, path: Path) -> archive.Published:
     return archive.Published(f"{server}/{path.name}", hashlib.md5(path.read_bytes()).hexdigest())
 
 
-def test_a_failed_download_leaves_nothing_and_can_be_repeated(tmp_path, call, server, monkeypatch):
+def test_failed_download_leaves_no_files_and_can_be_repeated(tmp_path, call, server, monkeypatch):
     cifar(tmp_path / "raw")
     packed = pack_tar(tmp_path / "raw", tmp_path / "cifar-100-python.tar.gz")
     served, out = tmp_path / "served" / packed.name, tmp_path / "out"
@@ -637,8 +639,8 @@ def test_a_failed_download_leaves_nothing_and_can_be_repeated(tmp_path, call, se
     shutil.copy(packed, served)
     call(cifar_fs, *flags)
     assert visible(out) == {*PARTS, packed.name}
-    served.unlink()  # a complete file is not fetched again
-    assert "100 of them finished before\n" in call(cifar_fs, *flags)
+    served.unlink()  # a complete file is not downloaded again
+    assert "100 already finished\n" in call(cifar_fs, *flags)
 
     (out / packed.name).write_bytes(b"the user's own")
     refused(cifar_fs, call, out / packed.name, out, *flags)
@@ -657,14 +659,14 @@ def test_omniglot_downloads_both_archives(tmp_path, call, server, monkeypatch):
 
 
 def refused(script, call, path: Path, folder: Path, *flags: str | Path) -> None:
-    """Assert that a script names the path, and changes nothing below the folder."""
+    """Assert that a script's error names the path, and that nothing in the folder changes."""
     before = contents(folder)
     with names(path):
         call(script, *flags)
     assert contents(folder) == before
 
 
-def test_a_folder_of_other_files_is_refused(tmp_path, call):
+def test_folder_of_other_files_is_refused(tmp_path, call):
     flags = two_classes(tmp_path)
     raw, out = draw(tmp_path / "raw", "Greek"), tmp_path / "out"
     out.mkdir()
@@ -675,25 +677,26 @@ def test_a_folder_of_other_files_is_refused(tmp_path, call):
     refused(cub, call, out, out, "--archive", birds(tmp_path / "birds"), "--out", out)
     (out / "notes.txt").unlink()
     call(proc_images, *flags)
-    refused(cub, call, out, out, "--archive", tmp_path / "birds", "--out", out)  # another data set
+    refused(cub, call, out, out, "--archive", tmp_path / "birds", "--out", out)  # the folder of a different data set
 
 
-@pytest.mark.parametrize("theirs", ["b0.jpg", "b0.png", "mine.jpg"])
-def test_the_users_photograph_in_a_class_folder_is_refused_before_any_work(tmp_path, call, monkeypatch, theirs):
+@pytest.mark.parametrize("photo", ["b0.jpg", "b0.png", "mine.jpg"])
+def test_users_photograph_in_a_class_folder_is_never_overwritten(tmp_path, call, monkeypatch, photo):
+    """The script stops before it writes anything."""
     flags, out = two_classes(tmp_path), tmp_path / "out"
     monkeypatch.setattr(proc_images, "HERE", out)  # the script's own folder may have other files
-    photograph(out / "test" / "b", theirs)
-    refused(proc_images, call, out / "test" / "b" / theirs, out, *flags)
+    photograph(out / "test" / "b", photo)
+    refused(proc_images, call, out / "test" / "b" / photo, out, *flags)
 
 
-def test_images_of_another_size_are_not_replaced(tmp_path, call):
+def test_images_of_a_different_size_are_not_replaced(tmp_path, call):
     flags, out = two_classes(tmp_path), tmp_path / "out"
     call(proc_images, *flags)
     refused(proc_images, call, out / "train" / "a" / "a0.jpg", out, *flags, "--short_side=128")
     refused(proc_images, call, out / "train" / "a" / "a0.jpg", out, *flags, "--lossless")
 
 
-def test_omniglot_in_place_leaves_other_files_alone(tmp_path, call, monkeypatch):
+def test_omniglot_in_place_keeps_other_files(tmp_path, call, monkeypatch):
     out = draw(tmp_path / "out", "Greek")
     monkeypatch.setattr(resize_images, "HERE", out)
     raw = draw(tmp_path / "raw", "Latin", "Oriya")
@@ -714,7 +717,7 @@ def test_omniglot_in_place_leaves_other_files_alone(tmp_path, call, monkeypatch)
     for other in (Image.new("L", (105, 105)), Image.new("1", (106, 105))):
         other.save(drawing)
         refused(resize_images, call, drawing, out, "--out", out)
-    for name in ("Latin", "Oriya"):  # a raw drawing where a source has one, also behind a link
+    for name in ("Latin", "Oriya"):  # a raw drawing at an output path, even behind a link
         shutil.copytree(raw / name, tmp_path / "more" / name)
     refused(resize_images, call, out / "Latin", raw, tmp_path / "more", "--out", out)
 
@@ -739,8 +742,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("renames", [0, 3])
 @pytest.mark.parametrize("how", ["omniglot", "omniglot in place", "miniimagenet"])
-def test_a_killed_script_is_simply_started_again(data, tmp_path, how, renames):
-    """Kill a script before a file is moved into place; run it again; compare with an uninterrupted run."""
+def test_killed_script_resumes_when_run_again(data, tmp_path, how, renames):
+    """Kill it before it moves a file into place, run it again, and compare with an uninterrupted run."""
     raw = draw(draw(tmp_path / "raw", "Greek") / "images_background", "Greek", "Latin").parent
     if how == "miniimagenet":
         script, *flags, out = data / PROC, *two_classes(tmp_path)
@@ -770,7 +773,7 @@ def test_a_killed_script_is_simply_started_again(data, tmp_path, how, renames):
 @pytest.mark.parametrize(
     "name", ["../evil.jpg", "images/../../../evil.jpg", "a\\..\\..\\evil.jpg", "/tmp/evil.jpg", "C:\\evil.jpg"]
 )
-def test_an_archive_cannot_write_outside_its_folder(tmp_path, call, packed, name):
+def test_archive_cannot_write_outside_its_folder(tmp_path, call, packed, name):
     path = tmp_path / packed
     if packed == "hostile.zip":
         with zipfile.ZipFile(path, "w") as opened:
@@ -784,7 +787,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, call, packed, name
     assert contents(tmp_path).keys() == {packed}
 
 
-def test_a_damaged_archive_is_named(tmp_path, call):
+def test_damaged_archive_is_named(tmp_path, call):
     raw = birds(tmp_path / "raw", *BIRDS[:5])
     tgz, packed = pack_tar(raw, tmp_path / "birds.tgz").read_bytes(), pack(raw, tmp_path / "birds.zip").read_bytes()
     flipped = bytearray(tgz)
@@ -804,7 +807,7 @@ def test_a_damaged_archive_is_named(tmp_path, call):
 
 
 def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
-    """Return a PNG of a few bytes that declares this many pixels."""
+    """Return a tiny PNG file that declares this many pixels."""
     small = io.BytesIO()
     Image.new("RGB", (1, 1)).save(small, "PNG")
     header = b"IHDR" + struct.pack(">II", width, height) + small.getvalue()[24:29]
@@ -813,7 +816,7 @@ def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"GIF89a", bomb(), "half"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_an_unreadable_image_is_named(tmp_path, call, body, packed):
+def test_unreadable_image_is_named(tmp_path, call, body, packed):
     raw = draw(tmp_path / "raw", "Greek", "Latin", "Oriya")
     damaged = raw / "Latin" / "character02" / "0001_00.png"
     whole = damaged.read_bytes()
@@ -825,12 +828,12 @@ def test_an_unreadable_image_is_named(tmp_path, call, body, packed):
 
     damaged.write_bytes(whole)
     source = pack(raw, tmp_path / "raw.zip") if packed else raw
-    assert "3 alphabets, 1 of them finished before" in call(resize_images, source, "--out", tmp_path / "out")
+    assert "3 alphabets, 1 already finished" in call(resize_images, source, "--out", tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 12
 
 
 @pytest.mark.parametrize("flag", ["--csv=x", "--short_side=100", "--short_side=0", "--short_side=wide"])
-def test_a_flag_that_the_pickles_cannot_have_is_named(call, capsys, flag):
+def test_flags_that_conflict_with_pickles_are_named(call, capsys, flag):
     with pytest.raises(SystemExit):
         call(proc_images, "--pickles=x", flag)
     assert flag.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
@@ -840,7 +843,7 @@ def test_every_error_is_one_line(tmp_path, monkeypatch):
     raw = draw(tmp_path / "raw", "a\n\x1b[2J\x07b")
     (raw / "a\n\x1b[2J\x07b" / "character01" / "0000_00.png").write_bytes(b"<html>")
     (tmp_path / "file").touch()
-    for out in ("out", "file"):  # a damaged image, and a place that cannot be written
+    for out in ("out", "file"):  # a damaged image, and an --out that is not a folder
         command = [sys.executable, DATA / RESIZE, raw, "--out", tmp_path / out]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1
@@ -884,7 +887,7 @@ def test_split_lists_have_different_classes(name, sizes, label):
     assert all(re.fullmatch(label, one) for one in labels)
 
 
-def test_cub_split_is_by_place_in_the_sorted_list():
+def test_cub_split_alternates_over_the_sorted_classes():
     assert [int(label[:3]) for label in BIRDS] == list(range(1, 201))
     assert [SPLITS["cub"][part] for part in PARTS] == [BIRDS[::2], BIRDS[1::4], BIRDS[3::4]]
 
@@ -908,7 +911,7 @@ def test_split_lists_are_the_published_ones(shared, part):
     assert {name: SPLITS[name][part] for name in published} == published
 
 
-def test_the_published_csv_files_and_the_class_lists_agree(shared):
+def test_published_csv_files_match_the_class_lists(shared):
     folder = shared / "data" / "miniimagenet"
     lines = [line for part in PARTS for line in (folder / f"{part}.csv").read_text().splitlines()[1:]]
     photographs = {name: folder / name for name, _ in (line.split(",") for line in lines)}

@@ -148,8 +148,8 @@ def test_the_prose_quotes_what_was_measured():
     assert f"Omniglot 5-shot test gives {100 * column['mean']:.1f} %" in readme
 
 
-def test_extending_shows_a_row_and_its_script_as_they_are():
-    diff = (ROOT / "docs" / "extending.md").read_text().split("```diff\n")[1].split("```")[0]
+def test_library_page_shows_the_real_row_and_script():
+    diff = (ROOT / "docs" / "library.md").read_text().split("```diff\n")[1].split("```")[0]
     row, script = (re.findall(r"^\+(?!\+)(.*)$", part, re.M) for part in diff.split("--- /dev/null\n"))
     assert row[0] in (ROOT / "recipe.py").read_text().splitlines()
     assert script == (ROOT / "data" / "fc100" / "prepare.py").read_text().splitlines()

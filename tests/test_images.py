@@ -1,4 +1,4 @@
-"""Image folders: classes, splits, every kind of file, the cache, errors; and crops."""
+"""Image folders: classes, splits, file types, the cache and errors; and crops."""
 
 import errno
 import itertools
@@ -33,7 +33,7 @@ from tests.helpers import refusal, run
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
 PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
 CHARACTERS = [name for split in SPLITS for name in PUBLISHED[split]]
-# Not square, so that a test fails if height and width are swapped.
+# Not square, so that tests fail if height and width are swapped.
 TINY = MINIIMAGENET._replace(size=(3, 2))
 OWN = DATASETS["folder"].images._replace(size=TINY.size)
 
@@ -46,7 +46,7 @@ def save_image(path: Path, seed: int, size=TINY.size, **options) -> None:
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
-    """The splits train and test, each of 3 classes of 4 images. All files have one length and one time."""
+    """Splits train and test, each with 3 classes of 4 images. All files have the same size and modification time."""
     folder = tmp_path / "tiny"
     for seed, (split, label, image) in enumerate(product(("train", "test"), "abc", range(4))):
         file = folder / split / label / f"{image}.png"
@@ -57,14 +57,14 @@ def tiny(tmp_path) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch) -> list[Path]:
-    """The image files opened from here on."""
+    """The image files opened since the test began."""
     files, real = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path, *rest, **named: files.append(path) or real(path, *rest, **named))
     return files
 
 
 def read(folder: Path, like: Images = TINY) -> Classes:
-    """The test split, with a copy of its pixels, so that damage to the cache does not reach it."""
+    """Return the test split with a copy of its pixels, independent of the cache."""
     classes = load_splits(like, folder, ("test",))["test"]
     return classes._replace(pixels=np.array(classes.pixels))
 
@@ -77,7 +77,7 @@ def assert_same(found: Classes, expected: Classes) -> None:
 
 
 def uncached(folder: Path) -> Classes:
-    """The classes of a copy that never had a cache."""
+    """Return the classes of a copy of the folder, read without a cache."""
     copy = folder.with_name("copy")
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".cache"))
     classes = read(copy)
@@ -95,18 +95,18 @@ def error_of(folder: Path, like: Images = TINY, splits=("test",), way=2, shot=1,
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_junk_of_other_systems_is_neither_class_nor_image(tiny):
+def test_junk_of_other_systems_is_ignored(tiny):
     expected = read(tiny)
     test = tiny / "test"
     (test / "__MACOSX" / "a").mkdir(parents=True)
     for name in ("Thumbs.db", ".DS_Store", "a/Thumbs.db", "a/desktop.ini", "a/._0.png", "__MACOSX/a/._0.png"):
         (test / name).write_bytes(b"not an image")
     save_image(test / ".b.being-written" / "0.png", seed=0)
-    save_image(test / "stray.png", seed=0)  # beside the class folders
+    save_image(test / "stray.png", seed=0)  # outside the class folders
     assert_same(read(tiny), expected)
 
 
-def test_images_are_recognized_by_any_ending_in_any_case(tiny):
+def test_file_name_extensions_ignore_case(tiny):
     for name in ("4.PNG", "5.jpg", "6.JPEG"):
         save_image(tiny / "test" / "a" / name, seed=0)
     assert list(read(tiny).counts) == [7, 4, 4]
@@ -122,19 +122,19 @@ def test_linked_class_folders_are_followed(tiny):
 @pytest.mark.parametrize(
     "like", [OMNIGLOT, OMNIGLOT._replace(split_list=None, split_sizes=(20, 10, 10))], ids=["published", "split"]
 )
-def test_the_disks_order_of_files_does_not_matter(omniglot_like, tmp_path, monkeypatch, like):
+def test_file_order_on_disk_does_not_matter(omniglot_like, tmp_path, monkeypatch, like):
     folder = tmp_path / "data"
     shutil.copytree(omniglot_like, folder, ignore=shutil.ignore_patterns(".cache"))
     expected = load_splits(like, folder, ("train", "test"))
     shutil.rmtree(folder / ".cache")
-    random, listed = Random(0), os.walk
+    random, walk = Random(0), os.walk
 
-    def shuffled(*args, **named):
-        for folder, folders, files in listed(*args, **named):
+    def shuffled_walk(*args, **named):
+        for folder, folders, files in walk(*args, **named):
             random.shuffle(folders)
             yield folder, folders, random.sample(files, len(files))
 
-    monkeypatch.setattr(os, "walk", shuffled)
+    monkeypatch.setattr(os, "walk", shuffled_walk)
     for split, classes in load_splits(like, folder, ("train", "test")).items():
         assert_same(classes, expected[split])
 
@@ -149,35 +149,35 @@ def unsplit(folder: Path) -> None:
 def only_text(folder: Path) -> None:
     shutil.rmtree(folder / "test")
     (folder / "test" / "a").mkdir(parents=True)
-    (folder / "test" / "a" / "0.txt").write_text("no image")
+    (folder / "test" / "a" / "0.txt").write_text("not an image")
 
 
-WRONG_FOLDERS = {  # name -> (what is done to the folder, what the error names)
-    "gone": (shutil.rmtree, ["{0}:", TINY.prepare, "--data_path"]),
+WRONG_FOLDERS = {  # name -> (a function that spoils the folder, required parts of the error)
+    "missing": (shutil.rmtree, ["{0}:", TINY.prepare, "--data_path"]),
     "a file": (lambda folder: shutil.rmtree(folder) or folder.write_text(""), ["{0}:", "--data_path"]),
     "empty": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), ["{0}/test:", TINY.prepare]),
     "only text": (only_text, ["{0}/test:", TINY.prepare]),
     "not split": (unsplit, ["{0}/test:", "--split"]),
     "class without images": (lambda folder: (folder / "test" / "d").mkdir(), ["{0}:", "class d (test)", "0 images"]),
-    "folder in itself": (lambda folder: (folder / "test" / "a" / "up").symlink_to(".."), ["{0}/test/a/up:"]),
-    "image that is gone": (lambda folder: (folder / "test" / "a" / "4.png").symlink_to("4.png"), ["{0}/test/a/4.png:"]),
+    "link to its parent": (lambda folder: (folder / "test" / "a" / "up").symlink_to(".."), ["{0}/test/a/up:"]),
+    "dangling link": (lambda folder: (folder / "test" / "a" / "4.png").symlink_to("4.png"), ["{0}/test/a/4.png:"]),
 }
 
 
 @pytest.mark.parametrize(("spoil", "named"), WRONG_FOLDERS.values(), ids=WRONG_FOLDERS.keys())
-def test_a_wrong_folder_is_named(tiny, spoil, named):
+def test_wrong_folder_is_named(tiny, spoil, named):
     spoil(tiny)
     message = error_of(tiny, TINY._replace(any_size=True))
     assert all(part.format(tiny) in message for part in named), message
 
 
-def test_an_unreadable_folder_is_named(tiny, monkeypatch):
+def test_unreadable_folder_is_named(tiny, monkeypatch):
     def scandir(folder, scandir=os.scandir):
         if folder == str(tiny / "test" / "b"):
             raise PermissionError(errno.EACCES, "Permission denied", folder)
         return scandir(folder)
 
-    monkeypatch.setattr(os, "scandir", scandir)  # permissions alone do not keep root out
+    monkeypatch.setattr(os, "scandir", scandir)  # permissions do not stop root
     assert str(tiny / "test" / "b") in error_of(tiny)
 
 
@@ -188,7 +188,7 @@ def test_missing_classes_and_images_are_named(tiny):
         (tiny / "test" / "c" / file).unlink()
     message = error_of(tiny, shot=2, query=2)
     assert all(part in message for part in (str(tiny), "class c (test)", "--update_batch_size", "--num_query"))
-    ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2)  # four are enough, and the other split is not used
+    ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2)  # this split has enough images, and only it is checked
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -196,14 +196,14 @@ def test_missing_classes_and_images_are_named(tiny):
 
 @pytest.fixture
 def letters(tmp_path) -> Path:
-    """Ten classes of two images in one folder."""
+    """One folder of ten classes with two images each."""
     for name, image in product("abcdefghij", range(2)):
         save_image(tmp_path / "letters" / name / f"{image}.png", seed=image)
     return tmp_path / "letters"
 
 
-def test_split_is_always_the_same_shuffle(letters):
-    """Pinned: another shuffle would train on the test classes of earlier runs."""
+def test_shuffled_split_is_pinned(letters):
+    """If it changed, new runs would train on the test classes of earlier ones."""
 
     def names(*sizes):
         classes = load_splits(OWN._replace(split_sizes=sizes), letters, SPLITS)
@@ -224,8 +224,8 @@ def test_wrong_splits_are_refused(letters, tiny):
     named(letters, (6, 2, 2), "--split=6,2,2", str(letters), like=OMNIGLOT)
 
 
-def test_published_split_follows_the_originals_rule():
-    """The original's data_generator.py, on a sorted listing: shuffled with seed 1, cut at 1,100 and 1,200."""
+def test_published_split_is_the_originals():
+    """That of its data_generator.py on a sorted listing: shuffle with seed 1, split at 1,100 and 1,200."""
     assert len(set(CHARACTERS)) == len(CHARACTERS) == 1623
     assert [len(PUBLISHED[split]) for split in SPLITS] == [1100, 100, 423]
     shuffled = sorted(CHARACTERS)
@@ -243,7 +243,7 @@ def test_published_split_has_the_published_characters(shared):
 
 
 def blank_omniglot(folder: Path, names) -> Path:
-    """Character folders of two drawings each, all of them links to one blank image."""
+    """Make character folders with two drawings each, all hard links to one blank image."""
     folder.mkdir()
     blank = folder / "blank"
     Image.new("1", OMNIGLOT.size, 1).save(blank, "png")
@@ -259,7 +259,7 @@ def names_of(folder: Path) -> dict[str, list[str]]:
 
 
 def test_complete_omniglot_has_the_published_split(tmp_path, capsys):
-    """Also beside folders that hold no images."""
+    """Folders without images are ignored."""
     folder = blank_omniglot(tmp_path / "omniglot", CHARACTERS)
     for name in ("__pycache__", "strokes_background/Greek/character01", "old"):
         (folder / name).mkdir(parents=True)
@@ -278,9 +278,9 @@ def test_part_of_omniglot_keeps_its_splits(tmp_path, capsys):
     assert "the test split of" in error_of(folder, OMNIGLOT, ("train", "test"), way=5)
 
 
-@pytest.mark.parametrize("stranger", ["Klingon/character01", "another"])
-def test_one_unknown_name_splits_all_by_the_rule(tmp_path, capsys, stranger):
-    names = [*PUBLISHED["train"][:28], stranger, *PUBLISHED["test"][:11]]
+@pytest.mark.parametrize("unknown", ["Klingon/character01", "another"])
+def test_unknown_class_causes_a_new_shuffled_split(tmp_path, capsys, unknown):
+    names = [*PUBLISHED["train"][:28], unknown, *PUBLISHED["test"][:11]]
     folder = blank_omniglot(tmp_path / "omniglot", names)
     shuffled = sorted(names)
     Random(1).shuffle(shuffled)
@@ -342,7 +342,7 @@ def test_changed_folder_is_noticed(tiny, change):
 
 
 def test_each_size_and_color_has_its_own_cache(tiny):
-    """Without --image_size, another size is an error, not what the cache happens to hold."""
+    """Without --image_size, a different size is an error, even if the folder is cached."""
     read(tiny)
     assert read(tiny, TINY._replace(channels=1)).pixels.shape[1:] == (3, 2, 1)
     with pytest.raises(InputError, match=str(tiny)):
@@ -353,8 +353,8 @@ def test_each_size_and_color_has_its_own_cache(tiny):
     assert names == {"test", "test_3x2x3", "test_2x2x3"}
 
 
-class Stranger:
-    """A pickle that makes a folder when it is loaded."""
+class Hostile:
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -364,16 +364,19 @@ class Stranger:
 
 
 DAMAGES = {
-    "array gone": ("test.npy", os.remove),
-    "array cut short": ("test.npy", lambda file: os.truncate(file, file.stat().st_size - 1)),
-    "array's header damaged": ("test.npy", lambda file: file.write_bytes(file.read_bytes().replace(b"}", b"("))),
-    "array of another shape": ("test.npy", lambda file: np.save(file, np.zeros((11, 3, 2, 3), np.uint8))),
-    "array of pickles": ("test.npy", lambda file: np.save(file, [Stranger(file.with_name("made"))], allow_pickle=True)),
-    "array is a pickle": ("test.npy", lambda file: file.write_bytes(pickle.dumps(Stranger(file.with_name("made"))))),
-    "index gone": ("test.json", os.remove),
-    "index cut short": ("test.json", lambda file: os.truncate(file, file.stat().st_size - 1)),
-    "index of another kind": ("test.json", lambda file: file.write_text("[1]")),
-    "index of another format": ("test.json", lambda file: file.write_text(file.read_text().replace(": 4,", ": 3,", 1))),
+    "array missing": ("test.npy", os.remove),
+    "array truncated": ("test.npy", lambda file: os.truncate(file, file.stat().st_size - 1)),
+    "array header damaged": ("test.npy", lambda file: file.write_bytes(file.read_bytes().replace(b"}", b"("))),
+    "array of a different shape": ("test.npy", lambda file: np.save(file, np.zeros((11, 3, 2, 3), np.uint8))),
+    "array of pickles": ("test.npy", lambda file: np.save(file, [Hostile(file.with_name("made"))], allow_pickle=True)),
+    "array is a pickle": ("test.npy", lambda file: file.write_bytes(pickle.dumps(Hostile(file.with_name("made"))))),
+    "index missing": ("test.json", os.remove),
+    "index truncated": ("test.json", lambda file: os.truncate(file, file.stat().st_size - 1)),
+    "index is a list": ("test.json", lambda file: file.write_text("[1]")),
+    "index of an old format": (
+        "test.json",
+        lambda file: file.write_text(file.read_text().replace(": 4,", ": 3,", 1)),
+    ),
 }
 
 
@@ -390,26 +393,27 @@ def test_damaged_cache_is_rebuilt(tiny, opened, name, damage):
     assert sorted(os.listdir(file.parent)) == ["test.json", "test.npy"]
 
 
-def refuse(error: OSError):
-    def refused(*_args, **_named):
+def failing(error: OSError):
+    def fail(*_args, **_named):
         raise error
 
-    return refused
+    return fail
 
 
-REFUSALS = {
+WRITE_ERRORS = {
     "folder": (Path, "mkdir", OSError(errno.EROFS, "Read-only file system")),
     "full disk": (np.lib.format, "write_array_header_1_0", OSError(errno.ENOSPC, "No space left on device")),
     "moving in": (os, "replace", OSError(errno.EIO, "Input/output error")),
 }
 
 
-@pytest.mark.parametrize("module, function, error", REFUSALS.values(), ids=REFUSALS.keys())
-def test_unwritable_cache_is_one_warning_and_arrays_in_memory(tiny, monkeypatch, capsys, module, function, error):
-    (tiny / "test" / "a" / "0.png").write_text("no image")
+@pytest.mark.parametrize("module, function, error", WRITE_ERRORS.values(), ids=WRITE_ERRORS.keys())
+def test_unwritable_cache_causes_one_warning(tiny, monkeypatch, capsys, module, function, error):
+    """The arrays stay in memory."""
+    (tiny / "test" / "a" / "0.png").write_text("not an image")
     skipping = OWN._replace(skip_broken=True)
     with monkeypatch.context() as patch:
-        patch.setattr(module, function, refuse(error))
+        patch.setattr(module, function, failing(error))
         found = load_splits(skipping, tiny, ("train", "test"))
     lines = capsys.readouterr().out.splitlines()
     assert [str(tiny / ".cache") in line for line in lines] == [True, False]
@@ -418,11 +422,12 @@ def test_unwritable_cache_is_one_warning_and_arrays_in_memory(tiny, monkeypatch,
     assert_same(found["test"], read(tiny, skipping))
 
 
-def test_of_two_starts_at_once_one_decodes(tiny, monkeypatch, opened, capsys):
+def test_only_one_of_two_processes_decodes(tiny, monkeypatch, opened, capsys):
+    """The second waits for the cache. A thread plays its part."""
     decode, second = images._decode, []
 
     def slow(*arguments):
-        """Let the second start begin while the first decodes, with time to do the same."""
+        """Start the second reader while the first decodes, and give it time to decode, too."""
         if not second:
             second.append(ThreadPoolExecutor().submit(read, tiny))
             wait(second, timeout=0.3)
@@ -435,8 +440,8 @@ def test_of_two_starts_at_once_one_decodes(tiny, monkeypatch, opened, capsys):
 
 
 @pytest.mark.parametrize("moved", [0, 1], ids=["before the array", "between array and index"])
-def test_a_kill_while_the_cache_is_written_does_no_harm(tiny, monkeypatch, moved):
-    """Not even if the images that the old index describes return."""
+def test_kill_while_writing_the_cache_does_no_harm(tiny, monkeypatch, moved):
+    """Even if the images described by the old index are restored."""
     expected = read(tiny)
     original = tiny.with_name("original")
     shutil.copytree(tiny / "test", original)
@@ -457,13 +462,13 @@ def test_a_kill_while_the_cache_is_written_does_no_harm(tiny, monkeypatch, moved
         patch.setattr(os, "replace", replace_until_killed)
         read(tiny)
     shutil.rmtree(tiny / "test")
-    shutil.copytree(original, tiny / "test")  # with the times of its files
+    shutil.copytree(original, tiny / "test")  # keeps modification times
     assert_same(read(tiny), expected)
 
 
-def test_decoded_images_stay_on_the_disk(tiny, monkeypatch):
-    """They may be larger than the memory."""
-    monkeypatch.setattr(images, "DECODED_AHEAD", 5)  # so that 12 come in three parts
+def test_decoded_images_are_memory_mapped(tiny, monkeypatch):
+    """A data set may be larger than the memory."""
+    monkeypatch.setattr(images, "DECODED_AHEAD", 5)  # three chunks for 12 images
     classes = load_splits(TINY, tiny, ("test",))["test"]
     assert isinstance(classes.pixels, np.memmap)
     np.testing.assert_array_equal(classes.pixels, np.load(tiny / ".cache" / "test.npy"))
@@ -474,9 +479,9 @@ def test_decoded_images_stay_on_the_disk(tiny, monkeypatch):
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".png", ".jpg"])
-def test_truncated_image_is_never_taken_for_a_whole_one(tmp_path, ending):
-    file = tmp_path / "test" / "a" / f"0{ending}"
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_truncated_image_is_complete_or_refused(tmp_path, suffix):
+    file = tmp_path / "test" / "a" / f"0{suffix}"
     save_image(file, seed=0, size=(16, 16))
     like = TINY._replace(size=(16, 16))
     whole, content, refused = read_image(file, like), file.read_bytes(), 0
@@ -484,15 +489,15 @@ def test_truncated_image_is_never_taken_for_a_whole_one(tmp_path, ending):
     for length in lengths:
         file.write_bytes(content[:length])
         try:
-            np.testing.assert_array_equal(read_image(file, like), whole)  # only what follows the pixels was missing
+            np.testing.assert_array_equal(read_image(file, like), whole)  # only bytes after the pixels were missing
         except InputError as error:
             refused += 1
             assert str(file) in str(error)
             assert "\n" not in str(error)
-    assert refused >= len(lengths) - 20  # the checksums and the end of a PNG
+    assert refused >= len(lengths) - 20  # a PNG ends with checksums and an end marker
 
 
-def test_image_of_another_size_is_named(tiny):
+def test_image_of_a_wrong_size_is_named(tiny):
     file = tiny / "test" / "b" / "2.png"
     save_image(file, seed=0, size=(2, 3))
     message = error_of(tiny)
@@ -501,7 +506,7 @@ def test_image_of_another_size_is_named(tiny):
 
 
 def squares(*colors: tuple[int, ...], mode: str | None = None) -> Image.Image:
-    """A row of 2x2 squares."""
+    """Return a row of 2x2 squares."""
     row = np.array(colors, np.uint8).repeat(2, 0)
     return Image.fromarray(np.stack([row, row])).convert(mode)
 
@@ -509,7 +514,7 @@ def squares(*colors: tuple[int, ...], mode: str | None = None) -> Image.Image:
 WHITE, BLACK, RED, GREEN, HALF_RED = (255,) * 3, (0,) * 3, (255, 0, 0), (0, 255, 0), (255, 127, 127)
 
 
-def held(orientation: int) -> dict:
+def orientation_tag(orientation: int) -> dict:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return {"exif": exif}
@@ -537,17 +542,17 @@ KINDS = {
         {},
         [WHITE, (0, 255, 255)],
     ),
-    "turned": ("png", UPRIGHT.rotate(90, expand=True), held(6), [RED, GREEN]),
-    "mirrored": ("tif", squares(GREEN, RED), held(2), [RED, GREEN]),
+    "turned": ("png", UPRIGHT.rotate(90, expand=True), orientation_tag(6), [RED, GREEN]),
+    "mirrored": ("tif", squares(GREEN, RED), orientation_tag(2), [RED, GREEN]),
     "jpeg 2000": ("jp2", UPRIGHT, {}, [RED, GREEN]),
     "bitmap": ("BMP", UPRIGHT, {}, [RED, GREEN]),
     "wrong ending": ("jpg", UPRIGHT, {"format": "PNG"}, [RED, GREEN]),
 }
 
 
-@pytest.mark.parametrize(("ending", "image", "options", "colors"), KINDS.values(), ids=KINDS.keys())
-def test_every_kind_of_image_is_read_upright_and_on_white(tmp_path, ending, image, options, colors):
-    file = tmp_path / f"image.{ending}"
+@pytest.mark.parametrize(("suffix", "image", "options", "colors"), KINDS.values(), ids=KINDS.keys())
+def test_every_image_type_is_read_upright_on_white(tmp_path, suffix, image, options, colors):
+    file = tmp_path / f"image.{suffix}"
     image.save(file, **options)
     shape = OWN._replace(size=(2, 2 * len(colors)))
     np.testing.assert_array_equal(read_image(file, shape), np.asarray(squares(*colors)))
@@ -555,14 +560,14 @@ def test_every_kind_of_image_is_read_upright_and_on_white(tmp_path, ending, imag
     np.testing.assert_array_equal(gray[:, :, 0], squares(*colors, mode="L"))
 
 
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bits_are_scaled(tmp_path, ending):
-    Image.fromarray(np.array([[0, 300, 65535 // 2, 65535]], np.uint16)).save(tmp_path / f"image.{ending}")
-    gray = read_image(tmp_path / f"image.{ending}", OWN._replace(size=(1, 4), channels=1))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_is_scaled(tmp_path, suffix):
+    Image.fromarray(np.array([[0, 300, 65535 // 2, 65535]], np.uint16)).save(tmp_path / f"image.{suffix}")
+    gray = read_image(tmp_path / f"image.{suffix}", OWN._replace(size=(1, 4), channels=1))
     assert list(gray.ravel()) == [0, 1, 127, 255]
 
 
-def test_images_of_any_size_are_resized_whole(tmp_path):
+def test_any_size_is_resized_without_cropping(tmp_path):
     for size in ((40, 10), (10, 40), (2, 2)):
         halves = Image.new("RGB", size, "red")
         halves.paste("lime", (0, 0, size[0] // 2, size[1]))
@@ -572,7 +577,7 @@ def test_images_of_any_size_are_resized_whole(tmp_path):
 
 
 def bomb(file: Path) -> None:
-    """A PNG that says it has 60,000 x 60,000 pixels."""
+    """Write a PNG that declares 60,000 x 60,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
 
@@ -584,8 +589,8 @@ def truncated_jpeg(file: Path) -> None:
 
 BROKEN = {
     "empty": lambda file: file.write_bytes(b""),
-    "text": lambda file: file.write_text("no image at all\n" * 20),
-    "PostScript": lambda file: file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 3\n"),  # a program
+    "text": lambda file: file.write_text("not an image\n" * 20),
+    "PostScript": lambda file: file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 3\n"),  # can run code
     "bomb": bomb,
     "truncated": truncated_jpeg,
     "floats": lambda file: Image.new("F", (2, 3)).save(file, format="TIFF"),
@@ -593,7 +598,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN.keys())
-def test_an_unreadable_image_is_reported_by_name_or_left_out(tiny, capsys, opened, spoil):
+def test_unreadable_image_is_reported_by_name(tiny, capsys, opened, spoil):
+    """As an error, or with --skip_broken as left out."""
     file = tiny / "test" / "b" / "2.png"
     spoil(file)
     message = error_of(tiny, OWN)
@@ -603,10 +609,10 @@ def test_an_unreadable_image_is_reported_by_name_or_left_out(tiny, capsys, opene
     skipping = OWN._replace(skip_broken=True)
     expected = read(tiny, skipping)
     count = len(opened)
-    assert str(file) in error_of(tiny, OWN)  # a cache that leaves it out does not hide it
+    assert str(file) in error_of(tiny, OWN)  # although the cache leaves it out
     failed = len(opened)
     assert_same(read(tiny, skipping), expected)
-    assert count < failed == len(opened)  # the cache survives that error
+    assert count < failed == len(opened)  # the error does not affect the cache
     assert [line.endswith(": b/2.png") for line in capsys.readouterr().out.splitlines()] == [True, True]
 
     file.unlink()
@@ -622,16 +628,16 @@ def test_images_above_pillows_limit_are_unreadable(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["EIO", "EMFILE", "ENOENT"])
-def test_an_error_of_the_system_leaves_no_image_out(tiny, monkeypatch, name):
-    """Not even with --skip_broken: the next start may read the image."""
+def test_system_error_is_not_skipped(tiny, monkeypatch, name):
+    """Even with --skip_broken: the image may be readable at the next start."""
     skipping, number = OWN._replace(skip_broken=True), getattr(errno, name)
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", refuse(OSError(number, os.strerror(number))))
+        patch.setattr(Image, "open", failing(OSError(number, os.strerror(number))))
         assert str(tiny / "test" / "a") in error_of(tiny, skipping)
     assert list(read(tiny, skipping).counts) == [4, 4, 4]
 
 
-def test_pillows_warnings_are_one_line(tiny, capsys, monkeypatch):
+def test_repeated_pillow_warnings_become_one_line(tiny, capsys, monkeypatch):
     transpose = images.ImageOps.exif_transpose
 
     def warn(image, **options):
@@ -646,11 +652,11 @@ def test_pillows_warnings_are_one_line(tiny, capsys, monkeypatch):
     assert printed.err == ""
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\udcff"], ids=["newline", "terminal command", "not text"])
-def test_any_name_is_printed_on_one_line(name, tiny, capsys):
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\udcff"], ids=["newline", "terminal command", "undecodable"])
+def test_any_file_name_is_printed_on_one_line(name, tiny, capsys):
     folder = tiny.rename(tiny.with_name(name))
     os.rename(folder / "test" / "a", folder / "test" / name)
-    (folder / "test" / name / f"{name}.png").write_text("no image")
+    (folder / "test" / name / f"{name}.png").write_text("not an image")
     assert read(folder, OWN._replace(skip_broken=True)).counts.sum() == 12
     assert capsys.readouterr().out.removesuffix("\n").isprintable()
     assert error_of(folder, OWN).isprintable()
@@ -667,7 +673,7 @@ def words(count, seed=0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """Five classes per split, of six photographs of several shapes: red grows to the right, green downwards."""
+    """Five classes per split with six photographs each, in several shapes. Red grows to the right, green downward."""
     root = tmp_path_factory.mktemp("photographs")
     for split, label in product(SPLITS, range(5)):
         folder = root / split / f"{split}{label}"
@@ -696,12 +702,12 @@ def test_random_boxes_have_the_documented_areas_and_shapes(aspect):
     same = np.isclose(area[:, None], tried) & np.isclose(ratio[:, None], tried_ratio)
     assert (same.any(1) | is_largest).all()
     assert is_largest.mean() < 0.1
-    for side, number in ((left, -2), (top, -1)):  # each has a random number of its own
-        assert np.corrcoef(side[area < 0.3], uniform[area < 0.3, number])[0, 1] > 0.6
+    for side, column in ((left, -2), (top, -1)):  # each position has its own random number
+        assert np.corrcoef(side[area < 0.3], uniform[area < 0.3, column])[0, 1] > 0.6
 
 
-def test_fixed_boxes():
-    """If no attempt lies inside, the largest box in the middle; at test, 84 of a photograph whose short side is 96."""
+def test_centered_boxes():
+    """If no attempt fits, the largest centered box; at test, 84 pixels of a photograph whose short side is 96."""
     uniform = np.ones((2, 2 * images.ATTEMPTS + 2)) * 0.999
     np.testing.assert_allclose(
         images.random_boxes(uniform, np.array([4.0, 0.25])), [[1 / 3, 0, 2 / 3, 1], [0, 1 / 3, 1, 2 / 3]], atol=1e-9
@@ -713,7 +719,7 @@ def test_fixed_boxes():
 
 
 def test_colors_are_jittered_as_documented():
-    """On one-colored photographs: brightness scales, contrast goes to the mean gray, saturation to its own gray."""
+    """On a uniform photograph: brightness scales, contrast moves to the mean gray, saturation to the pixel's gray."""
     colors = np.random.default_rng(0).integers(60, 160, (300, 3))
     pixels = np.broadcast_to(colors[:, None, None].astype(np.uint8), (300, 8, 8, 3))
     crops = images.random_crops(pixels, np.ones(300), words(300), (8, 8))
@@ -725,12 +731,12 @@ def test_colors_are_jittered_as_documented():
         x = color.astype(float)
         for which in images.ORDERS[order]:
             gray = x @ [0.299, 0.587, 0.114]
-            towards = (0, gray, gray)[which]
-            x = np.clip(towards + expected_factors[which] * (x - towards), 0, 255)
-        np.testing.assert_allclose(crop[0, 0], x, atol=4)  # rounded after each
+            target = (0, gray, gray)[which]
+            x = np.clip(target + expected_factors[which] * (x - target), 0, 255)
+        np.testing.assert_allclose(crop[0, 0], x, atol=4)  # Pillow rounds after each step
 
 
-def test_half_of_the_crops_are_flipped():
+def test_half_of_random_crops_are_flipped():
     ramp = np.broadcast_to(np.linspace(20, 120, 32).astype(np.uint8)[:, None], (32, 32, 3))
     crops = images.random_crops(np.stack([ramp] * 400), np.ones(400), words(400), (8, 8)).astype(int)
     flipped = crops[:, 4, 0, 0] > crops[:, 4, -1, 0]
@@ -739,16 +745,16 @@ def test_half_of_the_crops_are_flipped():
     assert 0.4 < flipped.mean() < 0.6
 
 
-def test_colors_are_normalized_with_imagenets_mean_and_deviation():
-    """0.485, 0.456, 0.406 and 0.229, 0.224, 0.225, as in PyTorch's models; and back."""
+def test_normalization_uses_imagenet_statistics():
+    """Mean 0.485, 0.456, 0.406 and deviation 0.229, 0.224, 0.225, as in PyTorch's models; denormalize inverts it."""
     black_and_white = np.array([[0, 0, 0], [1, 1, 1]], np.float32)
     normalized = images.normalize(black_and_white)
     np.testing.assert_allclose(normalized, [[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]], atol=1e-4)
     np.testing.assert_allclose(images.denormalize(normalized), black_and_white, atol=1e-6)
 
 
-def test_a_center_crop_keeps_the_photographs_shape(photographs):
-    """Red and green show where a pixel was."""
+def test_center_crop_keeps_the_aspect_ratio(photographs):
+    """Red and green encode the position of a pixel."""
     for path in sorted((photographs / "train" / "train0").iterdir()):
         with Image.open(path) as image:
             width, height = image.size
@@ -759,8 +765,8 @@ def test_a_center_crop_keeps_the_photographs_shape(photographs):
             np.testing.assert_allclose(crop[..., channel].mean(1 - axis), expected, atol=5)
 
 
-def test_tasks_of_crops(photographs):
-    """A function of seed, split and number; the whole photographs stay with their aspects, also from the cache."""
+def test_crop_tasks_depend_only_on_seed_split_and_number(photographs):
+    """The cache keeps whole photographs and their aspects."""
     for _ in range(2):
         source = ImageTasks.from_folder(CROPS, photographs, ("train", "val"), 5, 1, 2)
         np.testing.assert_allclose(source.classes["train"].aspects[:6], [1.5, 2 / 3, 1, 3, 4 / 3, 33 / 32])
@@ -772,20 +778,20 @@ def test_tasks_of_crops(photographs):
     for first in (0, 1, 2):
         for part, other in zip(whole, source.draw(3, "train", 7 + first, 1), strict=True):
             np.testing.assert_array_equal(part[first : first + 1], other)
-    # Every image of every task has random words of its own: red, which grows to the right, shows which are flipped.
+    # Each image of each task has its own random words. Red, which grows to the right, shows which are flipped.
     red = np.concatenate([whole.support_x, whole.query_x], 1)[..., 0].mean(2)  # [T, N * (K + Q), width]
     flipped = red[..., 0] > red[..., -1]
     assert flipped.any(1).all() and not flipped.all(1).any()
     assert len(np.unique(flipped, axis=0)) == 3
-    # At test a photograph always looks the same.
-    seen = {x.tobytes() for first in range(0, 60, 20) for x in source.draw(0, "val", first, 20).query_x[0]}
-    assert len(seen) <= 30
+    # A photograph has only one center crop.
+    crops = {x.tobytes() for first in range(0, 60, 20) for x in source.draw(0, "val", first, 20).query_x[0]}
+    assert len(crops) <= 30
     colors = images.denormalize(source.draw(0, "val", 0, 1).query_x)
     assert colors.min() > -1e-5 and colors.max() < 1 + 1e-5
 
 
-def test_a_run_on_crops(photographs, tmp_path):
-    """Trained with a picture of a validation task, tested, and asked."""
+def test_run_on_crops_trains_tests_and_predicts(photographs, tmp_path):
+    """Training also draws a picture of a validation task."""
     flags = "--datasource=folder", f"--data_path={photographs}", "--image_size=16", "--num_filters=4", "--augment"
     flags += "--meta_batch_size=1", "--update_batch_size=1", "--num_updates=1", "--num_query=1", f"--logdir={tmp_path}"
     run(*flags, "--metatrain_iterations=1")
@@ -803,8 +809,8 @@ def test_a_run_on_crops(photographs, tmp_path):
     assert "--augment" in refusal("--datasource=omniglot", "--augment")
 
 
-def test_photographs_keep_their_shapes_when_they_are_prepared(tmp_path):
-    """By a script, with --short_side; a second start finds them finished."""
+def test_short_side_keeps_the_shapes_of_photographs(tmp_path):
+    """A second run of the script finds them finished."""
     archive = tmp_path / "CUB_200_2011" / "images" / "001.Black_footed_Albatross"
     archive.mkdir(parents=True)
     for number, size in enumerate([(200, 100), (100, 151)]):
@@ -814,7 +820,7 @@ def test_photographs_keep_their_shapes_when_they_are_prepared(tmp_path):
     command += ["--short_side=64", "--allow_missing"]
     for finished in (0, 1):
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert f"1 classes, {finished} of them finished before" in printed
+        assert f"1 classes, {finished} " in printed
         sizes = []
         for path in sorted((tmp_path / "out").glob("*/*/*.png")):
             with Image.open(path) as image:

@@ -1,6 +1,6 @@
 """CIFAR-FS (Bertinetto et al., ICLR 2019): CIFAR-100's 32x32 images as PNG in {train,val,test}/<class>/.
 
-From the official archive of CIFAR-100 in Python's format, from anywhere, in a minute:
+From the official Python archive of CIFAR-100, in a minute:
 
     python data/cifar_fs/prepare.py --download
     python data/cifar_fs/prepare.py --archive cifar-100-python.tar.gz
@@ -9,7 +9,7 @@ Or from Bertinetto's archive of the same images, cifar100/data/<class>/*.png:
 
     python data/cifar_fs/prepare.py --archive cifar100.zip
 
-A run that was killed is simply started again: finished classes are skipped.
+To resume a killed run, run the same command again; it skips finished classes.
 """
 
 import sys
@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 import archive
 
 SIZE = (32, 32)
-CLASS_SIZE = 600  # Krizhevsky 2009: 500 of each class in its training part and 100 in its test part
+CLASS_SIZE = 600  # Krizhevsky 2009: 500 per class in its training set and 100 in its test set
 CLASS_LISTS = HERE.parent / "splits" / "cifar_fs.json"
 EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 

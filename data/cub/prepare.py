@@ -1,11 +1,11 @@
 """CUB-200-2011 (Wah et al. 2011): photographs of birds, 84x84 RGB as PNG in {train,val,test}/<class>/.
 
-Split as in Chen et al., ICLR 2019. From the official archive, from anywhere, in a few minutes:
+The split is that of Chen et al., ICLR 2019. From the official archive, in a few minutes:
 
     python data/cub/prepare.py --download
     python data/cub/prepare.py --archive CUB_200_2011.tgz
 
-A run that was killed is simply started again: finished classes are skipped.
+To resume a killed run, run the same command again; it skips finished classes.
 """
 
 import re
@@ -30,16 +30,16 @@ LAYOUT = re.compile(r"(?:.*/)?images/(?P<label>\d{3}\.\w[^/]*)/(?P<name>\w[^/]*\
 
 
 def find(sources: Iterable[Path]) -> dict[str, archive.Images]:
-    """Return the photographs images/<NNN.Class>/*.jpg by class, in the order of the archives."""
-    found: dict[str, archive.Images] = defaultdict(dict)
+    """Return the photographs images/<NNN.Class>/*.jpg by class, in the archives' order."""
+    photographs: dict[str, archive.Images] = defaultdict(dict)
     for source in sources:
         matches = [(LAYOUT.fullmatch(path), file) for path, file in archive.list_files(source).items()]
         if not any(match for match, _ in matches):
-            raise archive.InputError(f"{source}: has no birds; expected images/001.Black_footed_Albatross/*.jpg etc.")
+            raise archive.InputError(f"{source}: contains no CUB; name images/001.Black_footed_Albatross/*.jpg etc.")
         for match, file in matches:
             if match:
-                found[match["label"]][match["name"]] = file
-    return found
+                photographs[match["label"]][match["name"]] = file
+    return photographs
 
 
 def main() -> None:
@@ -47,9 +47,9 @@ def main() -> None:
     images = find(args.archive)
     classes = archive.by_lists(images, CLASS_LISTS, class_size=1)
     classes = archive.refuse_missing(classes, args.allow_missing)
-    # In the archive's order, since a compressed tar reads forwards.
-    order = {label: i for i, label in enumerate(images)}
-    classes.sort(key=lambda one: order[one.folder.rpartition("/")[2]])
+    # Keep the archive's order, because a compressed tar is read sequentially.
+    position = {label: i for i, label in enumerate(images)}
+    classes.sort(key=lambda entry: position[entry.folder.rpartition("/")[2]])
     archive.write_classes(classes, args.out, args.short_side or SIZE, ".png", EXPECTED, whole=not args.allow_missing)
 
 

@@ -1,11 +1,11 @@
 """FC100 (Oreshkin et al., NeurIPS 2018): CIFAR-100's 32x32 images as PNG in {train,val,test}/<class>/.
 
-From the archives that data/cifar_fs/prepare.py reads; no superclass of CIFAR-100 is in two splits:
+No superclass of CIFAR-100 is in two splits. From the archives that data/cifar_fs/prepare.py reads:
 
     python data/fc100/prepare.py --download
     python data/fc100/prepare.py --archive cifar-100-python.tar.gz
 
-A run that was killed is simply started again: finished classes are skipped.
+To resume a killed run, run the same command again; it skips finished classes.
 """
 
 import sys
@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 import archive
 
 SIZE = (32, 32)
-CLASS_SIZE = 600  # Krizhevsky 2009: 500 of each class in its training part and 100 in its test part
+CLASS_SIZE = 600  # Krizhevsky 2009: 500 per class in its training set and 100 in its test set
 CLASS_LISTS = HERE.parent / "splits" / "fc100.json"
 EXPECTED = archive.published_counts(train=(60, 36_000), val=(20, 12_000), test=(20, 12_000))
 

@@ -1,27 +1,27 @@
 """MiniImagenet for few-shot learning: 84x84 RGB photographs in {train,val,test}/<label>/.
 
-As in the original, in this folder, with the 60,000 photographs in images/ and, beside it, Ravi & Larochelle's
-train.csv, val.csv and test.csv:
+As in the original, with the 60,000 photographs in images/ in this folder, and Ravi & Larochelle's train.csv, val.csv
+and test.csv next to images/:
 
     cd data/miniImagenet && python proc_images.py
 
-Or from anywhere, from an archive of the photographs. Without the csv files, the first nine characters of a
-photograph's name are its class, and data/splits/miniimagenet.json has the split of each class:
+From an archive of the photographs. Without the csv files, the first nine characters of a photograph's name are its
+class, and data/splits/miniimagenet.json gives the split of each class:
 
     python data/miniImagenet/proc_images.py --images images.zip
 
-Or from ImageNet's training part (ILSVRC 2012): a folder of <wnid>/ or <wnid>.tar, or the published archive. The
-csv files number the images of each class, up to 1,300, but do not say which image has which number. As in
-yaoyao-liu/mini-imagenet-tools, image 5 of a class is the fifth in order of ImageNet's numbers. Without the csv
-files, the first 600 of each class are taken, which are not the published ones:
+From ImageNet's training set (ILSVRC 2012), as a folder of <wnid>/ or <wnid>.tar, or as the published archive. The csv
+files number the images of each class, up to 1,300, but do not define the numbers. As in yaoyao-liu/mini-imagenet-tools,
+image 5 of a class is the fifth when sorted by ImageNet's numbers. Without the csv files, the first 600 images of each
+class are used, which are not the published ones:
 
     python data/miniImagenet/proc_images.py --imagenet ILSVRC2012_img_train.tar --csv DIR
 
-Or from the pickled 84x84 images in circulation, mini-imagenet-cache-{train,val,test}.pkl, saved losslessly as PNG:
+From the widely shared pickles mini-imagenet-cache-{train,val,test}.pkl, whose 84x84 images are saved losslessly as PNG:
 
     python data/miniImagenet/proc_images.py --pickles DIR
 
-A run that was killed is simply started again: finished classes are skipped.
+To resume a killed run, run the same command again; it skips finished classes.
 """
 
 import argparse
@@ -37,10 +37,10 @@ sys.path.insert(0, str(HERE.parent))
 import archive
 
 SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
-CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017, as the numbers of EXPECTED
+CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017; so are the numbers in EXPECTED
 EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
-CSV_LINE = re.compile(r"([^/\\,.\0][^/\\,\0]*),([^/\\,.\0][^/\\,\0]*)")  # plain names: they become paths under --out
+CSV_LINE = re.compile(r"([^/\\,.\0][^/\\,\0]*),([^/\\,.\0][^/\\,\0]*)")  # no paths: they become names in --out
 
 Photographs = dict[str, archive.File]  # file name -> where to read it
 
@@ -49,18 +49,18 @@ def find_imagenet(source: Path) -> Photographs:
     """Return ImageNet's photographs of the 100 classes, named as in the csv files: <wnid><rank in its class>.jpg."""
     lists = json.loads(CLASS_LISTS.read_text())
     places = archive.imagenet(source)
-    found: Photographs = {}
+    named: Photographs = {}
     for wnid in (wnid for split in archive.SPLITS for wnid in lists[split] if wnid in places):
         photographs = archive.photographs(places[wnid])
         numbers = {}
         for name, file in photographs.items():
             if not (match := re.fullmatch(rf"{wnid}_(\d+)\.JPEG", name)):
-                raise archive.InputError(f"{file}: is not named {wnid}_<number>.JPEG, as in ImageNet; move it away")
+                raise archive.InputError(f"{file}: is not named {wnid}_<number>.JPEG as in ImageNet; move it away")
             numbers[int(match[1])] = file
         for rank, number in enumerate(sorted(numbers), start=1):
-            found[f"{wnid}{rank:08}.jpg"] = numbers[number]
-    archive.say("ImageNet's images are numbered by rank in their class: the csv files do not say how they number them")
-    return found
+            named[f"{wnid}{rank:08}.jpg"] = numbers[number]
+    archive.say("Images are numbered by rank in their ImageNet class; the csv files do not define their numbers.")
+    return named
 
 
 def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
@@ -72,23 +72,23 @@ def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
     for number, line in enumerate(lines[1:], start=2):
         if not (match := CSV_LINE.fullmatch(line)):
             raise archive.InputError(
-                f"{path}: line {number}, {line[:60]!r}, has no file name and label; fetch it again"
+                f"{path}: line {number}, {line[:60]!r}, is not <file name>,<label>; fetch it again"
             )
         names[match[2]].append(match[1])
     return [
         archive.Class(
             folder=f"{path.stem}/{label}",
-            images={name: photographs[name] for name in listed if name in photographs},
-            missing=sum(name not in photographs for name in listed),
+            images={name: photographs[name] for name in files if name in photographs},
+            missing=sum(name not in photographs for name in files),
         )
-        for label, listed in names.items()
+        for label, files in names.items()
     ]
 
 
 def classes_by_name(photographs: Photographs) -> list[archive.Class]:
-    """Return the classes of data/splits/miniimagenet.json; a name's first nine characters are the image's class.
+    """Return the classes of data/splits/miniimagenet.json. The first nine characters of an image's name are its class.
 
-    If a class has more than 600 images, take the first 600 by name and say so.
+    If a class has more than 600 images, use the first 600 by name, and print a line.
     """
     images: dict[str, archive.Images] = defaultdict(dict)
     left_out = 0
@@ -99,28 +99,28 @@ def classes_by_name(photographs: Photographs) -> list[archive.Class]:
             left_out += 1
     if left_out:
         archive.say(
-            f"{left_out:,} images after the first {CLASS_SIZE} of their class are left out: the csv files choose others"
+            f"left out {left_out:,} images after the first {CLASS_SIZE} of their class; the csv files choose others"
         )
     return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
 
 
 def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[archive.Class]:
-    """Return the classes by the csv files, or, if no folder is given and none are here, by the images' names."""
+    """Return the classes in the csv files, or by image names if HERE, the default folder, lacks csv files."""
     csv_files = [(csv_folder or HERE) / f"{split}.csv" for split in archive.SPLITS]
-    absent = [path for path in csv_files if not path.is_file()]
-    if csv_folder is None and absent == csv_files:
-        archive.say(f"no csv files in {HERE}: classes by the images' names and {CLASS_LISTS}")
+    missing = [path for path in csv_files if not path.is_file()]
+    if csv_folder is None and missing == csv_files:
+        archive.say(f"no csv files in {HERE}; using the images' names and {CLASS_LISTS}")
         return classes_by_name(photographs)
-    if absent:
-        raise archive.InputError(f"{absent[0]}: no such file; all of train.csv, val.csv and test.csv are needed")
-    return [one for path in csv_files for one in classes_of_csv(path, photographs)]
+    if missing:
+        raise archive.InputError(f"{missing[0]}: no such file; provide train.csv, val.csv and test.csv")
+    return [entry for path in csv_files for entry in classes_of_csv(path, photographs)]
 
 
 def classes_of_pickles(folder: Path) -> list[archive.Class]:
     """Return the classes of mini-imagenet-cache-{train,val,test}.pkl.
 
-    Each is a dict: image_data, uint8 [n, 84, 84, 3], and class_dict, a list of indices for each wnid. The images
-    are named by their index.
+    Each is a dict with image_data, uint8 [n, 84, 84, 3], and class_dict, WordNet ID -> list of indices. Images are
+    named by their index.
     """
     images: dict[str, archive.Images] = {}
     for split in archive.SPLITS:
@@ -132,8 +132,8 @@ def classes_of_pickles(folder: Path) -> list[archive.Class]:
                 raise ValueError(f"image_data is {pixels.dtype} {pixels.shape}")
             for wnid, indices in cache["class_dict"].items():
                 images[wnid] = {f"{int(index):05}": pixels[int(index)] for index in indices}
-        except Exception as error:  # any value may be in any place
-            raise archive.InputError(f"{path}: lacks MiniImagenet's arrays ({error}); fetch it again") from error
+        except Exception as error:  # the pickle may have any structure
+            raise archive.InputError(f"{path}: is not a MiniImagenet cache ({error}); fetch it again") from error
     return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
 
 
@@ -142,25 +142,25 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group()
     images_help = "folder or archive of the photographs (default: images/ in the script's folder)"
     source.add_argument("--images", type=Path, default=HERE / "images", help=images_help)
-    source.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's classes")
+    source.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's training set")
     source.add_argument("--pickles", type=Path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
     parser.add_argument("--csv", type=Path, help="folder of the csv files (default: the script's folder)")
     parser.add_argument("--out", type=Path, default=HERE, help=archive.OUT_HELP)
-    parser.add_argument("--lossless", action="store_true", help="save PNG; the published numbers are on JPEG")
+    parser.add_argument("--lossless", action="store_true", help="save as PNG; published results use JPEG")
     parser.add_argument("--allow_missing", action="store_true", help="continue if classes or images are missing")
     parser.add_argument("--short_side", type=archive.short_side, help=archive.SHORT_SIDE_HELP)
     args = parser.parse_args()
     if args.pickles and args.short_side:
-        parser.error("--short_side: the pickles hold squares of 84 pixels, not photographs; remove the flag")
+        parser.error("--short_side: the pickles contain 84x84 images, not photographs; remove the flag")
     if args.pickles and args.csv:
-        parser.error("--csv: the pickles already hold the classes; remove the flag")
+        parser.error("--csv: the pickles already define the classes; remove the flag")
     archive.claim(args.out, HERE)
     if args.pickles:
         classes = classes_of_pickles(args.pickles)
     else:
         photographs = find_imagenet(args.imagenet) if args.imagenet else archive.photographs(args.images)
         classes = find_classes(photographs, args.csv)
-    # Differs: the original resizes the photographs in images/ and moves them; here they stay as they are.
+    # Differs: the original resizes and moves the photographs in images/; we leave them unchanged.
     suffix = ".png" if args.lossless or args.pickles else ".jpg"  # JPEG at Pillow's default quality, as in the original
     classes = archive.refuse_missing(classes, args.allow_missing)
     archive.write_classes(classes, args.out, args.short_side or SIZE, suffix, EXPECTED)
