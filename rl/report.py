@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from plot import BLUE, GREY, LINES, ORANGE, STYLE, save
+from plot import BLUE, GRAY, LINES, ORANGE, STYLE, save
 
 BEGIN, END = "<!-- results: written by rl/report.py -->", "<!-- end of results -->"
 MODELS = {None: "MAML", "pretrained": "pretrained", "random": "random", "oracle": "oracle"}
@@ -128,7 +128,7 @@ def returns_figure(ours: Mapping[str, Sequence[Mapping]], theirs: Mapping[str, M
         panel.set_xlabel("updates")
         panel.set_xticks(range(COLUMNS))
     axes[0].set_ylabel("return")
-    (dashed,) = axes[0].plot([], [], "--", color=GREY)
+    (dashed,) = axes[0].plot([], [], "--", color=GRAY)
     handles["the authors'"] = dashed
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
     return figure
