@@ -53,8 +53,8 @@ MAX_BYTES = 400_000  # of a request's body; six long drawings take about 100,000
 MAX_POINTS = 5_000  # per drawing
 MAX_SINUSOID_POINTS = 50
 
-# Layout of Omniglot's drawings on their 105 x 105 paper, from 360 drawings: the median length of the longer side and the
-# mean center. This pen width gives the same amount of ink, 7.5%.
+# Layout of 360 of Omniglot's drawings on their 105 x 105 paper: the median length of the longer side and the mean center.
+# This pen width gives the same amount of ink, 7.5%.
 PAPER, LONGER_SIDE, CENTER, PEN = 105, 65, 50, 4
 
 
@@ -112,7 +112,7 @@ class Sinusoid:
             for label, fit in self.fits.items()
         }
         if not np.isfinite([list(curve.values()) for curve in curves.values()]).all():
-            raise BadRequest("points: the fit diverged; choose points closer to the center")
+            raise BadRequest("the fit diverged; choose points closer to the center")
         return {"x": self.x[:, 0].tolist(), "curves": curves}
 
 
