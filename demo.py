@@ -53,7 +53,7 @@ MAX_BYTES = 400_000  # of a request's body; six long drawings take about 100,000
 MAX_POINTS = 5_000  # per drawing
 MAX_SINUSOID_POINTS = 50
 
-# Layout of 360 of Omniglot's drawings on their 105 x 105 paper: the median length of the longer side and the mean center.
+# Layout of Omniglot's drawings on 105 x 105 paper: median length of the longer side and mean center of 360 drawings.
 # This pen width gives the same amount of ink, 7.5%.
 PAPER, LONGER_SIDE, CENTER, PEN = 105, 65, 50, 4
 
