@@ -26,7 +26,7 @@ from rl.trpo import BACKTRACKS, CONJUGATE_STEPS, DAMPING, MetaBatch, MetaTRPO, c
 
 
 def test_point_step_and_reward():
-    """An action of 1 moves the point by 0.1, the maximum. The reward is minus the distance to the goal after the step."""
+    """An action of 1 moves the point by 0.1, the maximum. The reward is minus the distance to the goal afterwards."""
     environment, goal = point(), np.array([0.3, 0.4])
     start = environment.reset(goal, None)
     states, rewards, ends = environment.step(start, goal, np.array([0.5, -7.0]))
@@ -244,7 +244,7 @@ def one_parameter_learner(inner_lr) -> MetaTRPO:
 
 
 def test_one_parameter_gradient_matches_hand_derivation():
-    """w' = w + alpha sum c (a - w). At ratio 1 the surrogate's gradient is -(1 - alpha sum c) times mean of A (a - w')."""
+    """w' = w + alpha sum c (a - w). At ratio 1 the surrogate's gradient is -(1 - alpha sum c) mean of A (a - w')."""
     alpha, w = 0.5, 0.3
     learner = one_parameter_learner(alpha)
     a, advantage = np.array([0.1, 0.9, -0.4]), np.array([2.0, 1.0, -1.0])
@@ -514,24 +514,24 @@ def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     [
-        (["--env=ant"], "value should be one of"),
-        (["--meta_batch_size=0"], "must be 1 or more"),
-        (["--num_rollouts=10000000"], "must be 1 or more, and at most 1,000,000"),
-        (["--threads=1000000"], "must be 0 or more, and at most "),
-        (["--update_lr=-1"], "must be a number above 0"),
-        (["--meta_step_size=nan"], "must be a number above 0"),
-        (["--iteration=3"], "Unknown command line flag 'iteration'"),
+        (["--env=ant"], "--env=ant"),
+        (["--meta_batch_size=0"], "--meta_batch_size=0"),
+        (["--num_rollouts=10000000"], "--num_rollouts=10000000"),
+        (["--threads=1000000"], "--threads=1000000"),
+        (["--update_lr=-1"], "--update_lr=-1"),
+        (["--meta_step_size=nan"], "--meta_step_size=nan"),
+        (["--iteration=3"], "'iteration'"),
         (["iterations=3"], "iterations=3"),
         (["--baseline=random"], "--train=False"),
-        (["--train=False"], "no checkpoint"),
+        (["--train=False"], "point.mbs_40"),  # the run folder, which has no checkpoint
     ],
 )
-def test_invalid_flags_are_refused_in_one_line(program, tmp_path, flags, message):
+def test_invalid_flags_are_refused_in_one_line(program, tmp_path, flags, named):
     with pytest.raises(SystemExit) as refused:
         program(f"--logdir={tmp_path}", *flags)
-    assert message in refused.value.code
+    assert named in refused.value.code
     assert refused.value.code.startswith("rl/main.py: ")
     assert "\n" not in refused.value.code
 
@@ -540,7 +540,7 @@ def test_folder_with_other_flags_is_refused(program, tmp_path):
     program(*TINY, "--iterations=1", f"--logdir={tmp_path}")
     (path,) = tmp_path.glob("*/flags.json")
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 3'))
-    with pytest.raises(SystemExit, match="--seed=3 there, 0 here"):
+    with pytest.raises(SystemExit, match="--seed=3"):
         program(*TINY, "--iterations=2", f"--logdir={tmp_path}")
 
 
