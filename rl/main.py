@@ -122,7 +122,7 @@ def main() -> None:
     if not FLAGS.train:
         test(run, learner, identity, environment)
     elif FLAGS.baseline == "random":
-        raise InputError("--baseline=random: is not trained; give --train=False to test it")
+        raise InputError("--baseline=random: is only for testing; give --train=False")
     else:
         with run.locked():
             train(run, learner, identity, environment)
