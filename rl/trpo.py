@@ -1,8 +1,8 @@
 """MAML with TRPO as the outer step (paper section 5.3 and Algorithm 3).
 
-The inner step is maml.py's, on the loss policy.policy_gradient. The outer step minimizes the surrogate, through the
-inner step, by natural gradient: conjugate gradients find the direction, on the Fisher matrix of the adapted policies
-with respect to the weights before the inner step.
+The inner step is maml.py's, on the loss policy.policy_gradient. The outer step is a natural-gradient step on the
+surrogate: conjugate gradients solve for it with the Fisher matrix of the adapted policies, differentiated with respect
+to the weights before the inner step.
 """
 
 import time
@@ -120,7 +120,7 @@ class MetaTRPO(tf.Module):
         sizes: Sequence[float],
         random: np.random.Generator,
     ) -> Iterator[Rollouts]:
-        """Yield the tasks' rollouts before any update and after each update. An update learns from the last rollouts.
+        """Yield rollouts before any update and after each one. An update learns from the previous rollouts.
 
         sizes: of the updates, in units of alpha.
         """

@@ -195,7 +195,6 @@ def test_advantages_match_the_plain_loop():
 
 
 def test_numpy_and_tensorflow_policies_agree():
-    """The first acts, the second learns."""
     network, x = gaussian(3, 2), np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
     weights = [network.init(seed) | {"log_std": tf.constant([0.5, -0.5])} for seed in range(2)]
     means, log_stds = act({name: np.stack([w[name] for w in weights]) for name in weights[0]}, x)
