@@ -12,9 +12,9 @@ function element(tag, properties = {}, ...children) {
 }
 
 // Returns a function that queries the server. If requests overlap, only the newest one's response counts.
-function asker(path, status) {
+function endpoint(path, status) {
   let latest = 0;
-  const ask = async (question, show, failed = () => {}) => {
+  const query = async (question, show, failed = () => {}) => {
     const number = ++latest;
     try {
       const began = performance.now();
@@ -31,8 +31,8 @@ function asker(path, status) {
       failed();
     }
   };
-  ask.forget = () => { latest++; };
-  return ask;
+  query.cancel = () => { latest++; };
+  return query;
 }
 
 // Redraws a canvas at the screen's resolution. `draw` gets the width and height in CSS pixels.
@@ -127,12 +127,12 @@ class Pad {
 }
 
 function characters() {
-  const status = byId("characters-status"), ask = asker("/characters", status);
+  const status = byId("characters-status"), query = endpoint("/characters", status);
   const pads = [...NAMES, "asked"].map((name) => new Pad(name, changed));
   byId("pads").append(...pads.map((pad) => pad.figure));
 
   function changed() {
-    ask.forget();
+    query.cancel();
     byId("answers").replaceChildren();
     const missing = [...NAMES, "?"].filter((_, i) => !pads[i].strokes.length);
     if (missing.length) {
@@ -141,7 +141,7 @@ function characters() {
     }
     status.textContent = "Running the model.";
     const drawings = pads.map((pad) => pad.strokes);
-    ask({ labelled: drawings.slice(0, 5), asked: drawings[5] }, show);
+    query({ labelled: drawings.slice(0, 5), asked: drawings[5] }, show);
   }
 
   function show({ probabilities }, milliseconds) {
@@ -165,7 +165,7 @@ const X = 5, Y = 6; // the plot shows -X to X and -Y to Y
 const LINES = [["0", "--before", [2, 4]], ["1", "--one", [7, 4]], ["10", "--ten", []]];
 
 function sinusoid() {
-  const status = byId("sinusoid-status"), ask = asker("/sinusoid", status);
+  const status = byId("sinusoid-status"), query = endpoint("/sinusoid", status);
   let points = [], answer = null;
   const cross = { x: 0, y: 0, shown: false };
   const redraws = ["MAML", "Pretrained"].map(plot);
@@ -228,7 +228,7 @@ function sinusoid() {
 
   function change(now) {
     points = now;
-    ask.forget();
+    query.cancel();
     if (!points.length) answer = null;
     redraws.forEach((redraw) => redraw());
     if (!points.length) {
@@ -236,7 +236,7 @@ function sinusoid() {
       return;
     }
     status.textContent = "Running the models.";
-    ask({ points }, (fit, milliseconds) => {
+    query({ points }, (fit, milliseconds) => {
       answer = fit;
       const noun = points.length === 1 ? "1 point" : `${points.length} points`;
       status.textContent = `Fitted to ${noun} (${milliseconds} ms).`;
