@@ -64,9 +64,8 @@ class Characters:
     def __init__(self):
         self.model = predict.load(predict.PUBLISHED / CHARACTERS)
         dot = [[[0.5, 0.5]]]
-        self.answer(
-            {"labelled": [dot] * self.model.recipe.way, "asked": dot}
-        )  # trace now, so that no request waits for it
+        # Trace now, so that no request waits for it.
+        self.answer({"labelled": [dot] * self.model.recipe.way, "asked": dot})
 
     def answer(self, request: dict) -> dict:
         """Return the probability of each class before and after each update.
