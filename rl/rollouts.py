@@ -39,7 +39,7 @@ class Rollouts(NamedTuple):
 def collect(
     environment: Environment, policy: Callable, goals: np.ndarray, count: int, random: np.random.Generator
 ) -> Rollouts:
-    """Collect rollouts of each task in `count` parallel slots. A slot starts a new rollout until H steps are done.
+    """Collect rollouts of each task in `count` parallel slots, restarting finished ones until H steps are done.
 
     No rollout is cut short: those unfinished after H steps run to their end. A task therefore has at least count * H
     transitions and at least `count` rollouts, more if they reach the goal early.

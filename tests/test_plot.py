@@ -79,7 +79,7 @@ def test_updates_figure_has_a_panel_for_each_shot():
     five, ten = figure.axes
     assert (five.get_title(), ten.get_title()) == ("5-shot", "10-shot")
     np.testing.assert_array_equal(lines(five)["MAML"], [[0, 1, 2], [3, 0.6, 0.3]])
-    np.testing.assert_array_equal(lines(five)["Oracle"], [[0], [0.1]])  # later tasks diverged
+    np.testing.assert_array_equal(lines(five)["Oracle"], [[0], [0.1]])  # its tasks diverged after that
     band = five.collections[0].get_paths()[0].vertices
     np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [0.27, 3.3])
     np.testing.assert_array_equal(lines(ten)["MAML"], [[0, 1, 2], [3, 0.4, 0.1]])
