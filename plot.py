@@ -1,4 +1,4 @@
-"""Draws figures from run folders and results. Needs matplotlib: pip install -r requirements-plot.txt
+"""Draw figures from run folders and results. Needs matplotlib: pip install -r requirements-plot.txt
 
     python plot.py sinusoid MAML=<run folder> Pretrained=<run folder> --output figures/sinusoid
     python plot.py updates MAML=results/sinusoid_maml.json Oracle=results/sinusoid_oracle.json --output figures/updates
@@ -6,10 +6,10 @@
     python plot.py task Omniglot=<run folder> --output figures/task
     python plot.py confusion Characters=answers.csv --output figures/confusion
 
-What is drawn is given as label=path. Each figure is written as <output>.png, .svg and .pdf.
+Give each input as label=path. Each figure is written as <output>.png, .svg and .pdf.
 """
 
-import devices  # noqa: F401, isort: skip (before TensorFlow, which reads what it sets)
+import devices  # noqa: F401, isort: skip (before TensorFlow, which reads the environment it sets)
 
 import argparse
 import csv
@@ -44,38 +44,38 @@ from images import ROOT
 from maml import InnerLoop, adapt, inner_step, prepare
 from utils import Tasks, Weights
 
-# Okabe and Ito's palette, which the colour-blind can tell apart.
+# Okabe and Ito's palette, safe for color-blind readers.
 BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7"
-GREY = "#BBBBBB"
+GRAY = "#BBBBBB"
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titleweight": "bold",
-    "figure.facecolor": "white",  # pages with a dark background too
+    "figure.facecolor": "white",  # for pages with a dark background
     "font.size": 10,
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # letters as letters, which some publishers ask for
-    "svg.hashsalt": "maml",  # the same figure is the same file
-    "text.parse_math": False,  # a label may have a dollar sign
+    "pdf.fonttype": 42,  # embed TrueType fonts, as some publishers require
+    "svg.hashsalt": "maml",  # makes files reproducible
+    "text.parse_math": False,  # labels may contain dollar signs
 }
+LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # color and marker of each label
 # Paper, figure 2.
-LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # colour and marker of each label
 UPDATES = {0: ("before any update", ORANGE, ":"), 1: ("1 update", SKY, "--"), 10: ("10 updates", BLUE, "-")}
-QUERIES = 5  # query images of each class in the figure of a task
-SCREEN = 110  # pixels an inch, for pages
+QUERIES = 5  # query images per class in a task figure
+SCREEN = 110  # pixels per inch, for pages
 PERCENT_TICKS = [1, 2, 5, 10, 20, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]
-SMOOTHED = 1 / 20  # of the run, in a running mean
+SMOOTHED = 1 / 20  # window of the running mean, as a share of the run
 
 
 @matplotlib.rc_context(STYLE)
 def sinusoid_figure(models: Mapping[str, tuple[InnerLoop, Weights]], tasks: Sequence[Tasks]) -> Figure:
-    """Paper, figure 2: the true curve, the support points, and the fit before and after 1 and 10 updates.
+    """Draw the true curve, the support points, and the fit before and after 1 and 10 updates (paper, figure 2).
 
     models: label -> inner loop and meta-learned weights, one column of panels each.
-    tasks: one row of panels each, T = 1, drawn with oracle=True: the true curve is that of their amplitude and phase.
+    tasks: one row of panels each, T = 1, drawn with oracle=True, which provides the true curve's amplitude and phase.
     """
     figure = Figure(figsize=(4.2 * len(models), 0.6 + 2.4 * len(tasks)), layout="constrained")
     axes = figure.subplots(len(tasks), len(models), squeeze=False, sharex=True, sharey="row")
@@ -90,10 +90,10 @@ def sinusoid_figure(models: Mapping[str, tuple[InnerLoop, Weights]], tasks: Sequ
             support, trajectory = prepare(inner, theta, support), [theta]
             for j in range(max(UPDATES)):
                 trajectory.append(inner_step(inner, trajectory[-1], support, j))
-            panel.plot(grid, amplitude * np.sin(grid - phase), color=GREY, linewidth=5, label="true curve")
-            for updates, (label, colour, line) in UPDATES.items():
+            panel.plot(grid, amplitude * np.sin(grid - phase), color=GRAY, linewidth=5, label="true curve")
+            for updates, (label, color, line) in UPDATES.items():
                 fit = inner.network.apply(trajectory[updates], tf.constant(known[:, :inputs]))
-                panel.plot(grid, fit, line, color=colour, linewidth=1.8, label=label)
+                panel.plot(grid, fit, line, color=color, linewidth=1.8, label=label)
             x, y = task.support_x[0, :, 0], task.support_y[0, :, 0]
             panel.plot(x, y, "o", color="black", markersize=5, label="support points")
         for panel, label in zip(row, models, strict=True):
@@ -110,50 +110,50 @@ def sinusoid_figure(models: Mapping[str, tuple[InnerLoop, Weights]], tasks: Sequ
 def updates_figure(
     tests: Mapping[str, Sequence[Mapping]], paper: Mapping[str, Mapping[int, tuple[float, float]]] | None = None
 ) -> Figure:
-    """Paper, figure 3: mean squared error or accuracy after every update, with the means' 95 % intervals.
+    """Draw mean squared error or accuracy after each update, with 95% confidence intervals (paper, figure 3).
 
     tests: label -> entries of results.json, one line each. Entries with the same K share a panel. At most five labels.
-    paper: label -> K -> the paper's accuracy and the half width of its interval, in percent, drawn as a dashed line.
+    paper: label -> K -> the paper's accuracy and the half-width of its interval, in percent, drawn as a dashed line.
     """
     if len(tests) > len(LINES):
-        raise InputError(f"{len(tests)} labels, but there are colours for {len(LINES)}: give fewer")
+        raise InputError(f"label=path: {len(tests)} labels are too many; give at most {len(LINES)}")
     metrics = {label: {test["metric"] for test in entries} for label, entries in tests.items()}
     if len(set().union(*metrics.values())) > 1:
-        listed = "; ".join(f"{label}: {', '.join(sorted(found))}" for label, found in metrics.items())
-        raise InputError(f"an error and an accuracy do not share an axis ({listed}): draw a figure of each")
+        listed = "; ".join(f"{label}: {', '.join(sorted(names))}" for label, names in metrics.items())
+        raise InputError(f"label=path: errors and accuracies cannot share an axis ({listed}); draw a figure for each")
     shots = sorted({test["support_examples_a_class_K"] for entries in tests.values() for test in entries})
     figure = Figure(figsize=(0.8 + 3.2 * len(shots), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shots), squeeze=False, sharey=True)[0]
-    shown = {}
-    for label, (colour, marker) in zip(tests, LINES, strict=False):
+    handles = {}
+    for label, (color, marker) in zip(tests, LINES, strict=False):
         for test in tests[label]:
             panel = axes[shots.index(test["support_examples_a_class_K"])]
             columns = [column for column in test["results"] if column["mean"] is not None]  # None: tasks diverged
             updates, means, ci95 = (np.array([c[key] for c in columns]) for key in ("updates", "mean", "ci95"))
-            panel.fill_between(updates, means - ci95, means + ci95, color=colour, alpha=0.2, linewidth=0)
-            (shown[label],) = panel.plot(updates, means, marker=marker, color=colour, markersize=4, label=label)
-            if theirs := (paper or {}).get(label, {}).get(test["support_examples_a_class_K"]):
-                mean, half_width = (percent / 100 for percent in theirs)
-                panel.axhspan(mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
-                panel.axhline(mean, color=colour, linestyle="--", linewidth=1.2)
+            panel.fill_between(updates, means - ci95, means + ci95, color=color, alpha=0.2, linewidth=0)
+            (handles[label],) = panel.plot(updates, means, marker=marker, color=color, markersize=4, label=label)
+            if published := (paper or {}).get(label, {}).get(test["support_examples_a_class_K"]):
+                mean, half_width = (percent / 100 for percent in published)
+                panel.axhspan(mean - half_width, mean + half_width, color=color, alpha=0.15, linewidth=0)
+                panel.axhline(mean, color=color, linestyle="--", linewidth=1.2)
     for panel, shot in zip(axes, shots, strict=True):
         panel.set_title(f"{shot}-shot")
-        panel.set_xlabel("updates (0: support set, before any)")
+        panel.set_xlabel("updates (0: support set, before adaptation)")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     is_error = "mean squared error" in set().union(*metrics.values())
     (_log_scale if is_error else _accuracy_scale)(axes)
     axes[0].set_ylabel("mean squared error" if is_error else "accuracy, %")
     if paper and any(paper.values()):
-        shown["paper, in the same colour"] = Line2D([], [], color="black", linestyle="--", linewidth=1.2)
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=len(shown))
+        handles["paper, in the same color"] = Line2D([], [], color="black", linestyle="--", linewidth=1.2)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
     return figure
 
 
 @matplotlib.rc_context(STYLE)
 def training_figure(folders: Mapping[str, Path]) -> Figure:
-    """What TensorBoard shows of a run: before any update and after J, in training and, of images, validation.
+    """Draw the training and validation curves of runs from their TensorBoard events, before and after updates.
 
-    folders: label -> run folder, one panel each.
+    folders: label -> run folder, one panel each. Raise InputError if a run has no events.
     """
     figure = Figure(figsize=(0.8 + 5.4 * len(folders), 3.8), layout="constrained")
     axes = figure.subplots(1, len(folders), squeeze=False)[0]
@@ -163,18 +163,20 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
         metric = "accuracy" if "metatrain_Pre-update_accuracy" in curves else "loss"
         after = f"Post-update_{metric}__step_{updates}"
         times = f"{updates} update" + "s" * (updates > 1)
-        for tag, shown, colour in (
+        for tag, legend, color in (
             (f"metatrain_Pre-update_{metric}", "training, support set before any update", ORANGE),
             (f"metatrain_{after}", f"training, query set after {times}", BLUE),
         ):
             if tag not in curves:
-                raise InputError(f"{folder}: has no TensorBoard events of {tag}; name a run trained without --nolog")
+                raise InputError(
+                    f"{folder}: TensorBoard events of {tag} are missing; name a run trained without --nolog"
+                )
             steps, values = np.transpose(sorted(curves[tag].items()))
-            panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
+            panel.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
             window = max(1, round(SMOOTHED * len(values)))
             smooth = np.convolve(values, np.full(window, 1 / window), "valid")
             middle = (window - 1) // 2
-            panel.plot(steps[middle : middle + len(smooth)], smooth, color=colour, linewidth=1.8, label=shown)
+            panel.plot(steps[middle : middle + len(smooth)], smooth, color=color, linewidth=1.8, label=legend)
         if f"metaval_{after}" in curves:
             steps, values = np.transpose(sorted(curves[f"metaval_{after}"].items()))
             panel.plot(steps, values, color="black", linewidth=1, label=f"validation, after {times}")
@@ -189,9 +191,10 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def task_figure(title: str, names: Sequence[str], task: Tasks, probabilities: np.ndarray) -> Figure:
-    """An N-way task: a row for each class, with its support images and what its query images are taken for.
+    """Draw an N-way task: one row per class, with its support images, and its query images with their predicted class.
 
-    names: of the N classes. task: one, of images as they look, 0 to 1. probabilities: of the query images, [N * Q, N].
+    names: of the N classes. task: a single task whose images are ready to display, 0 to 1.
+    probabilities: of the query images, [N * Q, N].
     """
     letters = _letters(names)
     of_support, of_query = np.argmax(task.support_y, -1), np.argmax(task.query_y, -1)
@@ -209,47 +212,47 @@ def task_figure(title: str, names: Sequence[str], task: Tasks, probabilities: np
         row[0].set_ylabel("\n".join([letters[label], *lines]), rotation=0, ha="right", va="center")
         for panel, image in zip(row, task.support_x[of_support == label], strict=False):
             _show(panel, image)
-        for panel, image, found in zip(
+        for panel, image, predicted in zip(
             row[shot + 1 :], task.query_x[of_query == label], probabilities[of_query == label], strict=True
         ):
             _show(panel, image)
-            guess = int(np.argmax(found))
-            colour = GREEN if guess == label else ORANGE
-            panel.spines[:].set(visible=True, color=colour, linewidth=2.5)
-            panel.set_xlabel(f"{letters[guess]}, {100 * found[guess]:.0f} %", color=colour, labelpad=2)
+            guess = int(np.argmax(predicted))
+            color = GREEN if guess == label else ORANGE
+            panel.spines[:].set(visible=True, color=color, linewidth=2.5)
+            panel.set_xlabel(f"{letters[guess]}, {100 * predicted[guess]:.0f}%", color=color, labelpad=2)
     for place, text in (
         ((shot - 1) // 2, "support"),
-        (shot + 1 + (query - 1) // 2, "query: taken for, and its probability"),
+        (shot + 1 + (query - 1) // 2, "query: predicted class, probability"),
     ):
         axes[0, place].set_title(text, fontsize=10, fontweight="normal")
     return figure
 
 
 def _letters(names):
-    """A, B, C, ... for the classes, or numbers where those do not reach."""
+    """Return A, B, C, ... for the classes, or numbers for more than 26."""
     return [chr(ord("A") + label) if len(names) <= 26 else str(label + 1) for label in range(len(names))]
 
 
 def _show(panel, image):
-    panel.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)  # a photograph brings its colours
+    panel.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)  # cmap is ignored for color images
 
 
 @matplotlib.rc_context(STYLE)
 def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
-    """How often images of each class are taken for each other class.
+    """Draw confusion matrices.
 
-    tables: label -> names of the N classes, and numbers of images [true class, class taken for]. One panel each.
+    tables: label -> names of the N classes, and numbers of images [true class, predicted class]. One panel each.
     """
     side = max(len(names) for names, _ in tables.values())
     figure = Figure(figsize=((3.2 + 0.45 * side) * len(tables), 1.2 + 0.45 * side), layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False)[0]
     for panel, (label, (names, counts)) in zip(axes, tables.items(), strict=True):
-        asked = counts.sum(axis=1, keepdims=True)
-        shares = counts / np.maximum(asked, 1)
+        totals = counts.sum(axis=1, keepdims=True)
+        shares = counts / np.maximum(totals, 1)
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for true, guess in np.argwhere(counts):
-            colour = "white" if shares[true, guess] > 0.5 else "black"
-            panel.text(guess, true, f"{counts[true, guess]:,}", ha="center", va="center", color=colour)
+            color = "white" if shares[true, guess] > 0.5 else "black"
+            panel.text(guess, true, f"{counts[true, guess]:,}", ha="center", va="center", color=color)
         letters = _letters(names)
         ends = [name if len(name) <= 26 else f"…{name[-25:]}" for name in map(printable, names)]
         panel.set_xticks(range(len(names)), letters)
@@ -257,13 +260,13 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
         panel.tick_params(length=0)
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
-        panel.set_xlabel("taken for")
-        panel.set_title(f"{label}\n{np.trace(counts):,} of {counts.sum():,} right")
+        panel.set_xlabel("predicted class")
+        panel.set_title(f"{label}\n{np.trace(counts):,} of {counts.sum():,} correct")
     return figure
 
 
 def _log_scale(panels):
-    """Show errors on a log scale: ticks at 0.1, 0.2, 0.5, 1 if it has few decades, and plain numbers."""
+    """Show errors on a log scale with plain numbers. Ticks are at 1, 2 and 5 per decade if there are few decades."""
     panels[0].set_yscale("log", nonpositive="clip")
     low, high = panels[0].get_ylim()
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e5 * low else (1,)))
@@ -272,7 +275,7 @@ def _log_scale(panels):
 
 
 def _accuracy_scale(panels):
-    """Show accuracies on a logit scale in percent. 100 % is infinitely far up: a line leaves its panel there."""
+    """Show accuracies in percent on a logit scale. 100% is at infinity, so a line leaves the panel there."""
     values = np.concatenate([line.get_ydata() for panel in panels for line in panel.get_lines()])
     values = values[(values > 0) & (values < 1)]
     panels[0].set_yscale("logit", nonpositive="clip")
@@ -283,17 +286,17 @@ def _accuracy_scale(panels):
 
 
 def pixels(figure: Figure, dpi: int = SCREEN) -> np.ndarray:
-    """The figure, uint8 [height, width, 3]."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
-    return np.asarray(Image.open(drawn).convert("RGB"))
+    """Return the figure as uint8 [height, width, 3]."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=dpi)
+    return np.asarray(Image.open(png).convert("RGB"))
 
 
 @matplotlib.rc_context(STYLE)
 def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
     """Write <output>.png at this many pixels per inch, .svg and .pdf. Raise InputError if they cannot be written."""
     if not output.name:
-        raise InputError(f"--output={output}: is a folder; name the files in it, without .png and the like")
+        raise InputError(f"--output={output}: is a folder; add a file name without its extension")
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
         for ending, metadata in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
@@ -301,43 +304,46 @@ def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
             try:
                 write_whole(output.with_name(f"{output.name}.{ending}"), draw)
             except (ValueError, MemoryError) as error:
-                raise InputError(f"--dpi={dpi}: is not possible for this figure ({error}); change it") from None
+                raise InputError(f"--dpi={dpi}: cannot draw this figure ({error}); choose another value") from None
 
 
 def trained(folder: Path, update_lr: float | None = None) -> tuple[InnerLoop, Weights]:
-    """The model in a run folder, its inner step size replaced if given; learned step sizes are never replaced."""
+    """Return a sinusoid run's inner loop, with its step size replaced if given, and its weights.
+
+    Raise InputError if the run is not of the sinusoid, or if its step sizes are learned and would be replaced.
+    """
     trained_with, maml, _ = runs.load(folder)
     if trained_with.data_set != "sinusoid":
-        raise InputError(f"{folder} is a run of {trained_with.data_set}: name one of the sinusoid")
+        raise InputError(f"{folder}: is a run of {trained_with.data_set}; name a sinusoid run")
     if update_lr is not None:
         if update_lr not in recipe.RATE:
-            raise InputError(f"--update_lr={update_lr} must be {recipe.RATE}")
+            raise InputError(f"--update_lr={update_lr}: must be {recipe.RATE}")
         if trained_with.learn_inner_lr != "none":
             raise InputError(
-                f"--update_lr={update_lr} changes nothing in {folder}, whose step sizes are learned "
-                f"(--learn_update_lr={trained_with.learn_inner_lr}): leave it out, or draw that run by itself"
+                f"--update_lr={update_lr}: {folder} learned its step sizes "
+                f"(--learn_update_lr={trained_with.learn_inner_lr}); leave the flag out, or draw that run separately"
             )
         return maml.inner._replace(alpha=update_lr), maml.values()
     return maml.inner, maml.values()
 
 
 def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) -> tuple[list[str], Tasks, np.ndarray]:
-    """Draws a test task of a run's data set, and lets the run's model answer it, with QUERIES query images a class.
+    """Return a test task of a run's data set and the model's predictions, with QUERIES query images per class.
 
-    Under batch norm they are normalised together, as in the paper's tests.
+    Batch norm normalizes the query images together, as in the paper's tests.
 
-    Args: the run folder; K; the number of the task; where the data set lies, None: where training has it.
-    Returns the names of the classes; the task, its images as they look; the probabilities of its query images.
+    folder: the run. shot: K. number: of the task. data_path: folder of the data set; None: the one used in training.
+    Return the class names, the task with images ready to display, and the probabilities of its query images [N * Q, N].
     """
     model = predict.load(folder, normalise_with="batch")
     images = model.recipe.dataset.images
-    # As in training, which may have resized the images of a folder that was named.
+    # A folder named by the user may hold images of any size, as in training.
     any_size = images.any_size or model.recipe.image_size is not None or data_path is not None
     if not (data_path or images.folder):
-        raise InputError(f"{folder} does not say where its images lie: name their folder with --data_path")
-    lies_in = data_path or ROOT / images.folder
+        raise InputError(f"{folder}: does not record its image folder; give --data_path")
+    image_folder = data_path or ROOT / images.folder
     images = images._replace(any_size=any_size)
-    data = ImageTasks.from_folder(images, lies_in, ("test",), model.recipe.way, shot, QUERIES)
+    data = ImageTasks.from_folder(images, image_folder, ("test",), model.recipe.way, shot, QUERIES)
     task = Tasks(*(part[0] for part in data.draw(0, "test", number, 1)))
     weights = adapt(model.inner, model.maml.values(), task, model.updates)
     probabilities = tf.nn.softmax(model.inner.network.apply(weights, task.query_x)).numpy()
@@ -348,32 +354,31 @@ def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) 
 
 
 def confusions(path: Path) -> tuple[list[str], np.ndarray]:
-    """Counts what predict.py took the images of each class for.
+    """Return the class names and the numbers of images, [true class, predicted class], in a predictions table.
 
-    Args: what predict.py --csv wrote, where every image lies in a folder of its class' name.
-    Returns the names of the classes, and the numbers of images, [true class, class taken for].
+    path: written by predict.py --csv. An image's true class is the name of the folder it is in.
     """
-    way_out = "name what predict.py --csv=FILE wrote"
+    fix = "name a table that predict.py --csv wrote"
     try:
         with open(path, errors="surrogateescape", newline="") as file:
             header, *rows = csv.reader(file, strict=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {way_out}") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
     except (ValueError, csv.Error):
         header, rows = [], []
     classes = header[3:]
     if header[:3] != ["image", "class", "probability"] or not all(
         len(row) == len(header) and row[1] in classes for row in rows
     ):
-        raise InputError(f"{path}: is not a table of answers; {way_out}")
+        raise InputError(f"{path}: is not a predictions table; {fix}")
     counts = np.zeros((len(classes), len(classes)), int)
     for image, guess, *_ in rows:
         parent = "/" + Path(image).parent.as_posix()
         true = [name for name in classes if parent.endswith("/" + name)]
         if not true:
             raise InputError(
-                f"image {image} in {path} lies in no folder of its class' name ({', '.join(classes)}): ask predict.py "
-                "for folders that are named as those of LABELLED"
+                f"{path}: {image} is not in a folder named after a class ({', '.join(classes)}); run predict.py on "
+                "folders named like those of LABELED"
             )
         counts[classes.index(max(true, key=len)), classes.index(guess)] += 1
     return classes, counts
@@ -383,13 +388,13 @@ def _flags(folder):
     try:
         return runs.read_json(folder / "flags.json", dict, "name another run folder")
     except FileNotFoundError:
-        raise InputError(f"no flags.json in {folder}: name a run folder") from None
+        raise InputError(f"{folder}: flags.json is missing; name a run folder") from None
 
 
-def _labelled(text):
+def _labeled(text):
     label, _, path = text.rpartition("=")
     if not label:
-        raise argparse.ArgumentTypeError(f"{text} has no label: write label={text}")
+        raise argparse.ArgumentTypeError(f"{text}: label is missing; write label={text}")
     return label, Path(path)
 
 
@@ -400,88 +405,90 @@ def main() -> None:
         ("sinusoid", "fits of sinusoid models before and after updates (paper, figure 2)"),
         (
             "updates",
-            "error or accuracy after each update (paper, figure 3), of results/*.json or a run's results.json; the "
-            "paper's accuracy beside that of results/*.json, a dashed line with its 95 % interval",
+            "error or accuracy after each update (paper, figure 3), from results/*.json or a run's results.json. For "
+            "results/*.json, a dashed line is the paper's accuracy with its 95% confidence interval",
         ),
         ("training", "training curves of run folders"),
         (
             "task",
-            "a test task of images: its support images, and what the model of a run folder takes its query images for, "
-            f"{QUERIES} of each class, which batch norm normalises together; it needs the run's data set",
+            f"a test task of images: support images, and a run's predictions for {QUERIES} query images per class. "
+            "Batch norm normalizes the query images together. Needs the run's data set",
         ),
         (
             "confusion",
-            "how often images of each class are taken for another, of the table of predict.py --csv; the images that "
-            "predict.py was asked lie in folders with the same names as those of the labelled images",
+            "confusion matrices, from tables written by predict.py --csv. The images must be in folders named like "
+            "those of the labeled images",
         ),
     ):
-        one = figures.add_parser(name, help=help.replace("%", "%%"), description=help)  # argparse expands one of them
-        one.add_argument("what", nargs="+", type=_labelled, metavar="label=path")
-        one.add_argument("--output", type=Path, required=True, help="path without .png, .svg and .pdf")
-        one.add_argument("--dpi", type=int, default=300, help="pixels an inch of the PNG (300)")
+        command = figures.add_parser(name, help=help.replace("%", "%%"), description=help)  # argparse expands % in help
+        command.add_argument("inputs", nargs="+", type=_labeled, metavar="label=path")
+        command.add_argument("--output", type=Path, required=True, help="path of the figure, without extension")
+        command.add_argument("--dpi", type=int, default=300, help="pixels per inch of the PNG (300)")
         if name in ("sinusoid", "updates"):
-            one.add_argument("--update_lr", type=float, help="alpha of the updates, where there are several")
+            command.add_argument("--update_lr", type=float, help="alpha of the updates, if there are several")
         if name == "sinusoid":
-            one.add_argument("--shots", type=int, nargs="+", default=[5, 10], help="K of each row of panels (5 10)")
+            command.add_argument("--shots", type=int, nargs="+", default=[5, 10], help="K of each row of panels (5 10)")
         if name == "task":
-            one.add_argument("--shots", type=int, nargs=1, default=[1], help="K, support images of each class (1)")
-            one.add_argument("--data_path", type=Path, help="folder of the data set, if not where training has it")
+            command.add_argument("--shots", type=int, nargs=1, default=[1], help="K, support images per class (1)")
+            command.add_argument(
+                "--data_path", type=Path, help="folder of the data set, if not the one used in training"
+            )
         if name in ("sinusoid", "task"):
-            one.add_argument("--task", type=int, default=0, help="number of the test task (0)")
+            command.add_argument("--task", type=int, default=0, help="number of the test task (0)")
     args = parser.parse_args()
-    what = dict(args.what)
-    if len(what) < len(args.what):
-        parser.error("two of the labels are the same")
-    if args.figure == "task" and len(what) > 1:
-        parser.error("a figure of a task is of one run folder")
+    inputs = dict(args.inputs)
+    if len(inputs) < len(args.inputs):
+        parser.error("label=path: two labels are the same; rename one")
+    if args.figure == "task" and len(inputs) > 1:
+        parser.error("label=path: task takes one run folder; name only one")
     try:
-        save(_drawn(args, what), args.output, args.dpi)
+        save(_draw(args, inputs), args.output, args.dpi)
     except InputError as error:
         parser.exit(1, f"plot.py: {error}\n")
     say(f"Written: {args.output}.png, .svg and .pdf.")
 
 
-def _drawn(args, what):
-    """The figure that the flags ask for, of label -> path."""
+def _draw(args, inputs):
+    """Return the requested figure. inputs: label -> path."""
     if args.figure in ("sinusoid", "task"):
         if not all(shot in recipe.EXAMPLES for shot in args.shots):
             raise InputError(f"--shots={' '.join(map(str, args.shots))}: each must be {recipe.EXAMPLES}")
         if args.task not in recipe.SEED:
-            raise InputError(f"--task={args.task} must be {recipe.SEED}")
+            raise InputError(f"--task={args.task}: must be {recipe.SEED}")
     if args.figure == "sinusoid":
-        models = {label: trained(folder, args.update_lr) for label, folder in what.items()}
+        models = {label: trained(folder, args.update_lr) for label, folder in inputs.items()}
         tasks = [SinusoidTasks(shot, shot, oracle=True).draw(0, "test", args.task, 1) for shot in args.shots]
         return sinusoid_figure(models, tasks)
     if args.figure == "updates":
-        tests = {label: _tests(path, args.update_lr) for label, path in what.items()}
-        return updates_figure(tests, {label: _papers(path) for label, path in what.items()})
+        tests = {label: _tests(path, args.update_lr) for label, path in inputs.items()}
+        return updates_figure(tests, {label: _published(path) for label, path in inputs.items()})
     if args.figure == "training":
-        return training_figure(what)
+        return training_figure(inputs)
     if args.figure == "confusion":
-        return confusion_figure({label: confusions(path) for label, path in what.items()})
-    ((label, folder),) = what.items()
+        return confusion_figure({label: confusions(path) for label, path in inputs.items()})
+    ((label, folder),) = inputs.items()
     return task_figure(label, *answered_task(folder, *args.shots, args.task, args.data_path))
 
 
 def _tests(path, update_lr):
-    """Of results/<row>.json or a run's results.json, one test of each K, with this alpha if one is named.
+    """Return one test per K from results/<row>.json or a run's results.json, with this alpha if given.
 
-    It is the one of the latest checkpoint with K queries a class, as in the original's code, or else the latest; of
-    several, the last one.
+    Prefer a test with K queries per class, as in the original's code, then the latest checkpoint, then the last entry.
     """
-    way_out = "name a file of results/, or a run's results.json"
+    fix = "name a file of results/, or a run's results.json"
     try:
         if path.name == "results.json":
-            tests = runs.read_json(path, list, way_out)
+            tests = runs.read_json(path, list, fix)
         else:
-            tests = runs.read_json(path, dict, way_out).get("tests", [])
+            tests = runs.read_json(path, dict, fix).get("tests", [])
     except FileNotFoundError:
-        raise InputError(f"no {path}: {way_out}") from None
+        raise InputError(f"{path}: does not exist; {fix}") from None
     if not (isinstance(tests, list) and all(map(_is_entry, tests))):
-        raise InputError(f"{path} has what is no result of a test: {way_out}")
+        raise InputError(f"{path}: is not a list of test results; {fix}")
     tests = [test for test in tests if test["split"] == "test" and update_lr in (None, test["inner_step_size_alpha"])]
     if not tests:
-        raise InputError(f"{path} has no test" + ("" if update_lr is None else f" with alpha {update_lr}"))
+        alpha = "" if update_lr is None else f" with --update_lr={update_lr}"
+        raise InputError(f"{path}: no test{alpha} is recorded; test the run on the test set first")
 
     def rank(test):
         own_queries = test.get("query_examples_a_class_Q") == test["support_examples_a_class_K"]
@@ -491,12 +498,12 @@ def _tests(path, update_lr):
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())
 
 
-def _papers(path):
-    """K -> the paper's accuracy and the half width of its interval, in percent, for the row of results/<row>.json.
+def _published(path):
+    """Return K -> the paper's accuracy and the half-width of its interval, in percent, for results/<row>.json.
 
-    Only for MAML itself: the records of other methods have longer names.
+    Only MAML has them: records of other methods have longer names.
     """
-    published = runs.read_json(ROOT / "results" / "published.json", list, "take the project's")
+    published = runs.read_json(ROOT / "results" / "published.json", list, "restore it from git")
     return {
         entry["support_examples_a_class_K"]: (entry["results"][-1]["mean"], entry["results"][-1]["ci95"])
         for entry in published
@@ -509,10 +516,10 @@ def _papers(path):
 
 
 def _is_entry(test):
-    """Whether this, which anybody may have written, has all that is read of an entry of results.json."""
+    """Return whether an untrusted value has every field that is read from an entry of results.json."""
 
     def is_number(value):
-        return isinstance(value, int | float) and abs(value) < 1e100  # not nan either
+        return isinstance(value, int | float) and abs(value) < 1e100  # excludes NaN
 
     try:
         numbers = [test["support_examples_a_class_K"], test["inner_step_size_alpha"]]

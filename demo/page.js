@@ -3,7 +3,7 @@
 const NAMES = ["A", "B", "C", "D", "E"];
 const UPDATES = ["before any update", "after 1 update", "after 2 updates", "after 3 updates"];
 const byId = (id) => document.getElementById(id);
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -11,10 +11,10 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-// Asks the server. Of two questions that overlap, the answer to the older one is dropped.
-function asker(path, status) {
+// Returns a function that queries the server. If requests overlap, only the newest one's response counts.
+function endpoint(path, status) {
   let latest = 0;
-  const ask = async (question, show, failed = () => {}) => {
+  const query = async (question, show, failed = () => {}) => {
     const number = ++latest;
     try {
       const began = performance.now();
@@ -27,15 +27,15 @@ function asker(path, status) {
       show(JSON.parse(text), Math.round(performance.now() - began));
     } catch (error) {
       if (number !== latest) return;
-      status.textContent = `No answer: ${error.message}`;
+      status.textContent = `Error: ${error.message}`;
       failed();
     }
   };
-  ask.forget = () => { latest++; };
-  return ask;
+  query.cancel = () => { latest++; };
+  return query;
 }
 
-// A canvas as sharp as the screen; its drawing function takes the width and height in CSS pixels.
+// Redraws a canvas at the screen's resolution. `draw` gets the width and height in CSS pixels.
 function sharp(canvas, draw) {
   const redraw = () => {
     const { clientWidth: width, clientHeight: height } = canvas, ratio = window.devicePixelRatio || 1;
@@ -66,19 +66,19 @@ class Pad {
     this.strokes = [];
     this.changed = changed;
     this.canvas = element("canvas", { tabIndex: 0, id: `pad-${name}` });
-    const shown = name === "asked" ? "?" : name;
+    const title = name === "asked" ? "?" : name;
     this.canvas.setAttribute("role", "img");
-    this.canvas.setAttribute("aria-label", name === "asked" ? "drawing that is asked" : `drawing of character ${name}`);
+    this.canvas.setAttribute("aria-label", name === "asked" ? "drawing to recognize" : `drawing of character ${name}`);
     const undo = () => this.change(() => this.strokes.pop());
     const clear = () => this.change(() => { this.strokes = []; });
     this.figure = element("figure", { className: name === "asked" ? "asked" : "" },
-      element("figcaption", { textContent: shown }), this.canvas,
+      element("figcaption", { textContent: title }), this.canvas,
       element("p", { className: "buttons" },
-        element("button", { textContent: "Undo", onclick: undo, ariaLabel: `undo the last stroke of ${shown}` }),
-        element("button", { textContent: "Clear", onclick: clear, ariaLabel: `clear ${shown}` })));
+        element("button", { textContent: "Undo", onclick: undo, ariaLabel: `undo the last stroke of ${title}` }),
+        element("button", { textContent: "Clear", onclick: clear, ariaLabel: `clear ${title}` })));
     this.redraw = sharp(this.canvas, (pen, width, height) => this.draw(pen, width, height));
     keys(this.canvas, undo, clear);
-    let stroke = null, pointer; // the finger or pen that draws it: a palm beside it draws nothing
+    let stroke = null, pointer; // of the finger or pen that draws, so that a resting palm draws nothing
     this.canvas.addEventListener("pointerdown", (event) => {
       if (event.button !== 0 || stroke) return;
       pointer = event.pointerId;
@@ -89,7 +89,7 @@ class Pad {
     });
     this.canvas.addEventListener("pointermove", (event) => {
       if (!stroke || event.pointerId !== pointer) return;
-      for (const one of event.getCoalescedEvents?.() ?? [event]) stroke.push(this.place(one));
+      for (const part of event.getCoalescedEvents?.() ?? [event]) stroke.push(this.place(part));
       this.redraw();
     });
     for (const end of ["pointerup", "pointercancel"]) {
@@ -114,7 +114,7 @@ class Pad {
   }
 
   draw(pen, width, height) {
-    pen.strokeStyle = pen.fillStyle = colour("--ink");
+    pen.strokeStyle = pen.fillStyle = color("--ink");
     pen.lineWidth = width / 24;
     pen.lineCap = pen.lineJoin = "round";
     for (const stroke of this.strokes) {
@@ -127,26 +127,26 @@ class Pad {
 }
 
 function characters() {
-  const status = byId("characters-status"), ask = asker("/characters", status);
+  const status = byId("characters-status"), query = endpoint("/characters", status);
   const pads = [...NAMES, "asked"].map((name) => new Pad(name, changed));
   byId("pads").append(...pads.map((pad) => pad.figure));
 
   function changed() {
-    ask.forget();
+    query.cancel();
     byId("answers").replaceChildren();
     const missing = [...NAMES, "?"].filter((_, i) => !pads[i].strokes.length);
     if (missing.length) {
       status.textContent = `Still to draw: ${missing.join(", ")}.`;
       return;
     }
-    status.textContent = "Asking the model.";
+    status.textContent = "Running the model.";
     const drawings = pads.map((pad) => pad.strokes);
-    ask({ labelled: drawings.slice(0, 5), asked: drawings[5] }, show);
+    query({ labelled: drawings.slice(0, 5), asked: drawings[5] }, show);
   }
 
   function show({ probabilities }, milliseconds) {
     const last = probabilities.at(-1), best = last.indexOf(Math.max(...last));
-    status.textContent = `It is ${NAMES[best]}, with probability ${last[best].toFixed(2)} (${milliseconds} ms).`;
+    status.textContent = `This is ${NAMES[best]}, with probability ${last[best].toFixed(2)} (${milliseconds} ms).`;
     byId("answers").replaceChildren(...probabilities.map((row, update) => element("div", { className: "update" },
       element("h3", { textContent: UPDATES[update] }),
       ...row.map((p, i) => {
@@ -165,7 +165,7 @@ const X = 5, Y = 6; // the plot shows -X to X and -Y to Y
 const LINES = [["0", "--before", [2, 4]], ["1", "--one", [7, 4]], ["10", "--ten", []]];
 
 function sinusoid() {
-  const status = byId("sinusoid-status"), ask = asker("/sinusoid", status);
+  const status = byId("sinusoid-status"), query = endpoint("/sinusoid", status);
   let points = [], answer = null;
   const cross = { x: 0, y: 0, shown: false };
   const redraws = ["MAML", "Pretrained"].map(plot);
@@ -178,24 +178,24 @@ function sinusoid() {
     const redraw = sharp(canvas, (pen, width, height) => {
       const at = (x, y) => [(x + X) / (2 * X) * width, (Y - y) / (2 * Y) * height];
       const line = (places) => { pen.beginPath(); places.forEach((p) => pen.lineTo(...p)); pen.stroke(); };
-      pen.strokeStyle = colour("--line");
+      pen.strokeStyle = color("--line");
       line([at(-X, 0), at(X, 0)]);
       line([at(0, -Y), at(0, Y)]);
-      pen.fillStyle = colour("--soft");
+      pen.fillStyle = color("--soft");
       pen.font = "11px system-ui, sans-serif";
       for (const y of [-4, -2, 2, 4]) pen.fillText(y, at(0, y)[0] + 4, at(0, y)[1] + 4);
       for (const x of [-4, -2, 2, 4]) pen.fillText(x, at(x, 0)[0] - 4, at(x, 0)[1] + 14);
       for (const [updates, name, dashes] of answer ? LINES : []) {
-        pen.strokeStyle = colour(name);
+        pen.strokeStyle = color(name);
         pen.lineWidth = 2.5;
         pen.setLineDash(dashes);
         line(answer.x.map((x, i) => at(x, answer.curves[label][updates][i])));
       }
       pen.setLineDash([]);
-      pen.fillStyle = colour("--ink");
+      pen.fillStyle = color("--ink");
       for (const [x, y] of points) { pen.beginPath(); pen.arc(...at(x, y), 4.5, 0, 7); pen.fill(); }
       if (cross.shown && document.activeElement === canvas) {
-        pen.strokeStyle = colour("--best");
+        pen.strokeStyle = color("--best");
         pen.lineWidth = 1.5;
         const [x, y] = at(cross.x, cross.y);
         line([[x - 9, y], [x + 9, y]]);
@@ -228,21 +228,21 @@ function sinusoid() {
 
   function change(now) {
     points = now;
-    ask.forget();
+    query.cancel();
     if (!points.length) answer = null;
     redraws.forEach((redraw) => redraw());
     if (!points.length) {
       status.textContent = "No points yet.";
       return;
     }
-    status.textContent = "Asking the models.";
-    ask({ points }, (found, milliseconds) => {
-      answer = found;
+    status.textContent = "Running the models.";
+    query({ points }, (fit, milliseconds) => {
+      answer = fit;
       const noun = points.length === 1 ? "1 point" : `${points.length} points`;
       status.textContent = `Fitted to ${noun} (${milliseconds} ms).`;
       redraws.forEach((redraw) => redraw());
     }, () => {
-      answer = null; // its curves are of other points
+      answer = null; // its curves fit other points
       redraws.forEach((redraw) => redraw());
     });
   }

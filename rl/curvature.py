@@ -1,26 +1,26 @@
-"""Hessians of a policy's losses times a vector, by hand and in NumPy, since they are most of an outer step.
+"""Hessian-vector products of a policy's losses, hand-written in NumPy: they take most of an outer step.
 
-The policy has two hidden layers of ReLUs. With X the observations and a 1 (the bias's input), U_l the weights w_l with
-the biases b_l as last row, and D_l 1 where a unit is active and else 0, the means m of n transitions are
+The policy has two hidden layers of ReLUs. X is the observations with a column of ones for the bias, U_l the weights w_l
+with the biases b_l as last row, and D_l is 1 where a unit is active, else 0. The means m of n transitions are
 
-  Z = [D_1 * (X U_1), 1],   H = [D_2 * (Z U_2), 1],   m = H U_3          ([.., 1]: one more column; *: element-wise)
+  Z = [D_1 * (X U_1), 1],   H = [D_2 * (Z U_2), 1],   m = H U_3        ([.., 1]: a column of ones; *: element-wise)
 
-Away from the kinks D does not change, so m is linear in each U_l. Along a direction dU, with J_a = dm_a / d(X U_1),
+Away from the kinks D is constant, so m is linear in each U_l. Along a direction dU, with J_a = dm_a / d(X U_1),
 
   m'_a = H dU_3 + (D_2 * (Z dU_2)) w_3 + sum over d of X_d (J_a dU_1^T)_d                                      (1)
 
-costs one product of [n, 100] by [100, 100], and so does its transpose, from r [n, A] to
+costs one product of [n, 100] by [100, 100]. So does its transpose, which maps r [n, A] to
 
   H^T r  (U_3),   Z^T (D_2 * (r w_3^T))  (U_2),   sum over a of (X r_a)^T J_a  (U_1)                            (2)
 
-A loss with slopes s = dL/dm [n, A] adds the curvature of the network: the second derivatives of sum(s * m), which is a
-polynomial in the weights, of degree one in each layer's. Its coefficients are sums over the transitions,
+A loss with slopes s = dL/dm [n, A] adds the curvature of the network: the second derivatives of sum(s * m). This is a
+polynomial in the weights, linear in each layer's. Its coefficients are sums over the transitions,
 
   Q_akdj = sum over n of s_a D_2k D_1j X_d,    R_ak = sum over n of s_a D_2k
   sum(s * m) = sum of w3_ka w2_jk U1_dj Q_akdj + sum of w3_ka b2_k R_ak + linear terms                         (3)
 
-and are computed once for all products. So a product costs two of [n, 100] by [100, 100]; by automatic differentiation
-it is nine or more.
+and are computed once for all products. A Hessian-vector product then costs two products of [n, 100] by [100, 100];
+autodiff needs nine or more.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ Weights = dict[str, np.ndarray]
 
 
 class Curvature(NamedTuple):
-    """A loss of one task's n transitions at given weights: all that its Hessian needs. K is a hidden layer's width."""
+    """What the Hessian of a loss over one task's n transitions needs. K is the width of a hidden layer."""
 
     weights: Weights
     x: np.ndarray  # X [n, O + 1]
@@ -39,16 +39,16 @@ class Curvature(NamedTuple):
     h: np.ndarray  # H [n, K + 1]
     active: np.ndarray  # D_2 [n, K]
     jacobian: np.ndarray  # J [A, n, K]
-    # The loss's Hessian to the means and log standard deviations: mean-mean and mean-std of a transition and an action,
-    # std-std summed over transitions. There is no other coupling of the outputs.
+    # Second derivatives of the loss in the means and log standard deviations, per transition and action. std_std is
+    # summed over transitions. All others are 0.
     mean_mean: np.ndarray  # [n, A]
     mean_std: np.ndarray  # [n, A]
     std_std: np.ndarray  # [A]
-    network: "Network | None"  # None: slopes are 0
+    network: "Network | None"  # None if the slopes are 0
 
 
 class Network(NamedTuple):
-    """The coefficients of (3), multiplied with the weights of one layer each and, where it leaves the rest, summed."""
+    """The coefficients of (3): with_l is Q times layer l's weights, summed over the indices no other layer has."""
 
     with_1: np.ndarray  # [A, K, K]  a k j
     with_2: np.ndarray  # [A * K, (O + 1) * K]  ak dj
@@ -57,12 +57,12 @@ class Network(NamedTuple):
 
 
 def inner_loss(weights: Weights, observations: np.ndarray, actions: np.ndarray, c: np.ndarray) -> Curvature:
-    """Of policy.policy_gradient, sum of c (e^2 / 2 + log std) with e = (action - m) / std.
+    """Return the curvature of policy.policy_gradient, sum of c (e^2 / 2 + log std) with e = (action - m) / std.
 
-    Args: observations [n, O], actions [n, A], and c [n], share times advantage.
+    observations: [n, O]. actions: [n, A]. c: [n], share times advantage.
     """
     scale, c = np.exp(-weights["log_std"]), c[:, None]
-    at, d1, means = _linearised(weights, observations)
+    at, d1, means = _linearized(weights, observations)
     e = (actions - means) * scale
     slopes = -c * e * scale
     u1, w2, w3 = _with_bias(weights, 1), weights["w2"], weights["w3"]
@@ -81,8 +81,11 @@ def inner_loss(weights: Weights, observations: np.ndarray, actions: np.ndarray, 
 
 
 def fisher(weights: Weights, observations: np.ndarray, shares: np.ndarray) -> Curvature:
-    """Of the mean divergence, weighted with shares [n] that sum to 1, from the policy of these weights."""
-    at, _, means = _linearised(weights, observations)
+    """Return the curvature of the mean divergence from the policy with these weights.
+
+    observations: [n, O]. shares: [n], the weights of the mean; they sum to 1.
+    """
+    at, _, means = _linearized(weights, observations)
     precision = np.exp(-2 * weights["log_std"])
     return at._replace(
         mean_mean=shares[:, None] * precision, mean_std=np.zeros_like(means), std_std=2 * np.ones_like(precision)
@@ -90,7 +93,7 @@ def fisher(weights: Weights, observations: np.ndarray, shares: np.ndarray) -> Cu
 
 
 def product(at: Curvature, direction: Weights) -> Weights:
-    """The Hessian times the direction."""
+    """Return the Hessian times the direction."""
     d1, d2, d3 = (_with_bias(direction, layer) for layer in (1, 2, 3))
     ds, w3 = direction["log_std"], at.weights["w3"]
 
@@ -113,8 +116,8 @@ def product(at: Curvature, direction: Weights) -> Weights:
     return {"w1": g1[:-1], "b1": g1[-1], "w2": g2[:-1], "b2": g2[-1], "w3": g3[:-1], "b3": g3[-1], "log_std": log_std}
 
 
-def _linearised(weights, observations):
-    """A Curvature without a loss, D_1 [n, K] and the means [n, A]."""
+def _linearized(weights, observations):
+    """Return a Curvature without a loss, D_1 [n, K] and the means [n, A]."""
     x = _with_ones(observations)
     first = x @ _with_bias(weights, 1)
     d1 = (first > 0).astype(x.dtype)

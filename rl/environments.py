@@ -1,7 +1,7 @@
 """The tasks: 2D navigation, and the half-cheetah's direction and speed. A task is a goal.
 
-An environment is a set of pure functions on arrays whose leading axes [...] are any number of rollouts side by side:
-`reset` and `step` take and return states, so that to begin a rollout anew is to put another state in its row.
+An environment is a set of pure functions on arrays, whose leading axes [...] are any number of parallel rollouts. The
+caller holds the states, so writing an initial state into a row restarts that rollout.
 """
 
 import functools
@@ -16,25 +16,25 @@ from files import InputError
 
 
 class Environment(NamedTuple):
-    """One family of tasks, and how the paper's experiment is run on it."""
+    """A family of tasks."""
 
     observation_size: int  # O
     action_size: int  # A
-    horizon: int  # H, steps after which a rollout ends
+    horizon: int  # H, maximum steps per rollout
     goals: Callable  # (random, count) -> float64 [count, G], drawn uniformly
-    reset: Callable  # (goals [..., G], random) -> states [..., S] in which rollouts begin
+    reset: Callable  # (goals [..., G], random) -> initial states [..., S]
     observe: Callable  # (states, goals) -> [..., O]
-    step: Callable  # (states, goals, actions [..., A]) -> states, rewards [...], whether the goal is reached [...]
+    step: Callable  # (states, goals, actions [..., A]) -> states, rewards [...], goal reached [...]
 
 
 def point(oracle: bool = False, threads: int = 0) -> Environment:
-    """A point in the plane that goes to a goal which it does not see; with `oracle` the goal is observed too.
+    """Return 2D navigation: a point moves to a goal, which it observes only with `oracle`.
 
-    Goals are uniform in [-0.5, 0.5]^2; a rollout begins in the origin. An action of 1 moves by 0.1, no further in each
-    coordinate. The reward is minus the distance to the goal after the step, and the rollout ends within 0.01 of the
-    goal in both coordinates, or after 100 steps. State [..., 2]: the position. It needs no threads.
-    Source: cbfinn/maml_rl, point_env_randgoal.py and normalized_env.py. The paper (section 5.3) says minus the squared
-    distance; its code and its returns do not.
+    Goals are uniform in [-0.5, 0.5]^2; a rollout begins at the origin. An action of 1 moves the point by 0.1, the
+    maximum per coordinate. The reward is minus the distance to the goal after the step. A rollout ends within 0.01 of
+    the goal in both coordinates, or after 100 steps. State [..., 2]: the position. `threads` is unused.
+    Source: cbfinn/maml_rl, point_env_randgoal.py and normalized_env.py. The paper (section 5.3) specifies minus the
+    squared distance, but its code and its returns use the distance.
     """
     reach, near = 0.1, 0.01
 
@@ -58,25 +58,25 @@ def point(oracle: bool = False, threads: int = 0) -> Environment:
 
 
 def half_cheetah(reward: str, oracle: bool = False, threads: int = 0) -> Environment:
-    """Rllab's half-cheetah, in the plane, which runs forwards or backwards, or at a goal speed.
+    """Return rllab's planar half-cheetah, which runs forward or backward (reward="direction") or at a goal speed.
 
-    A step is 0.01 s under one action, whose six torques are clipped to +-1. Observed are the positions but that along
-    the track (8), all velocities (9) and the centre of mass (3); with `oracle` also the direction, 1 or -1, or the goal
-    speed. A rollout begins at rest but for normal noise, of standard deviation 0.01 in positions and 0.1 in
-    velocities, and ends after 200 steps. Goals are uniform in [0, 2]. The reward is minus 0.05 times the sum of the
-    squared actions, and
-      direction  plus the speed of the centre of mass for a goal of 1 and more, minus it below;
-      speed      minus the distance of that speed from the goal, in m/s.
-    State [..., S]: MuJoCo's (time, positions, velocities). The simulator has `threads`, 0: one on each core.
+    A step lasts 0.01 s; its six torques are clipped to +-1. Observations are the positions except the one along the
+    track (8), all velocities (9) and the center of mass (3); with `oracle` also the direction, 1 or -1, or the goal
+    speed. A rollout begins at rest plus Gaussian noise, with standard deviation 0.01 in positions and 0.1 in
+    velocities, and ends after 200 steps. Goals are uniform in [0, 2]. The reward is a speed term minus 0.05 times the
+    sum of squared actions. With v the speed of the center of mass in m/s, the speed term is
+      direction  v if the goal is at least 1, else -v;
+      speed      -|v - goal|.
+    State [..., S]: MuJoCo's (time, positions, velocities). The simulator uses `threads` threads; 0: one per core.
     Source: cbfinn/maml_rl, half_cheetah_env_rand_direc.py, half_cheetah_env_rand.py and mujoco_env.py.
-    Raises InputError without the package mujoco.
+    Raise InputError if the package mujoco is missing.
     """
     simulator = _Simulator(threads or devices.cores())
     model = simulator.model
     positions = slice(1, 1 + model.nq)
     velocities = slice(1 + model.nq, 1 + model.nq + model.nv)
 
-    def wanted(goals):
+    def target(goals):
         return np.where(goals < 1, -1.0, 1.0) if reward == "direction" else goals
 
     def reset(goals, random):
@@ -87,14 +87,14 @@ def half_cheetah(reward: str, oracle: bool = False, threads: int = 0) -> Environ
 
     def observe(states, goals):
         q, v = states[..., positions], states[..., velocities]
-        seen = [q[..., 1:], v, centre_of_mass(model, q, v)[0]]
-        return np.concatenate([*seen, wanted(goals)] if oracle else seen, -1)
+        observed = [q[..., 1:], v, center_of_mass(model, q, v)[0]]
+        return np.concatenate([*observed, target(goals)] if oracle else observed, -1)
 
     def step(states, goals, actions):
         actions = np.clip(actions, -1, 1)
         states = simulator.step(states, actions)
-        speed = centre_of_mass(model, states[..., positions], states[..., velocities])[1][..., 0]
-        goal = wanted(goals)[..., 0]
+        speed = center_of_mass(model, states[..., positions], states[..., velocities])[1][..., 0]
+        goal = target(goals)[..., 0]
         run = goal * speed if reward == "direction" else -np.abs(speed - goal)
         return states, run - 0.05 * np.sum(actions**2, -1), np.zeros(speed.shape, bool)
 
@@ -109,46 +109,49 @@ def half_cheetah(reward: str, oracle: bool = False, threads: int = 0) -> Environ
     )
 
 
-def centre_of_mass(model, q: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Place [..., 3] in m and velocity [..., 3] in m/s of the half-cheetah's centre of mass.
+def center_of_mass(model, q: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the position [..., 3] in m and the velocity [..., 3] in m/s of the half-cheetah's center of mass.
 
-    q, v: positions and velocities [..., 9], of which the first three are the root's: along the track, up, and pitch.
-    Each body turns about the y axis by the sum of the angles from the root to it, so the centre of mass is the root's
-    place plus, for each body, a constant vector (what hangs on it, weighted with mass) turned by its angle. MuJoCo
-    computes the same in subtree_com and subtree_linvel, but only for the state before a step.
+    q, v: positions and velocities [..., 9]. The first three are the root's: along the track, up, and pitch.
+    Each body rotates about the y axis by the sum of the angles from the root to it. The center of mass is therefore the
+    root's position plus, for each body, a constant vector (the mass-weighted offset of the bodies it carries) rotated
+    by the body's angle. MuJoCo computes the same in subtree_com and subtree_linvel, but only for the state before a
+    step.
     """
     mass = model.body_subtreemass[1]
     levers = model.body_mass[:, None] / mass * model.body_ipos
     for body in range(2, model.nbody):
         levers[model.body_parentid[body]] += model.body_subtreemass[body] / mass * model.body_pos[body]
-    chain = np.zeros((model.nbody, model.nv))  # 1 where a joint turns the body
+    chain = np.zeros((model.nbody, model.nv))  # 1 where a joint rotates the body
     for body in range(1, model.nbody):
         chain[body] = chain[model.body_parentid[body]]
         chain[body, 2 if body == 1 else model.body_jntadr[body]] = 1
     angle, turn = q @ chain.T, v @ chain.T
     sine, cosine = np.sin(angle), np.cos(angle)
     x, z = levers[:, 0], levers[:, 2]
-    place, velocity = np.zeros((*q.shape[:-1], 3)), np.zeros((*q.shape[:-1], 3))
+    position, velocity = np.zeros((*q.shape[:-1], 3)), np.zeros((*q.shape[:-1], 3))
     root = model.body_pos[1]
-    place[..., 0] = root[0] + q[..., 0] + cosine @ x + sine @ z
-    place[..., 1] = root[1] + levers[:, 1].sum()
-    place[..., 2] = root[2] + q[..., 1] - sine @ x + cosine @ z
+    position[..., 0] = root[0] + q[..., 0] + cosine @ x + sine @ z
+    position[..., 1] = root[1] + levers[:, 1].sum()
+    position[..., 2] = root[2] + q[..., 1] - sine @ x + cosine @ z
     velocity[..., 0] = v[..., 0] + (turn * -sine) @ x + (turn * cosine) @ z
     velocity[..., 2] = v[..., 1] + (turn * -cosine) @ x + (turn * -sine) @ z
-    return place, velocity
+    return position, velocity
 
 
 class _Simulator:
-    """MuJoCo on many states at once, side by side in threads. A step is a function of state and action alone."""
+    """MuJoCo on many states in parallel threads. A step depends only on state and action."""
 
     def __init__(self, threads):
         try:
             import mujoco
             from mujoco import rollout
         except ImportError as error:
-            raise InputError(f"the half-cheetah needs {error.name}: pip install -r requirements-rl.txt") from None
+            raise InputError(
+                f"--env: the half-cheetah needs {error.name}; run pip install -r requirements-rl.txt"
+            ) from None
         self.model = mujoco.MjModel.from_xml_path(str(Path(__file__).with_name("half_cheetah.xml")))
-        mujoco.mj_setTotalmass(self.model, 14)  # kg, as rllab's
+        mujoco.mj_setTotalmass(self.model, 14)  # kg, as in rllab
         mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
         self.data = [mujoco.MjData(self.model) for _ in range(threads)]
         self.rollout = rollout.Rollout(nthread=threads)

@@ -3,7 +3,7 @@
   Train  python rl/main.py --env=point --iterations=100 --logdir=logs/rl/point
   Test   the same command plus --train=False, or python rl/main.py --run=logs/rl/point/<run> --train=False
 
-experiments/rl_*.sh have the commands of docs/rl.md, which has the returns beside the authors'.
+docs/rl.md compares the returns with the authors'. experiments/rl_*.sh have the commands behind it.
 """
 
 import json
@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as NumPy: tasks are computed side by side, one on each core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks run in parallel, one per core
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root, in place of rl/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root instead of rl/
 
-import devices  # isort: skip  before TensorFlow, which reads what it sets
+import devices  # isort: skip  before TensorFlow, which reads the environment it sets
 
 import numpy as np
 from absl import flags, logging
@@ -35,55 +35,53 @@ from rl.policy import gaussian, policy_gradient
 from rl.trpo import BACKTRACKS, MetaTRPO
 from utils import statistics
 
-FLAGS = flags.FlagValues()  # not those of the supervised main.py, which has some of the same names
-flags.DEFINE_bool("help", False, "Show this and end.", short_name="h", flag_values=FLAGS)
+FLAGS = flags.FlagValues()  # separate from those of the supervised main.py, which has some of the same names
+flags.DEFINE_bool("help", False, "Show this help and exit.", short_name="h", flag_values=FLAGS)
 flags.DEFINE_enum(
     "env",
     "point",
     list(ENVIRONMENTS),
-    "Tasks: goals in the plane; the half-cheetah running forwards or backwards, or at a goal speed.",
+    "Tasks. point: goals in the plane; cheetah_direction: run forward or backward; cheetah_speed: run at a goal speed.",
     flag_values=FLAGS,
 )
 flags.DEFINE_enum(
     "baseline",
     None,
     ["random", "pretrained", "oracle"],
-    "In place of MAML. random: the initial policy, to be tested only; pretrained: one policy for all tasks; oracle: "
-    "the same, and the goal is observed.",
+    "A baseline instead of MAML. random: the initial policy (test only); pretrained: one policy for all tasks; oracle: "
+    "the same, but it observes the goal.",
     flag_values=FLAGS,
 )
-flags.DEFINE_integer("iterations", 100, "Outer steps. Paper's code: 100, of cheetah_speed 800.", flag_values=FLAGS)
-flags.DEFINE_integer("meta_batch_size", 40, "Tasks in an outer step. Paper's code: 40.", flag_values=FLAGS)
+flags.DEFINE_integer("iterations", 100, "Outer steps. Paper's code: 100; cheetah_speed: 800.", flag_values=FLAGS)
+flags.DEFINE_integer("meta_batch_size", 40, "Tasks per outer step. Paper's code: 40.", flag_values=FLAGS)
 flags.DEFINE_integer(
-    "num_rollouts", 20, "Rollouts of a task at any time, before and after the update. Paper: 20.", flag_values=FLAGS
+    "num_rollouts", 20, "Parallel rollouts per task, before and after the update. Paper: 20.", flag_values=FLAGS
 )
 flags.DEFINE_float(
     "update_lr",
     None,
-    "alpha, size of the inner step. Default, the paper's code: 0.5 point, 0.1 cheetah.",
+    "Inner learning rate alpha. Default (the paper's code): 0.5 for point, 0.1 for cheetah.",
     flag_values=FLAGS,
 )
 flags.DEFINE_float(
     "meta_step_size",
     None,
-    "Bound on an outer step's mean KL divergence, in nats. Default, the paper's code: 0.01; 0.02 cheetah_direction.",
+    "Bound on an outer step's mean KL divergence, in nats. Default (the paper's code): 0.01; cheetah_direction: 0.02.",
     flag_values=FLAGS,
 )
 flags.DEFINE_string(
     "run",
     None,
-    "A run folder to resume, or to test with --train=False. Its flags.json gives all other flags except --iterations, "
-    "which may be more.",
+    "A run folder to resume, or to test with --train=False. Its flags.json sets the other flags; --iterations may be "
+    "higher.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("logdir", "logs/rl", "Folder in which the run has its own folder.", flag_values=FLAGS)
-flags.DEFINE_bool("train", True, "Train; --train=False: test.", flag_values=FLAGS)
-flags.DEFINE_bool("resume", True, "Go on from the run folder's latest checkpoint.", flag_values=FLAGS)
+flags.DEFINE_string("logdir", "logs/rl", "Folder that holds the run folders.", flag_values=FLAGS)
+flags.DEFINE_bool("train", True, "Train. --train=False: test.", flag_values=FLAGS)
+flags.DEFINE_bool("resume", True, "Resume from the run folder's latest checkpoint.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Seed of the initial weights, the goals and the rollouts.", flag_values=FLAGS)
-flags.DEFINE_integer("save_interval", 10, "Iterations between checkpoints, of which ten stay.", flag_values=FLAGS)
-flags.DEFINE_integer(
-    "threads", 0, "Tasks computed side by side, a core each; 0: as many as there are cores.", flag_values=FLAGS
-)
+flags.DEFINE_integer("save_interval", 10, "Iterations between checkpoints. The last ten are kept.", flag_values=FLAGS)
+flags.DEFINE_integer("threads", 0, "Tasks to run in parallel, one per core. 0: all cores.", flag_values=FLAGS)
 
 for _name, _range in {
     "iterations": ITERATIONS,
@@ -99,21 +97,21 @@ for _name in ("update_lr", "meta_step_size"):
     )
 flags.register_validator("seed", lambda value: 0 <= value < 2**32, "must be 0 to 2^32 - 1", flag_values=FLAGS)
 
-# The scripts of cbfinn/maml_rl: (alpha, bound on the divergence).
+# (alpha, KL bound), from the scripts of cbfinn/maml_rl.
 DEFAULTS = {"point": (0.5, 0.01), "cheetah_direction": (0.1, 0.02), "cheetah_speed": (0.1, 0.01)}
 IDENTITY = "env baseline iterations meta_batch_size num_rollouts update_lr meta_step_size seed".split()
 PRINT_INTERVAL = 10  # iterations
 
 # The authors' tests (test_maml_point.py and the like).
 TEST_GOALS, TEST_GOALS_SEED = 40, 1
-TEST_TRANSITIONS = 4000  # of each goal, before each update
+TEST_TRANSITIONS = 4000  # per goal, before each update
 TEST_UPDATES = 4
-LATER_UPDATES = 0.5  # size of the second update and those after it, times alpha
-KEPT_GOALS, KEPT_ROLLOUTS = 4, 3  # whose paths results.json has, for the figure
+LATER_UPDATES = 0.5  # size of each update after the first, in units of alpha
+KEPT_GOALS, KEPT_ROLLOUTS = 4, 3  # paths kept in results.json for the figure
 
 
 def main() -> None:
-    """Trains, or tests, as the flags say."""
+    """Train or test, as the flags say."""
     logging.set_verbosity(logging.WARNING)
     cores = FLAGS.threads or devices.cores()
     devices.start(cores)
@@ -124,14 +122,14 @@ def main() -> None:
     if not FLAGS.train:
         test(run, learner, identity, environment)
     elif FLAGS.baseline == "random":
-        raise InputError("--baseline=random is the policy before any training: give --train=False to test it")
+        raise InputError("--baseline=random: is only for testing; give --train=False")
     else:
         with run.locked():
             train(run, learner, identity, environment)
 
 
 def run_identity() -> dict:
-    """What the run's numbers depend on, with the environment's defaults."""
+    """Return the flags that the run's numbers depend on. Set the environment's defaults first."""
     alpha, bound = DEFAULTS[FLAGS.env]
     FLAGS.set_default("update_lr", alpha)
     FLAGS.set_default("meta_step_size", bound)
@@ -139,9 +137,9 @@ def run_identity() -> dict:
 
 
 def take_run(folder: Path) -> None:
-    """Set the flags to those of a run folder's flags.json. Refuse flags that contradict it, except --iterations."""
+    """Set the flags from a run folder's flags.json. Raise InputError if one contradicts it, except --iterations."""
     try:
-        record = read_json(folder / "flags.json", dict, "put a copy in its place, or name another run")
+        record = read_json(folder / "flags.json", dict, "restore a copy, or name another run")
     except FileNotFoundError:
         raise InputError(f"--run={folder}: has no flags.json; name a run folder") from None
     for name in IDENTITY:
@@ -153,9 +151,9 @@ def take_run(folder: Path) -> None:
 
 
 def asked_for(arguments: list[str]) -> dict | None:
-    """The identity of the run that a command line asks for.
+    """Return the identity of the run that a command line starts, or None for invalid flags or --help.
 
-    None where it has a wrong flag, or asks for help: this program then answers it.
+    In the latter case rl/main.py itself answers.
     """
     try:
         if FLAGS(["rl/main.py", *arguments]) != ["rl/main.py"] or FLAGS.help:
@@ -166,7 +164,7 @@ def asked_for(arguments: list[str]) -> dict | None:
 
 
 def run_folder(identity: dict) -> runs.Run:
-    """The run of these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
+    """Return the run of these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
     if FLAGS.run:
         return runs.Run(Path(FLAGS.run))
     name = "{env}.mbs_{meta_batch_size}.rollouts_{num_rollouts}.updatelr{update_lr}.kl{meta_step_size}".format(
@@ -180,7 +178,7 @@ def run_folder(identity: dict) -> runs.Run:
 
 
 def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
-    """The policy with its initial weights, and how it learns."""
+    """Return the learner with its initial weights."""
     network = gaussian(environment.observation_size, environment.action_size)
     steps = 0 if identity["baseline"] in ("pretrained", "oracle") else 1
     inner = InnerLoop(network, policy_gradient, alpha=identity["update_lr"], steps=steps)
@@ -188,17 +186,17 @@ def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
 
 
 def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
-    """Takes the outer steps from where the run folder stands."""
+    """Take the outer steps that remain in the run folder."""
     run.check(identity, {}, FLAGS.resume)
     if run.iterations():
         print("Restoring model weights from", run.restore_newest(learner))
     start, total = int(learner.step), FLAGS.iterations
     if start >= total:
-        print(f"Nothing left to do: {start} of {total} iterations are done. To go on, give more --iterations.")
+        print(f"Nothing left to do: {start} of {total} iterations are done. To train longer, raise --iterations.")
         return
     run.record(identity)
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
-    print("Printed: return before and after the update, mean over rollouts and tasks.", flush=True)
+    print("Printed: return before and after the update, averaged over rollouts and tasks.", flush=True)
     with (
         stopping_on_signals() as stop,
         Events(run.folder, start) as events,
@@ -222,21 +220,21 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
                 sys.exit(128 + signal.Signals[stop.reason])
     print(f"Done: {total} iterations, the last saved in {prefix}.")
     parts = {tag: np.median([values[tag] for values in history]) for tag in history[0] if tag.endswith("_seconds")}
-    shown = ", ".join(f"{tag.removesuffix('_seconds').replace('_', ' ')} {value:.2f}" for tag, value in parts.items())
-    print(f"Seconds of an iteration, medians: {shown}.")
+    listed = ", ".join(f"{tag.removesuffix('_seconds').replace('_', ' ')} {value:.2f}" for tag, value in parts.items())
+    print(f"Median seconds per iteration: {listed}.")
 
 
 def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int) -> dict[str, float]:
-    """One outer step, a function of the weights, the seed and the iteration; and what TensorBoard shows of it."""
+    """Take one outer step and return its TensorBoard scalars. It depends only on weights, seed and iteration."""
     random = np.random.default_rng((FLAGS.seed, iteration, 0))
     began = time.perf_counter()
     goals = environment.goals(random, FLAGS.meta_batch_size)
-    batch, did = learner.gather(environment, goals, FLAGS.num_rollouts, random)
+    batch, rollouts = learner.gather(environment, goals, FLAGS.num_rollouts, random)
     seconds = {"rollouts": time.perf_counter() - began}
     update = learner.outer_step(batch)
-    values = {"Pre-update_return": did[0].mean_returns().mean()}
+    values = {"Pre-update_return": rollouts[0].mean_returns().mean()}
     if learner.inner.steps:
-        values["Post-update_return__step_1"] = did[1].mean_returns().mean()
+        values["Post-update_return__step_1"] = rollouts[1].mean_returns().mean()
     return {
         **{tag: float(value) for tag, value in values.items()},
         "divergence": update.divergence,
@@ -248,7 +246,7 @@ def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int)
 
 
 def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
-    """Returns on the authors' test goals before and after updates, printed and written to results.json."""
+    """Print the returns on the authors' test goals before and after updates, and write them to results.json."""
     iterations = 0
     if FLAGS.baseline != "random":
         run.checkpoint()
@@ -257,13 +255,13 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
         iterations = int(learner.step)
     runs.check_writable(run.folder, "--logdir")
     goals = environment.goals(np.random.RandomState(TEST_GOALS_SEED), TEST_GOALS)
-    random = np.random.default_rng((0, 0, 1))  # in training the third number is 0
+    random = np.random.default_rng((0, 0, 1))  # the third number is 0 in training
     count = TEST_TRANSITIONS // environment.horizon
     sizes = [] if FLAGS.baseline == "oracle" else [1] + [LATER_UPDATES] * (TEST_UPDATES - 1)
     curve = list(learner.curve(environment, goals, count, sizes, random))
-    returns = np.stack([did.mean_returns() for did in curve], 1)
+    returns = np.stack([rollouts.mean_returns() for rollouts in curve], 1)
     means, stds, ci95 = statistics(returns)
-    print("Return after 0, 1, ... updates, and its 95 % interval over goals:")
+    print("Return after 0, 1, ... updates, with its 95% confidence interval over goals:")
     print(", ".join(f"{mean:.2f} +- {half:.2f}" for mean, half in zip(means, ci95, strict=True)))
     entry = {
         "run": run.folder.name,
@@ -277,31 +275,33 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
                 "mean": float(means[j]),
                 "ci95": float(ci95[j]),
                 "std": float(stds[j]),
-                "rollouts_of_a_goal": float(did.ends.sum(1).mean()),
-                # Without those that begin anew at the goal, of which a task that is done quickly has more.
-                "mean_of_first_rollouts": float(did.mean_returns(first=True).mean()),
+                "rollouts_of_a_goal": float(rollouts.ends.sum(1).mean()),
+                # Leaves out restarts at the goal, of which quick tasks have more.
+                "mean_of_first_rollouts": float(rollouts.mean_returns(first=True).mean()),
             }
-            for j, did in enumerate(curve)
+            for j, rollouts in enumerate(curve)
         ],
-        "returns": np.round(returns, 3).tolist(),  # a row for each goal
+        "returns": np.round(returns, 3).tolist(),  # [goal, update]
     }
     if FLAGS.env == "point":
         entry["goals_of_paths"] = np.round(goals[:KEPT_GOALS], 3).tolist()
-        entry["paths"] = [[did.paths(goal, KEPT_ROLLOUTS) for goal in range(KEPT_GOALS)] for did in curve]  # by update
+        entry["paths"] = [  # [update, goal, rollout, step, coordinate]
+            [rollouts.paths(goal, KEPT_ROLLOUTS) for goal in range(KEPT_GOALS)] for rollouts in curve
+        ]
     with writing(run.folder):
         write_whole(run.folder / "results.json", lambda file: file.write(json.dumps(entry).encode()))
     print(f"Written: {run.folder / 'results.json'}.")
 
 
 def program(argv: list[str]) -> None:
-    """main, with bad flags, bad input, or what the system refuses, told in one line."""
+    """Run main. Exit with one line for invalid flags, invalid input, or an OS error."""
     try:
         unexpected = FLAGS(argv)[1:]
         if FLAGS.help:
             print(__doc__, FLAGS.get_help(), sep="\n")
             return
         if unexpected:
-            raise InputError(f"unexpected argument {unexpected[0]}: flags are written --name=value")
+            raise InputError(f"{unexpected[0]}: is not a flag; write --name=value")
         if FLAGS.run:
             take_run(Path(FLAGS.run))
         main()

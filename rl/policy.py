@@ -1,4 +1,4 @@
-"""The policy: a normal distribution of actions, whose mean is a network's output."""
+"""The policy: a Gaussian over actions whose mean is a network's output."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,12 @@ LOG_2_PI = float(np.log(2 * np.pi))
 
 
 def gaussian(observation_size: int, action_size: int, hidden: tuple[int, int] = (100, 100)) -> Network:
-    """Two hidden layers of ReLUs, whose linear output is the mean; one log standard deviation for each action.
+    """Return a policy network: two hidden ReLU layers, a linear mean, and one log standard deviation per action.
 
-    apply: observations [n, O] -> [n, 2 * A], means and log standard deviations. Weight matrices begin uniform within
-    +-sqrt(6 / (inputs + outputs)) (Xavier), biases and log standard deviations at 0. The inner loop changes all.
-    Differs: the original's standard deviations end at 1e-6, which none comes near.
+    apply: observations [n, O] -> [n, 2 * A], means and log standard deviations. Weight matrices are initialized
+    uniformly within +-sqrt(6 / (inputs + outputs)) (Xavier), biases and log standard deviations to 0. The inner loop
+    adapts all weights.
+    Differs: the original has a floor of 1e-6 on standard deviations, which is never reached.
     Source: paper section 5.3; cbfinn/maml_rl, maml_minimal_gauss_mlp_policy.py.
     """
     widths = [observation_size, *hidden, action_size]
@@ -42,10 +43,10 @@ def gaussian(observation_size: int, action_size: int, hidden: tuple[int, int] = 
 
 
 def act(weights: dict[str, np.ndarray], observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The policy of each task in NumPy, for rollouts. A step there is too small for TensorFlow's calls.
+    """Return means [T, n, A] and log standard deviations [T, 1, A] of each task's policy.
 
-    Args: weights with a leading axis T, observations [T, n, O]. Returns means and log standard deviations, [T, n, A]
-    and [T, 1, A].
+    In NumPy, because one step of a rollout is too small to pay for a TensorFlow call.
+    weights: with a leading axis T. observations: [T, n, O].
     """
     x = observations
     for layer in (1, 2):
@@ -54,28 +55,28 @@ def act(weights: dict[str, np.ndarray], observations: np.ndarray) -> tuple[np.nd
 
 
 def log_probability(outputs: tf.Tensor, actions: tf.Tensor) -> tf.Tensor:
-    """Log density [n] of actions [n, A] under the policy's outputs [n, 2 * A]."""
+    """Return the log density [n] of actions [n, A] under the policy's outputs [n, 2 * A]."""
     means, log_stds = tf.split(outputs, 2, -1)
     normal = (actions - means) * tf.exp(-log_stds)
     return -tf.reduce_sum(0.5 * tf.square(normal) + log_stds + 0.5 * LOG_2_PI, -1)
 
 
 def divergence(before: tf.Tensor, after: tf.Tensor) -> tf.Tensor:
-    """Kullback-Leibler divergence [n], in nats, of the policy's outputs `after` from those `before`, [n, 2 * A]."""
+    """Return KL(before || after) [n], in nats, for policy outputs [n, 2 * A]."""
     (means, log_stds), (new_means, new_log_stds) = tf.split(before, 2, -1), tf.split(after, 2, -1)
     squares = tf.exp(2 * log_stds) + tf.square(means - new_means)
     return tf.reduce_sum(0.5 * squares * tf.exp(-2 * new_log_stds) + new_log_stds - log_stds - 0.5, -1)
 
 
 class Experience(NamedTuple):
-    """What a policy did in T tasks (or in one task, without the leading axis), and what came of it."""
+    """Actions in T tasks and their advantages. For one task there is no leading axis."""
 
     actions: tf.Tensor  # [T, n, A]
     advantages: tf.Tensor  # [T, n], 0 on padding
-    shares: tf.Tensor  # [T, n], 1 / (transitions of the task); 0 on padding
+    shares: tf.Tensor  # [T, n], 1 / (the task's number of transitions); 0 on padding
 
 
 def policy_gradient(outputs: tf.Tensor, experience: Experience) -> tf.Tensor:
-    """The loss of the inner loop, a scalar: minus the mean over transitions of advantage * log probability."""
+    """Return the inner loss, a scalar: minus the mean over transitions of advantage * log probability."""
     weights = experience.shares * experience.advantages
     return -tf.reduce_sum(weights * log_probability(outputs, experience.actions))

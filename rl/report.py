@@ -1,4 +1,4 @@
-"""Writes the table of docs/rl.md and draws its figures, from results/rl_*.json. Needs matplotlib.
+"""Write the table of docs/rl.md and draw its figures from results/rl_*.json. Needs matplotlib.
 
 python rl/report.py
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # in place of rl/
+    sys.path[0] = str(ROOT)  # instead of rl/
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from plot import BLUE, GREY, LINES, ORANGE, STYLE, save
+from plot import BLUE, GRAY, LINES, ORANGE, STYLE, save
 
 BEGIN, END = "<!-- results: written by rl/report.py -->", "<!-- end of results -->"
 MODELS = {None: "MAML", "pretrained": "pretrained", "random": "random", "oracle": "oracle"}
@@ -26,29 +26,29 @@ ENVIRONMENTS = {
     "cheetah_direction": "Half-cheetah, direction",
     "cheetah_speed": "Half-cheetah, speed",
 }
-SHOWN = 4  # columns: 0 to 3 updates, as in the paper's figures
+COLUMNS = 4  # 0 to 3 updates, as in the paper's figures
 
 
 def records(results: Path) -> dict[str, list[dict]]:
-    """Environment -> its records, those of MAML first, and by seed."""
-    found = {name: [] for name in ENVIRONMENTS}
+    """Return environment -> its records, MAML first, then by seed."""
+    by_environment = {name: [] for name in ENVIRONMENTS}
     for path in results.glob("rl_*.json"):
         record = json.loads(path.read_text())
         if "flags" in record:
-            found[record["flags"]["env"]].append(record)
+            by_environment[record["flags"]["env"]].append(record)
     order = list(MODELS)
-    for one in found.values():
-        one.sort(key=lambda record: (order.index(record["flags"]["baseline"]), record["flags"]["seed"]))
-    return found
+    for group in by_environment.values():
+        group.sort(key=lambda record: (order.index(record["flags"]["baseline"]), record["flags"]["seed"]))
+    return by_environment
 
 
 def authors(results: Path) -> dict[str, dict[str, dict]]:
-    """Environment -> model -> the authors' means and intervals."""
+    """Return environment -> model -> the authors' means and intervals."""
     return json.loads((results / "rl_authors.json").read_text())
 
 
 def table(results: Path) -> str:
-    """Returns after 0 to 3 updates, ours and the authors', in Markdown."""
+    """Return the Markdown table of returns after 0 to 3 updates, ours and the authors'."""
     lines = ["| | | 0 | 1 | 2 | 3 updates |", "| --- | --- | --- | --- | --- | --- |"]
     ours, theirs = records(results), authors(results)
     for environment, title in ENVIRONMENTS.items():
@@ -58,33 +58,33 @@ def table(results: Path) -> str:
                 continue
             first = f"{title}: {model}"
             for record in runs:
-                what = "ours" if baseline == "random" else f"ours, {record['flags']['iterations']} iterations"
-                what += f", seed {record['flags']['seed']}"
-                lines.append(_row(first, what, [(column["mean"], column["ci95"]) for column in record["results"]]))
+                source = "ours" if baseline == "random" else f"ours, {record['flags']['iterations']} iterations"
+                source += f", seed {record['flags']['seed']}"
+                lines.append(_row(first, source, [(column["mean"], column["ci95"]) for column in record["results"]]))
                 first = ""
-            one = theirs[environment].get(baseline or "maml")
-            if one:
-                lines.append(_row("", "authors", list(zip(one["mean"], one["ci95"], strict=True))))
+            published = theirs[environment].get(baseline or "maml")
+            if published:
+                lines.append(_row("", "authors", list(zip(published["mean"], published["ci95"], strict=True))))
     return "\n".join(lines)
 
 
-def _row(first, what, columns):
-    cells = [f"{mean:.1f} +- {half:.1f}" for mean, half in columns[:SHOWN]]
-    return f"| {' | '.join([first, what, *cells, *[''] * (SHOWN - len(cells))])} |"
+def _row(first, source, columns):
+    cells = [f"{mean:.1f} +- {half:.1f}" for mean, half in columns[:COLUMNS]]
+    return f"| {' | '.join([first, source, *cells, *[''] * (COLUMNS - len(cells))])} |"
 
 
 @matplotlib.rc_context(STYLE)
 def paths_figure(record: Mapping) -> Figure:
-    """Paper, figure 4 (below): where the point goes before and after updates, a panel for each of the kept goals."""
+    """Draw the point's paths before and after updates (paper, figure 4, bottom), one panel per recorded goal."""
     goals = record["goals_of_paths"]
     figure = Figure(figsize=(3.1 * len(goals), 3.5), layout="constrained")
     axes = figure.subplots(1, len(goals), sharex=True, sharey=True)
     looks = {0: ("before any update", ORANGE), 1: ("1 update", LINES[4][0]), 3: ("3 updates", BLUE)}
     for panel, goal, number in zip(axes, goals, range(len(goals)), strict=True):
-        for updates, (label, colour) in looks.items():
+        for updates, (label, color) in looks.items():
             for path in record["paths"][updates][number][:2]:
                 x, y = np.transpose(path)
-                panel.plot(x, y, color=colour, linewidth=0.9, alpha=0.8, label=label)
+                panel.plot(x, y, color=color, linewidth=0.9, alpha=0.8, label=label)
                 label = None
         panel.plot(*goal, "*", color="black", markersize=13, label="goal")
         panel.plot(0, 0, "o", color="black", markersize=4)
@@ -95,38 +95,40 @@ def paths_figure(record: Mapping) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def returns_figure(ours: Mapping[str, Sequence[Mapping]], theirs: Mapping[str, Mapping]) -> Figure:
-    """Paper, figures 4 (above) and 5: returns by update, ours drawn through and the authors' dashed.
+    """Draw returns by update (paper, figures 4, top, and 5): ours solid, the authors' dashed.
 
-    A panel for each environment that has a record. Bands are 95 % intervals over the test goals, of our first seed;
+    One panel per environment with a record. Bands are 95% confidence intervals over the test goals, for our first seed;
     other seeds are thin lines.
     """
-    shown = [environment for environment in ENVIRONMENTS if ours[environment]]
-    figure = Figure(figsize=(1.2 + 4.2 * len(shown), 3.9), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    environments = [environment for environment in ENVIRONMENTS if ours[environment]]
+    figure = Figure(figsize=(1.2 + 4.2 * len(environments), 3.9), layout="constrained")
+    axes = figure.subplots(1, len(environments), squeeze=False)[0]
     handles = {}
-    for panel, environment in zip(axes, shown, strict=True):
-        for (baseline, model), (colour, marker) in zip(MODELS.items(), LINES, strict=False):
+    for panel, environment in zip(axes, environments, strict=True):
+        for (baseline, model), (color, marker) in zip(MODELS.items(), LINES, strict=False):
             runs = [record for record in ours[environment] if record["flags"]["baseline"] == baseline]
             for number, record in enumerate(runs):
-                mean, half = (np.array([one[key] for one in record["results"][:SHOWN]]) for key in ("mean", "ci95"))
+                mean, half = (
+                    np.array([column[key] for column in record["results"][:COLUMNS]]) for key in ("mean", "ci95")
+                )
                 if len(mean) == 1:  # the oracle needs no update
-                    mean, half = np.repeat(mean, SHOWN), np.repeat(half, SHOWN)
+                    mean, half = np.repeat(mean, COLUMNS), np.repeat(half, COLUMNS)
                 updates = np.arange(len(mean))
                 style = {"marker": marker, "markersize": 4} if number == 0 else {"linewidth": 0.7}
-                (line,) = panel.plot(updates, mean, color=colour, **style)
+                (line,) = panel.plot(updates, mean, color=color, **style)
                 if number == 0:
                     handles.setdefault(model, line)
-                    panel.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-            one = theirs[environment].get(baseline or "maml")
-            if runs and one:
-                mean = np.array(one["mean"][:SHOWN])
-                mean = np.repeat(mean, SHOWN) if len(mean) == 1 else mean
-                (line,) = panel.plot(range(len(mean)), mean, "--", color=colour, linewidth=1.2)
+                    panel.fill_between(updates, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+            published = theirs[environment].get(baseline or "maml")
+            if runs and published:
+                mean = np.array(published["mean"][:COLUMNS])
+                mean = np.repeat(mean, COLUMNS) if len(mean) == 1 else mean
+                (line,) = panel.plot(range(len(mean)), mean, "--", color=color, linewidth=1.2)
         panel.set_title(ENVIRONMENTS[environment])
         panel.set_xlabel("updates")
-        panel.set_xticks(range(SHOWN))
+        panel.set_xticks(range(COLUMNS))
     axes[0].set_ylabel("return")
-    (dashed,) = axes[0].plot([], [], "--", color=GREY)
+    (dashed,) = axes[0].plot([], [], "--", color=GRAY)
     handles["the authors'"] = dashed
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
     return figure

@@ -1,10 +1,10 @@
-"""Trains, tests and records one row of docs/rl.md. The scripts experiments/rl_*.sh call it:
+"""Train, test and record one row of docs/rl.md. Called by the scripts experiments/rl_*.sh:
 
-    python rl/row.py <script> flags of rl/main.py
+    python rl/row.py <script> <flags of rl/main.py>
 
-A run that was stopped goes on; a finished one is tested again. All is done from the project's root.
-Writes results/<script>.json: the run's flags, iterations, hours, machine, versions and commit, and its test. Another
-seed than 0 has .seed<n> in the name.
+A stopped run is resumed; a finished one is tested again. The working folder is the project's root.
+The record is results/<script>.json, or <script>.seed<n>.json for a seed other than 0: the run's flags, iterations,
+hours, machine, versions, commit and test.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from rl import main
 
 
 def record(script: Path, arguments: list[str]) -> Path:
-    """Does all of the above; returns the path of what it wrote. Ends where rl/main.py fails or is stopped.
+    """Train, test and write the record. Return its path. Exit if rl/main.py fails or is stopped.
 
-    Arguments that rl/main.py takes for wrong, or for a question, it answers, and nothing is recorded.
+    For --help or invalid arguments, rl/main.py answers and nothing is recorded.
     """
     identity = main.asked_for(arguments)
     if identity is None:
@@ -46,12 +46,12 @@ def record(script: Path, arguments: list[str]) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", type=Path, help="the script of experiments/ that calls this program")
+    parser.add_argument("script", type=Path, help="the script in experiments/ that calls this program")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of rl/main.py")
     args = parser.parse_args()
     script = args.script.resolve()
     if script not in (ROOT / "experiments").glob("rl_*.sh"):
-        parser.error(f"{args.script} is not one of experiments/rl_*.sh: call one of those")
+        parser.error(f"{args.script}: is not one of experiments/rl_*.sh; call one of those")
     os.chdir(ROOT)
     row.leave_stops_to_programs()
     print("Recorded in", record(script, args.flags))

@@ -1,8 +1,8 @@
-"""MAML whose outer step is TRPO's (paper section 5.3 and Algorithm 3).
+"""MAML with TRPO as the outer step (paper section 5.3 and Algorithm 3).
 
-The inner step is maml.py's, on the loss of policy.policy_gradient. The outer step goes down the surrogate, through the
-inner step, by natural gradient: the direction is that of the conjugate gradient method on the Fisher matrix of the
-adapted policies, as a function of the weights before the inner step.
+The inner step is maml.py's, on the loss policy.policy_gradient. The outer step is a natural-gradient step on the
+surrogate: conjugate gradients solve for it with the Fisher matrix of the adapted policies, differentiated with respect
+to the weights before the inner step.
 """
 
 import time
@@ -24,36 +24,36 @@ from utils import Weights
 
 # cbfinn/maml_rl, conjugate_gradient_optimizer.py and krylov.py
 CONJUGATE_STEPS = 10
-LEAST_RESIDUAL = 1e-10  # squared norm at which they end early
+LEAST_RESIDUAL = 1e-10  # squared norm at which they stop early
 DAMPING = 1e-5  # times the identity, added to the Fisher matrix
 BACKTRACKS, RATIO = 15, 0.8  # of the line search
 
 
 class MetaBatch(NamedTuple):
-    """What was done in T tasks (or in one, without the leading axis), before and after the inner step."""
+    """Experience in T tasks before and after the inner step. For one task there is no leading axis."""
 
-    support_x: tf.Tensor  # [T, n, O], observations under the meta-learned policy
+    support_x: tf.Tensor  # [T, n, O], under the meta-learned policy
     support_y: Experience
-    query_x: tf.Tensor  # [T, m, O], observations under each task's adapted policy
+    query_x: tf.Tensor  # [T, m, O], under each task's adapted policy
     query_y: Experience
     adapted: Weights  # [T, ...] each
 
 
 class Update(NamedTuple):
-    """What an outer step did."""
+    """The outcome of an outer step."""
 
     surrogate_before: float  # minus the mean advantage: lower is better
-    surrogate: float  # at the weights that were kept
-    divergence: float  # of the adapted policies, in nats, mean over tasks of the mean over transitions
-    backtracks: int  # of the line search; BACKTRACKS: no step was good, and the weights stayed
-    seconds: dict[str, float]  # that its parts took: gradient, fisher_products, line_search
+    surrogate: float  # at the new weights
+    divergence: float  # KL of the adapted policies in nats, mean over each task's transitions, then over tasks
+    backtracks: int  # of the line search; BACKTRACKS: it failed, and the weights did not change
+    seconds: dict[str, float]  # by part: gradient, fisher_products, line_search
 
 
 class MetaTRPO(tf.Module):
-    """The meta-learned policy and the step: MAML's inner loop with another outer step."""
+    """The meta-learned policy: MAML's inner loop with a TRPO outer step."""
 
     def __init__(self, inner: InnerLoop, *, bound: float, seed: int, cores: int = 1):
-        """inner: of 1 step, or of 0, which trains one policy for all tasks. bound: on a step's divergence, in nats."""
+        """inner: with 1 step, or with 0 to train one policy for all tasks. bound: on a step's divergence, in nats."""
         super().__init__(name="meta_trpo")
         self.inner, self.bound, self.layout = inner, bound, Layout(cores)
         self.weights = {name: tf.Variable(value, name=name) for name, value in inner.network.init(seed).items()}
@@ -64,50 +64,52 @@ class MetaTRPO(tf.Module):
             return tf.TensorSpec(shape, w1.dtype)
 
         x = spec(None, None, w1.shape[0])
-        did = Experience(spec(None, None, log_std.shape[0]), spec(None, None), spec(None, None))
+        experience = Experience(spec(None, None, log_std.shape[0]), spec(None, None), spec(None, None))
         weights = {name: spec(*weight.shape) for name, weight in self.weights.items()}
         tasks_weights = {name: spec(None, *weight.shape) for name, weight in self.weights.items()}
-        batch = MetaBatch(x, did, x, did, tasks_weights)
+        batch = MetaBatch(x, experience, x, experience, tasks_weights)
 
         def traced(function, *signature):
             return tf.function(function, autograph=False, input_signature=signature)
 
-        self.adapt_each = traced(self._adapt_each, tasks_weights, x, did, spec())
+        self.adapt_each = traced(self._adapt_each, tasks_weights, x, experience, spec())
         self.surrogate_gradient = traced(self._surrogate_gradient, batch)
         self.surrogate_at = traced(self._surrogate_at, weights, batch)
 
     @property
     def keys(self) -> dict[str, str]:
-        """The key of each weight in a checkpoint, by its name."""
+        """Weight name -> its key in a checkpoint."""
         return self.inner.network.keys(self.weights)
 
     @property
     def state(self) -> dict[str, tf.Variable]:
-        """All that a step changes, by its key in a checkpoint."""
+        """Key in a checkpoint -> variable, for everything a step changes."""
         return {key: self.weights[name] for name, key in self.keys.items()} | {"step": self.step}
 
     def values(self) -> Weights:
-        """Read the meta-learned weights."""
+        """Return the meta-learned weights."""
         return {name: tf.convert_to_tensor(variable) for name, variable in self.weights.items()}
 
     # -- the inner loop -----------------------------------------------------------------------------------------------
 
     def before(self, tasks: int) -> dict[str, np.ndarray]:
-        """The meta-learned weights, once for each task, [T, ...]."""
+        """Return the meta-learned weights repeated for each task, [T, ...]."""
         return {name: np.repeat(weight.numpy()[None], tasks, 0) for name, weight in self.weights.items()}
 
     def rollouts(
         self, environment: Environment, weights: Weights, goals: np.ndarray, count: int, random: np.random.Generator
     ) -> Rollouts:
-        """Those of each task's own weights [T, ...], as rollouts.collect."""
+        """Return rollouts.collect with each task's own weights [T, ...]."""
         return collect(environment, lambda observations: act(weights, observations), goals, count, random)
 
-    def inner_step(self, weights: Weights, x: tf.Tensor, did: Experience, factor: float = 1.0) -> dict[str, np.ndarray]:
-        """Each task's weights [T, ...] after one step, of size factor * alpha, on what it did under them.
+    def inner_step(
+        self, weights: Weights, x: tf.Tensor, experience: Experience, factor: float = 1.0
+    ) -> dict[str, np.ndarray]:
+        """Return each task's weights [T, ...] after one step of size factor * alpha.
 
-        x: the observations [T, n, O].
+        x: observations [T, n, O]. experience: collected with `weights`.
         """
-        after = self.adapt_each(weights, x, did, tf.constant(factor, x.dtype))
+        after = self.adapt_each(weights, x, experience, tf.constant(factor, x.dtype))
         return {name: weight.numpy() for name, weight in after.items()}
 
     def curve(
@@ -118,29 +120,29 @@ class MetaTRPO(tf.Module):
         sizes: Sequence[float],
         random: np.random.Generator,
     ) -> Iterator[Rollouts]:
-        """The tasks' rollouts before any update and after each, which learns from those before it.
+        """Yield rollouts before any update and after each one. An update learns from the previous rollouts.
 
-        sizes: of the updates, times alpha.
+        sizes: of the updates, in units of alpha.
         """
         weights = self.before(len(goals))
-        yield (did := self.rollouts(environment, weights, goals, count, random))
+        yield (rollouts := self.rollouts(environment, weights, goals, count, random))
         for size in sizes:
-            weights = self.inner_step(weights, *self._tensors(did), size)
-            yield (did := self.rollouts(environment, weights, goals, count, random))
+            weights = self.inner_step(weights, *self._tensors(rollouts), size)
+            yield (rollouts := self.rollouts(environment, weights, goals, count, random))
 
-    def _adapt_each(self, weights, x, did, factor):
+    def _adapt_each(self, weights, x, experience, factor):
         def step(_, task):
-            own, x, did = task
-            after = adapt(self.inner, own, MetaBatch(x, did, None, None, None), 1)
+            own, x, experience = task
+            after = adapt(self.inner, own, MetaBatch(x, experience, None, None, None), 1)
             return {name: own[name] + factor * (after[name] - own[name]) for name in own}
 
         dtypes = {name: weight.dtype for name, weight in weights.items()}
-        return over_tasks(step, {}, (weights, x, did), dtypes, self.layout)
+        return over_tasks(step, {}, (weights, x, experience), dtypes, self.layout)
 
-    def _tensors(self, did):
-        """Of Rollouts, the observations and the Experience."""
-        parts = did.actions, advantages(did), did.shares
-        x, *parts = (tf.constant(part, self.weights["w1"].dtype) for part in (did.observations, *parts))
+    def _tensors(self, rollouts):
+        """Return the observations and the Experience of Rollouts."""
+        parts = rollouts.actions, advantages(rollouts), rollouts.shares
+        x, *parts = (tf.constant(part, self.weights["w1"].dtype) for part in (rollouts.observations, *parts))
         return x, Experience(*parts)
 
     # -- the outer step -----------------------------------------------------------------------------------------------
@@ -148,21 +150,21 @@ class MetaTRPO(tf.Module):
     def gather(
         self, environment: Environment, goals: np.ndarray, count: int, random: np.random.Generator
     ) -> tuple[MetaBatch, list[Rollouts]]:
-        """The tasks' rollouts before and after the inner step: what an outer step learns from.
+        """Collect rollouts before and after the inner step: the input of an outer step.
 
-        Without inner steps the rollouts are one set, and stand for both.
+        Without inner steps, one set of rollouts serves as both.
         """
         weights = self.before(len(goals))
-        did = [self.rollouts(environment, weights, goals, count, random)]
-        support = query = self._tensors(did[0])
+        rollouts = [self.rollouts(environment, weights, goals, count, random)]
+        support = query = self._tensors(rollouts[0])
         if self.inner.steps:
             weights = self.inner_step(weights, *support)
-            did.append(self.rollouts(environment, weights, goals, count, random))
-            query = self._tensors(did[1])
-        return MetaBatch(*support, *query, tf.nest.map_structure(tf.constant, weights)), did
+            rollouts.append(self.rollouts(environment, weights, goals, count, random))
+            query = self._tensors(rollouts[1])
+        return MetaBatch(*support, *query, tf.nest.map_structure(tf.constant, weights)), rollouts
 
     def outer_step(self, batch: MetaBatch) -> Update:
-        """Moves the weights once, unless no step in the direction improves the surrogate within the bound."""
+        """Update the weights, unless no step of the line search improves the surrogate within the bound."""
         times = [time.perf_counter()]
         gradient, before = self.surrogate_gradient(batch)
         gradient = self.flat(gradient)
@@ -170,24 +172,24 @@ class MetaTRPO(tf.Module):
         with self.fisher_product(batch) as product:
             direction, residual = conjugate_gradients(product, gradient)
         times.append(time.perf_counter())
-        # The quadratic form of the direction, by what the method knows: product(direction) = gradient - residual.
+        # direction @ product(direction), without another product: product(direction) = gradient - residual.
         length = direction @ (gradient - residual)
         step = np.sqrt(2 * self.bound / (length + 1e-8)) * direction
         old, before = self.flat(self.values()), float(before)
         self.step.assign_add(1)
         for backtracks in range(BACKTRACKS):
             new = self.unflat(old - RATIO**backtracks * step)
-            surrogate, moved = (float(value) for value in self.surrogate_at(new, batch))
-            if surrogate < before and moved <= self.bound:
+            surrogate, kl = (float(value) for value in self.surrogate_at(new, batch))
+            if surrogate < before and kl <= self.bound:
                 for name, value in new.items():
                     self.weights[name].assign(value)
                 break
         else:
-            surrogate, moved, backtracks = before, 0.0, BACKTRACKS
+            surrogate, kl, backtracks = before, 0.0, BACKTRACKS
         times.append(time.perf_counter())
         parts = ("gradient", "fisher_products", "line_search")
         seconds = {part: end - start for part, (start, end) in zip(parts, pairwise(times), strict=True)}
-        return Update(before, surrogate, moved, backtracks, seconds)
+        return Update(before, surrogate, kl, backtracks, seconds)
 
     def _surrogate_gradient(self, batch):
         def surrogate(weights, task):
@@ -196,18 +198,18 @@ class MetaTRPO(tf.Module):
         return meta_gradient(surrogate, self.values(), batch, self.layout)
 
     def surrogate_and_divergence(self, weights: Weights, task: MetaBatch) -> tuple[tf.Tensor, tf.Tensor]:
-        """Of one task, two scalars, differentiable to the weights before the inner step.
+        """Return one task's surrogate and mean divergence, two scalars differentiable in `weights`.
 
-        Minus the mean, over its transitions after the inner step, of the advantage times the likelihood ratio of the
-        adapted policy to the one that took them; and the mean divergence from that.
+        weights: before the inner step. The surrogate is minus the mean over the query transitions of advantage times
+        likelihood ratio, of the newly adapted policy to the policy that acted. The divergence is between these two.
         """
         apply = self.inner.network.apply
         own = apply(task.adapted, task.query_x)
         new = apply(adapt(self.inner, weights, task, self.inner.steps), task.query_x)
-        did = task.query_y
-        ratio = tf.exp(log_probability(new, did.actions) - log_probability(own, did.actions))
-        surrogate = -tf.reduce_sum(did.shares * did.advantages * ratio)
-        return surrogate, tf.reduce_sum(did.shares * divergence(own, new))
+        query = task.query_y
+        ratio = tf.exp(log_probability(new, query.actions) - log_probability(own, query.actions))
+        surrogate = -tf.reduce_sum(query.shares * query.advantages * ratio)
+        return surrogate, tf.reduce_sum(query.shares * divergence(own, new))
 
     def _surrogate_at(self, weights, batch):
         dtype = batch.query_x.dtype
@@ -215,22 +217,22 @@ class MetaTRPO(tf.Module):
         return tuple(tf.reduce_mean(value) for value in each)
 
     def fisher_product(self, batch: MetaBatch) -> "_FisherProduct":
-        """A context: a function of flat vectors, the tasks' mean Fisher matrix, damped, times the vector.
+        """Return a context manager that gives the function v -> (mean Fisher matrix of the tasks + DAMPING * I) v.
 
-        With A = I - alpha H the derivative of the inner step, H the Hessian of its loss, and F the Fisher matrix of the
-        adapted policy on its own transitions, a task's matrix is A F A. It is the Hessian of the mean divergence at the
-        weights where that is 0.
+        v is a flat vector. A task's matrix is A F A: A = I - alpha H is the derivative of the inner step, H the Hessian
+        of its loss, and F the Fisher matrix of the adapted policy on its own transitions. A F A is the Hessian of the
+        mean divergence at the current weights, where the divergence is 0.
         """
         return _FisherProduct(self, batch)
 
     # -- weights as one vector ----------------------------------------------------------------------------------------
 
     def flat(self, weights: Weights) -> np.ndarray:
-        """The weights in one vector, float64."""
+        """Return the weights as one vector, float64."""
         return np.concatenate([np.ravel(weights[name]).astype(float) for name in self.weights])
 
     def unflat(self, vector: np.ndarray) -> Weights:
-        """The reverse, in the weights' own precision."""
+        """Return the weights in a vector, in their own precision: the inverse of `flat`."""
         weights, first = {}, 0
         for name, weight in self.weights.items():
             last = first + weight.shape.num_elements()
@@ -240,7 +242,7 @@ class MetaTRPO(tf.Module):
 
 
 class _FisherProduct:
-    """See MetaTRPO.fisher_product. Tasks side by side, one on each core."""
+    """See MetaTRPO.fisher_product. Tasks run in parallel, one per core."""
 
     def __init__(self, learner: MetaTRPO, batch: MetaBatch):
         self.learner, self.batch = learner, tf.nest.map_structure(lambda x: x.numpy(), batch)
@@ -254,7 +256,7 @@ class _FisherProduct:
         self.pool.shutdown()
 
     def _curvatures(self, task):
-        """(of the inner loss, or None without inner steps; of the adapted policy)"""
+        """Return the curvatures of the inner loss (None without inner steps) and of the adapted policy."""
         own = tf.nest.map_structure(lambda x: x[task], self.batch)
         after = curvature.fisher(own.adapted, own.query_x, own.query_y.shares)
         if not self.learner.inner.steps:
@@ -272,22 +274,22 @@ class _FisherProduct:
         return self._through(inner, curvature.product(after, self._through(inner, direction)))
 
     def _through(self, inner, direction):
-        """The derivative of the inner step, which is symmetric, times the direction."""
+        """Return the derivative of the inner step, a symmetric matrix, times the direction."""
         if inner is None:
             return direction
-        turned = curvature.product(inner, direction)
-        return {name: direction[name] - self.learner.inner.alpha * turned[name] for name in direction}
+        product = curvature.product(inner, direction)
+        return {name: direction[name] - self.learner.inner.alpha * product[name] for name in direction}
 
 
 def conjugate_gradients(product: Callable, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The solution x of product(x) = b after CONJUGATE_STEPS steps from 0, and what is left, b - product(x)."""
+    """Return the solution x of product(x) = b after CONJUGATE_STEPS steps from 0, and the residual b - product(x)."""
     x, residual, direction = np.zeros_like(b), b.copy(), b.copy()
     squared = residual @ residual
     for _ in range(CONJUGATE_STEPS):
-        turned = product(direction)
-        size = squared / (direction @ turned)
+        applied = product(direction)
+        size = squared / (direction @ applied)
         x += size * direction
-        residual = residual - size * turned
+        residual = residual - size * applied
         before, squared = squared, residual @ residual
         if squared < LEAST_RESIDUAL:
             break

@@ -1,4 +1,4 @@
-"""demo.py: its page in a real browser, and what a stranger may send to its server."""
+"""demo.py: its server under untrusted requests, and its page in a real browser."""
 
 import http.client
 import json
@@ -32,12 +32,12 @@ def server():
 
 
 def send(server, method, path, body=None, **headers) -> tuple[int, str]:
-    """A request as the page makes it, but for what `headers` says."""
+    """Send a request with the page's headers, changed by `headers` (None leaves one out). Return status and body."""
     host = f"127.0.0.1:{server.port}"
-    given = {"Host": host, "Origin": f"http://{host}", "Content-Type": "application/json"} | headers
+    headers = {"Host": host, "Origin": f"http://{host}", "Content-Type": "application/json"} | headers
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
-        connection.request(method, path, body, {name: value for name, value in given.items() if value})
+        connection.request(method, path, body, {name: value for name, value in headers.items() if value})
         response = connection.getresponse()
         return response.status, response.read().decode()
     finally:
@@ -49,15 +49,15 @@ def ask(server, path, question) -> tuple[int, str]:
 
 
 def drawings() -> list[list]:
-    """Of five characters, two drawings each: the second is the first, jittered, moved and made smaller."""
+    """Return five characters, drawn twice: the second drawings are the first ones jittered, moved and made smaller."""
     random = np.random.default_rng(5)
     strokes = random.uniform(0.15, 0.85, size=(5, 3, 4, 2))
     again = 0.05 + 0.8 * (strokes + random.normal(scale=0.02, size=strokes.shape))
     return [strokes.round(3).tolist(), again.clip(0, 1).round(3).tolist()]
 
 
-def test_a_browser_in_the_terminal_gets_the_page(tmp_path):
-    """It runs until it is left, and wants the page meanwhile."""
+def test_terminal_browser_gets_the_page(tmp_path):
+    """It blocks until the user quits, and needs the server meanwhile."""
     fetch = (
         "import sys, urllib.request as r;"
         "page = r.build_opener(r.ProxyHandler({})).open(sys.argv[2], timeout=60).read();"
@@ -81,18 +81,18 @@ def test_a_browser_in_the_terminal_gets_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("port", (80, 8080))
-def test_the_port_of_http_is_not_in_a_browsers_host(port):
-    """A browser leaves it out, and no other. The site is asked without a server: few may take port 80."""
+def test_host_may_omit_only_the_default_port(port):
+    """Calls the application without a server, because port 80 needs privileges."""
     browser = Client(demo.Site({}))
     for host, status in (("localhost", 200 if port == 80 else 403), (f"localhost:{port}", 200), ("example.org", 403)):
         answer = browser.get("/", headers={"Host": host}, environ_overrides={"SERVER_PORT": str(port)})
         assert answer.status_code == status, host
 
 
-def test_drawings_are_told_apart(server):
-    shown, again = drawings()
+def test_characters_are_recognized(server):
+    first, again = drawings()
     for true, asked in enumerate(again):
-        status, text = ask(server, "/characters", {"labelled": shown, "asked": asked})
+        status, text = ask(server, "/characters", {"labelled": first, "asked": asked})
         assert status == 200
         rows = json.loads(text)["probabilities"]
         assert np.shape(rows) == (4, 5)  # before any update, and after each of three
@@ -100,24 +100,24 @@ def test_drawings_are_told_apart(server):
         assert np.argmax(rows[-1]) == true
 
 
-def test_ink_lies_as_omniglots():
-    """Wherever and however large it is drawn, it lies in the middle, with as much ink as the data have."""
+def test_ink_is_scaled_and_centered_like_omniglot():
+    """A drawing's place and size do not matter, and it has about as much ink as the data."""
     square = [[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]
     large = demo.ink([square])
     small = demo.ink([(0.7 + 0.2 * np.array(square)).tolist()])
     np.testing.assert_array_equal(large, small)
     rows, columns = np.nonzero(large == 0)
     for places in (rows, columns):
-        assert 16 <= np.ptp(places) <= 19  # 65 of 105 pixels, and the pen
+        assert 16 <= np.ptp(places) <= 19  # 65 of 105 pixels, plus the pen
         assert abs((places.min() + places.max()) / 2 - 13) <= 1
     assert set(np.unique(large)) == {0, 255}
     dot = demo.ink([[[0.2, 0.9]]])
     assert 1 <= (dot == 0).sum() <= 4
-    shown, _ = drawings()
-    assert 0.04 < np.mean([demo.ink(drawing) == 0 for drawing in shown]) < 0.15
+    first, _ = drawings()
+    assert 0.04 < np.mean([demo.ink(drawing) == 0 for drawing in first]) < 0.15
 
 
-def test_a_sinusoid_is_learnt(server):
+def test_maml_fits_a_sinusoid_better_than_pretraining(server):
     points = [[x, 3.2 * np.sin(x - 1.1)] for x in (-4.2, -3, -1.8, -0.5, 0.9)]
     status, text = ask(server, "/sinusoid", {"points": points})
     assert status == 200
@@ -154,9 +154,9 @@ DRAWING = [[[0.5, 0.5]]]
         ("/sinusoid", json.dumps({"points": [[8, -10]]}).encode()),  # the fit diverges
     ],
 )
-def test_a_body_that_is_none_of_ours(server, path, body):
+def test_invalid_bodies_are_refused(server, path, body):
     assert send(server, "POST", path, body)[0] == 400
-    assert ask(server, "/sinusoid", {"points": [[1, 2]]})[0] == 200  # the server lives
+    assert ask(server, "/sinusoid", {"points": [[1, 2]]})[0] == 200  # the server still answers
 
 
 @pytest.mark.parametrize(
@@ -176,43 +176,40 @@ def test_a_body_that_is_none_of_ours(server, path, body):
         (404, "GET", "//etc/passwd", {}),
     ],
 )
-def test_a_request_that_is_not_the_pages(server, status, method, path, headers):
-    found, _ = send(server, method, path, json.dumps({"points": [[1, 2]]}) if method == "POST" else None, **headers)
-    assert found == status or (status == 404 and found == 308)  # Werkzeug leads // to /
+def test_foreign_requests_are_refused(server, status, method, path, headers):
+    answer, _ = send(server, method, path, json.dumps({"points": [[1, 2]]}) if method == "POST" else None, **headers)
+    assert answer == status or (status == 404 and answer == 308)  # Werkzeug redirects // to /
 
 
-def test_what_a_browser_is_told(server):
-    """It runs nothing but the page's own files, and shows the page in no other one."""
+def test_security_policy_allows_only_own_files_and_no_framing(server):
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60) as response:
         policy = response.headers["Content-Security-Policy"].split("; ")
     assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(policy)
 
 
-def test_a_body_of_100_megabytes(server):
+def test_huge_bodies_are_refused_unread(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     host = f"127.0.0.1:{server.port}"
     connection.putrequest("POST", "/characters")
     for name, value in (("Origin", f"http://{host}"), ("Content-Type", "application/json"), ("Content-Length", 10**8)):
         connection.putheader(name, str(value))
     connection.endheaders(b"[" * 1000)
-    assert connection.getresponse().status == 413  # before it is sent, let alone read
+    assert connection.getresponse().status == 413  # answered before the body is sent
     connection.close()
     assert send(server, "GET", "/")[0] == 200
 
 
-def test_ten_pages_at_once(server):
-    shown, again = drawings()
-    question = {"labelled": shown, "asked": again[2]}
+def test_parallel_requests_get_the_same_answer(server):
+    first, again = drawings()
+    question = {"labelled": first, "asked": again[2]}
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda _: ask(server, "/characters", question), range(20)))
     assert {status for status, _ in answers} == {200}
     assert len({text for _, text in answers}) == 1
 
 
-def test_a_port_in_use(server):
-    with pytest.raises(
-        demo.InputError, match=rf"port {server.port} cannot be had \(Address already in use\): give another --port"
-    ):
+def test_port_in_use_is_refused(server):
+    with pytest.raises(demo.InputError, match=f"--port={server.port}"):
         demo.serve(server.port)
 
 
@@ -221,9 +218,9 @@ def test_a_port_in_use(server):
 
 @pytest.fixture(scope="module")
 def browser(server):
-    """Chromium at the page, without a window."""
+    """A headless Chromium."""
     if not (CHROMIUM and DRIVER):
-        pytest.skip("no Chromium: install Debian's chromium and chromium-driver, or the like")
+        pytest.skip("Chromium is not installed: install chromium and chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (requirements-dev.txt)")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
@@ -239,11 +236,11 @@ def browser(server):
 def page(browser, server):
     browser.get(f"http://127.0.0.1:{server.port}/")
     yield browser
-    assert browser.get_log("browser") == []  # neither errors nor breaches of the page's own policy
+    assert browser.get_log("browser") == []  # no errors and no violations of the page's policy
 
 
 def draw(page, name, drawing):
-    """With the mouse, stroke by stroke."""
+    """Draw strokes with the mouse."""
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
@@ -261,7 +258,7 @@ def draw(page, name, drawing):
 
 
 def press(page, element, keys):
-    """Keys to an element that the keyboard has reached."""
+    """Focus an element and send it keys."""
     page.execute_script("arguments[0].focus()", element)
     page.switch_to.active_element.send_keys(keys)
 
@@ -271,26 +268,26 @@ def text(page, identifier):
 
 
 def wait_for(page, identifier, beginning):
+    """Return the element's text as soon as it starts with `beginning`."""
     for _ in range(200):
         if text(page, identifier).startswith(beginning):
             return text(page, identifier)
         time.sleep(0.05)
-    raise AssertionError(f"{text(page, identifier)!r} does not begin with {beginning!r}")
+    raise AssertionError(f"{text(page, identifier)!r} does not start with {beginning!r}")
 
 
-def test_characters_in_a_browser(page):
-    """Five are drawn, each of them is asked, and is right; undo and clear by keyboard and button."""
+def test_drawing_recognizes_characters_and_undo_and_clear_work(page):
     from selenium.webdriver import Keys
     from selenium.webdriver.common.by import By
 
-    shown, again = drawings()
-    for name, drawing in zip("ABCDE", shown, strict=True):
+    first, again = drawings()
+    for name, drawing in zip("ABCDE", first, strict=True):
         draw(page, name, drawing)
     assert text(page, "characters-status") == "Still to draw: ?."
     pad = page.find_element(By.ID, "pad-asked")
     for name, drawing in zip("ABCDE", again, strict=True):
         draw(page, "asked", drawing)
-        wait_for(page, "characters-status", f"It is {name}, with probability ")
+        wait_for(page, "characters-status", f"This is {name}, with probability ")
         assert len(page.find_elements(By.CSS_SELECTOR, "#answers .row")) == 20
         press(page, pad, Keys.DELETE)
         wait_for(page, "characters-status", "Still to draw: ?.")
@@ -301,8 +298,8 @@ def test_characters_in_a_browser(page):
     wait_for(page, "characters-status", "Still to draw: B, ?.")
 
 
-def test_a_palm_beside_the_pen_in_a_browser(page):
-    """A second finger neither draws nor ends the stroke of the first."""
+def test_second_pointer_neither_draws_nor_ends_the_stroke(page):
+    """Such as a palm resting next to the pen."""
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
@@ -319,7 +316,7 @@ def test_a_palm_beside_the_pen_in_a_browser(page):
     assert wait_for(page, "characters-status", "Still to draw: A, B, C, D, E.") != before
 
 
-def test_the_sinusoid_in_a_browser(page):
+def test_clicks_and_keys_add_points_to_the_plot(page):
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
 
@@ -338,8 +335,8 @@ def test_the_sinusoid_in_a_browser(page):
     wait_for(page, "sinusoid-status", "Fitted to 5 points (")
 
 
-def test_a_fit_that_diverges_in_a_browser(page):
-    """The curves go, since they are of other points."""
+def test_diverging_fit_clears_the_curves(page):
+    """The old curves fit other points."""
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
@@ -359,13 +356,15 @@ def test_a_fit_that_diverges_in_a_browser(page):
     half_width, half_height = plot.size["width"] / 2 - 3, plot.size["height"] / 2 - 3
     for right, down in ((half_width, -half_height), (-half_width, half_height)):
         ActionChains(page).move_to_element_with_offset(plot, right, down).click().perform()
-    assert "the fit diverged" in wait_for(page, "sinusoid-status", "No answer: ")
+    assert "the fit diverged" in wait_for(page, "sinusoid-status", "Error: ")
     assert page.execute_script(painted, plot) - empty < (fitted - empty) / 4
-    assert {log["message"].partition(" - ")[0][-9:] for log in page.get_log("browser")} == {"/sinusoid"}  # the refusal
+    assert {log["message"].partition(" - ")[0][-9:] for log in page.get_log("browser")} == {
+        "/sinusoid"
+    }  # the 400 response
     page.find_element(By.ID, "sine-clear").click()
 
 
-def test_the_page_fits_a_phone(page):
+def test_page_fits_a_phone(page):
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 700, "deviceScaleFactor": 2, "mobile": True}
     )

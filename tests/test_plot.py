@@ -1,4 +1,4 @@
-"""Figures: that they show what they say, and that the command writes them."""
+"""plot.py: the content of the figures, and the command that writes them."""
 
 import json
 import shutil
@@ -29,28 +29,28 @@ def lines(panel) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def test_sinusoid_figure_shows_that_maml_adapts():
     models = {"MAML": plot.trained(RUN), "Pretrained": plot.trained(BASELINE, update_lr=0.01)}
-    assert models["Pretrained"][0].alpha == 0.01  # it was trained with 0.001
+    assert models["Pretrained"][0].alpha == 0.01  # trained with 0.001
     tasks = [SinusoidTasks(shot, shot, oracle=True).draw(0, "test", 10, 1) for shot in (5, 10)]
     figure = plot.sinusoid_figure(models, tasks)
     panels = {panel.get_title(): lines(panel) for panel in figure.axes}
     assert list(panels) == ["MAML, 5-shot", "Pretrained, 5-shot", "MAML, 10-shot", "Pretrained, 10-shot"]
     error = {}
-    for title, drawn in panels.items():
-        x, true = drawn["true curve"]
-        assert len(drawn["support points"][0]) == (10 if "10-shot" in title else 5)
+    for title, curves in panels.items():
+        x, true = curves["true curve"]
+        assert len(curves["support points"][0]) == (10 if "10-shot" in title else 5)
         np.testing.assert_allclose(
-            drawn["support points"][1], np.interp(drawn["support points"][0], x, true), atol=0.01
+            curves["support points"][1], np.interp(curves["support points"][0], x, true), atol=0.01
         )
         for label in ("before any update", "1 update", "10 updates"):
-            error[title, label] = np.mean((drawn[label][1] - true) ** 2)
+            error[title, label] = np.mean((curves[label][1] - true) ** 2)
     for shot in ("5-shot", "10-shot"):
         before, one, ten = (error[f"MAML, {shot}", label] for label in ("before any update", "1 update", "10 updates"))
         assert before > 5 * one > 5 * ten
         assert error[f"Pretrained, {shot}", "10 updates"] > 5 * ten
 
 
-def test_sinusoid_figure_of_an_oracle():
-    """Its model sees amplitude and phase; here a model that reads the amplitude alone from them, before any update."""
+def test_sinusoid_figure_gives_an_oracle_amplitude_and_phase():
+    """The model here returns the amplitude it is given."""
     flags = json.loads((RUN / "flags.json").read_text()) | {"baseline": "oracle"}
     maml = recipe.build(recipe.from_flags(flags))
     for weight in maml.weights.values():
@@ -85,16 +85,15 @@ def test_updates_figure_has_a_panel_for_each_shot():
     np.testing.assert_array_equal(lines(ten)["MAML"], [[0, 1, 2], [3, 0.4, 0.1]])
 
 
-def test_the_help_of_a_figure_has_its_percents(monkeypatch, capsys):
+def test_help_shows_percent_signs(monkeypatch, capsys):
     for arguments in (["--help"], ["updates", "--help"]):
         with pytest.raises(SystemExit):
             command(monkeypatch, *arguments)
-        told = " ".join(capsys.readouterr().out.split())
-        assert "with its 95 % interval" in told
+        assert "95% confidence interval" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("updates", [2, 20])
-def test_the_axis_of_updates_is_as_long_as_the_test(updates):
+def test_update_axis_spans_the_test(updates):
     (panel,) = plot.updates_figure({"MAML": [entry(5, "accuracy", [0.5] * (updates + 1))]}).axes
     low, high = panel.get_xlim()
     assert -updates / 10 < low < 0 and updates < high < 1.1 * updates
@@ -102,13 +101,10 @@ def test_the_axis_of_updates_is_as_long_as_the_test(updates):
     assert {0, updates} <= set(ticks) and all(tick == round(tick) for tick in ticks)
 
 
-def test_the_last_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
-    """Of those on the test classes with the alpha that is named, in order of time; with Q = K, if one is.
-
-    Of another checkpoint, such as the best on validation, only where the latest is not tested.
-    """
-    drawn = []
-    monkeypatch.setattr(plot, "save", lambda figure, *_: drawn.append(figure))
+def test_latest_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
+    """Only tests on the test classes with the given alpha count. Q = K wins, then the latest checkpoint, then entry."""
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, *_: figures.append(figure))
     tests = [
         entry(5, "accuracy", [mean]) | {"split": split, "inner_step_size_alpha": alpha}
         for mean, split, alpha in ((0.1, "test", 0.4), (0.2, "test", 0.4), (0.3, "test", 0.1), (0.4, "val", 0.4))
@@ -116,40 +112,39 @@ def test_the_last_test_of_each_shot_is_drawn(tmp_path, monkeypatch):
     (path := tmp_path / "results.json").write_text(json.dumps(tests))
     for flags, accuracy in ((["--update_lr=0.4"], 0.2), ([], 0.3)):
         command(monkeypatch, "updates", f"MAML={path}", *flags, "--output", "figure")
-        (panel,) = drawn.pop().axes
+        (panel,) = figures.pop().axes
         np.testing.assert_allclose(lines(panel)["MAML"][1], [accuracy])
     path.write_text(
         json.dumps([test | {"query_examples_a_class_Q": q} for test, q in zip(tests, (1, 5, 1, 5), strict=True)])
     )
     command(monkeypatch, "updates", f"MAML={path}", "--output", "figure")
-    np.testing.assert_allclose(lines(drawn.pop().axes[0])["MAML"][1], [0.2])
+    np.testing.assert_allclose(lines(figures.pop().axes[0])["MAML"][1], [0.2])
     path.write_text(json.dumps([test | {"iteration": 9 - place} for place, test in enumerate(tests)]))
     command(monkeypatch, "updates", f"MAML={path}", "--update_lr=0.4", "--output", "figure")
-    np.testing.assert_allclose(lines(drawn.pop().axes[0])["MAML"][1], [0.1])
+    np.testing.assert_allclose(lines(figures.pop().axes[0])["MAML"][1], [0.1])
 
 
-def test_more_labels_than_colours_are_refused():
-    with pytest.raises(InputError, match="6 labels, but there are colours for 5"):
+def test_too_many_labels_are_refused():
+    with pytest.raises(InputError, match="6 labels"):
         plot.updates_figure({str(i): [entry(5, "mean squared error", [3, 0.6])] for i in range(6)})
 
 
-def test_an_error_and_an_accuracy_do_not_share_an_axis():
+def test_mixed_metrics_are_refused():
     tests = {"Sine": [entry(5, "mean squared error", [3, 0.6])], "Omniglot": [entry(5, "accuracy", [0.2, 0.9])]}
     with pytest.raises(InputError, match="Sine: mean squared error; Omniglot: accuracy"):
         plot.updates_figure(tests)
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
-    [(["x.json"], "x.json has no label: write label=x.json"), (["a=x", "a=y"], "two of the labels are the same")],
+    ("inputs", "message"), [(["x.json"], "label=x.json"), (["a=x", "a=y"], "two labels are the same")]
 )
-def test_labels_tell_lines_apart(what, message, monkeypatch, capsys):
+def test_missing_and_duplicate_labels_are_refused(inputs, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        command(monkeypatch, "updates", *what, "--output", "figure")
+        command(monkeypatch, "updates", *inputs, "--output", "figure")
     assert message in capsys.readouterr().err
 
 
-def test_accuracies_are_shown_in_percent():
+def test_accuracy_axis_is_in_percent():
     figure = plot.updates_figure({"conv": [entry(1, "accuracy (share of query examples, 0 to 1)", [0.2, 0.95])]})
     (panel,) = figure.axes
     assert panel.get_ylabel() == "accuracy, %"
@@ -158,26 +153,26 @@ def test_accuracies_are_shown_in_percent():
     assert (ticks[0.2], ticks[0.95], ticks[0.995]) == ("20", "95", "99.5")
 
 
-def test_the_papers_accuracy_is_a_line_with_a_band(tmp_path, monkeypatch):
-    """Of the row that a file of results/ is named by, for each K that the paper has, whatever the seed."""
-    drawn = []
-    monkeypatch.setattr(plot, "save", lambda figure, *_: drawn.append(figure))
+def test_paper_accuracy_is_a_dashed_line_with_a_band(tmp_path, monkeypatch):
+    """The file name, without its seed, selects the paper's row. Each K of the paper gets a line."""
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, *_: figures.append(figure))
     results = json.loads((ROOT / "results" / "omniglot_5way_1shot.json").read_text())
     path = tmp_path / "omniglot_5way_1shot.seed1.json"
     path.write_text(json.dumps(results))
     command(monkeypatch, "updates", f"conv={path}", "--output", "figure")
-    for panel, mean, ci95 in zip(drawn[0].axes, (0.987, 0.999), (0.004, 0.001), strict=True):
+    for panel, mean, ci95 in zip(figures[0].axes, (0.987, 0.999), (0.004, 0.001), strict=True):
         (line,) = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
         np.testing.assert_allclose(line.get_ydata(), [mean, mean])
         np.testing.assert_allclose([band.get_y() for band in panel.patches], [mean - ci95])
         np.testing.assert_allclose([band.get_height() for band in panel.patches], [2 * ci95])
     (path := tmp_path / "mine.json").write_text(json.dumps(results))
     command(monkeypatch, "updates", f"conv={path}", "--output", "figure")
-    assert all(line.get_linestyle() == "-" for panel in drawn[1].axes for line in panel.get_lines())
+    assert all(line.get_linestyle() == "-" for panel in figures[1].axes for line in panel.get_lines())
 
 
-def test_accuracies_near_100_percent_can_be_told_apart():
-    """From 95 % up is a third of the axis or more. 100 %, which a logit scale does not have, leaves the axis."""
+def test_logit_axis_separates_accuracies_near_100_percent():
+    """95% to 99.9% takes at least a third of the axis. 100%, infinite on a logit scale, is outside it."""
     metric = "accuracy (share of query examples, 0 to 1)"
     (panel,) = plot.updates_figure({"conv": [entry(1, metric, [0.2, 0.95, 0.999, 1.0])]}).axes
 
@@ -189,8 +184,8 @@ def test_accuracies_near_100_percent_can_be_told_apart():
     assert panel.bbox.y0 <= inside[0] and inside == sorted(inside) and inside[-1] <= panel.bbox.y1 < height(1)
 
 
-def test_the_figure_of_a_task(omniglot_like, monkeypatch):
-    """The published model on generated characters, a drawing of each labelled: images as they look, and its answers."""
+def test_task_figure_shows_images_and_predictions(omniglot_like, monkeypatch):
+    """Uses the published Omniglot model on generated characters."""
     names, task, probabilities = plot.answered_task(OMNIGLOT, 2, 1, omniglot_like)
     assert len(names) == 5 and task.support_x.shape == (10, 28, 28, 1) and probabilities.shape == (25, 5)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
@@ -199,33 +194,33 @@ def test_the_figure_of_a_task(omniglot_like, monkeypatch):
     assert np.mean(probabilities.argmax(1) == true) > 0.8
     probabilities[np.argmax(true == 1)] = [0, 0, 0.75, 0.25, 0]
     figure = plot.task_figure("Characters", names, task, probabilities)
-    shown = [[panel for panel in figure.axes[8 * row : 8 * row + 8] if panel.images] for row in range(5)]
-    assert [len(row) for row in shown] == [7] * 5  # 2 + 5, and a gap
-    for label, row in enumerate(shown):
+    panels = [[panel for panel in figure.axes[8 * row : 8 * row + 8] if panel.images] for row in range(5)]
+    assert [len(row) for row in panels] == [7] * 5  # 2 + 5, without the gap
+    for label, row in enumerate(panels):
         assert row[0].get_ylabel() == "\n".join(["ABCDE"[label], *names[label].split("/")])
         of_class = np.concatenate([task.support_x[task.support_y.argmax(1) == label], task.query_x[true == label]])
         np.testing.assert_array_equal([panel.images[0].get_array() for panel in row], of_class[..., 0])
-        for panel, found in zip(row[2:], probabilities[true == label], strict=True):
-            right = found.argmax() == label
-            assert panel.get_xlabel() == f"{'ABCDE'[found.argmax()]}, {100 * found.max():.0f} %"
-            assert panel.xaxis.label.get_color() == (plot.GREEN if right else plot.ORANGE)
-    assert shown[1][2].get_xlabel() == "C, 75 %"
+        for panel, predicted in zip(row[2:], probabilities[true == label], strict=True):
+            guess = predicted.argmax()
+            assert panel.get_xlabel() == f"{'ABCDE'[guess]}, {100 * predicted[guess]:.0f}%"
+            assert panel.xaxis.label.get_color() == (plot.GREEN if guess == label else plot.ORANGE)
+    assert panels[1][2].get_xlabel() == "C, 75%"
 
 
-def answers(path: Path, rows: list[str], classes: str = "a,b") -> Path:
+def predictions_table(path: Path, rows: list[str], classes: str = "a,b") -> Path:
     path.write_text("\n".join([f"image,class,probability,{classes}", *rows]) + "\n")
     return path
 
 
-def test_confusions_are_counted(tmp_path):
-    """The class is the folder of the image, however deep; one class' name may be the end of another's."""
+def test_confusions_are_counted_by_folder(tmp_path):
+    """The folder may be at any depth, and one class name may be a suffix of another."""
     rows = ["u/b/1.png,b", "u/b/2.png,x/b", "u/x/b/1.png,x/b", "/u/x/b/2.png,x/b", "u/x/b/3.png,b"]
-    path = answers(tmp_path / "answers.csv", [f"{row},1,1,0" for row in rows], "b,x/b")
+    path = predictions_table(tmp_path / "answers.csv", [f"{row},1,1,0" for row in rows], "b,x/b")
     names, counts = plot.confusions(path)
     assert names == ["b", "x/b"]
     np.testing.assert_array_equal(counts, [[1, 1], [1, 2]])
     (panel,) = plot.confusion_figure({"Letters": (names, counts)}).axes
-    assert panel.get_title() == "Letters\n3 of 5 right"
+    assert panel.get_title() == "Letters\n3 of 5 correct"
     cells = {tuple(map(int, text.get_position())): text.get_text() for text in panel.texts}
     assert cells == {(0, 0): "1", (1, 0): "1", (0, 1): "1", (1, 1): "2"}
     assert [label.get_text() for label in panel.get_yticklabels()] == ["b  A", "x/b  B"]
@@ -234,20 +229,20 @@ def test_confusions_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "classes", "message"),
     [
-        (["1.png,a,1,1,0"], "a,b", "image 1.png in .* lies in no folder of its class' name \\(a, b\\): ask predict.py"),
-        (["u/ba/1.png,a,1,1,0"], "a,b", "lies in no folder of its class' name"),
-        (["a/1.png,c,1,1,0"], "a,b", "is not a table of answers; name what predict.py"),
-        (["a/1.png,a,1"], "a,b", "is not a table of answers"),
-        (['"a'], "a,b", "is not a table of answers"),
+        (["1.png,a,1,1,0"], "a,b", "answers.csv: 1.png .*a, b"),
+        (["u/ba/1.png,a,1,1,0"], "a,b", "answers.csv: u/ba/1.png"),
+        (["a/1.png,c,1,1,0"], "a,b", "answers.csv"),
+        (["a/1.png,a,1"], "a,b", "answers.csv"),
+        (['"a'], "a,b", "answers.csv"),
     ],
 )
-def test_a_table_that_is_none_of_predict(rows, classes, message, tmp_path):
+def test_invalid_predictions_tables_are_refused(rows, classes, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        plot.confusions(answers(tmp_path / "answers.csv", rows, classes))
+        plot.confusions(predictions_table(tmp_path / "answers.csv", rows, classes))
 
 
-def test_training_curves_are_those_of_the_events(tmp_path):
-    """With a running mean over a twentieth of the run, and validation where there is some."""
+def test_training_figure_plots_the_events(tmp_path):
+    """It adds a running mean over a twentieth of the run, and validation if the run has any."""
     (tmp_path / "flags.json").write_bytes((OMNIGLOT / "flags.json").read_bytes())
     training, steps = np.tile([0.5, 0.9], 30), np.arange(0, 6000, 100)
     with tf.summary.create_file_writer(str(tmp_path)).as_default():
@@ -257,15 +252,15 @@ def test_training_curves_are_those_of_the_events(tmp_path):
         for step in (0, 5000):
             tf.summary.scalar("metaval_Post-update_accuracy__step_1", 0.8, step=step)
     (panel,) = plot.training_figure({"Omniglot": tmp_path}).axes
-    drawn = lines(panel)
-    before, after = (f"training, {what}" for what in ("support set before any update", "query set after 1 update"))
-    assert {label for label in drawn if label[0] != "_"} == {before, after, "validation, after 1 update"}
-    np.testing.assert_allclose(drawn[before][1], np.full(58, 0.2), rtol=1e-6)
-    np.testing.assert_allclose(drawn[after][0], steps[1:-1])
-    np.testing.assert_allclose(drawn[after][1], np.tile([1.9 / 3, 2.3 / 3], 29), rtol=1e-6)  # of three values each
-    np.testing.assert_allclose(drawn["validation, after 1 update"], [[0, 5000], [0.8, 0.8]], rtol=1e-6)
-    ((_, every),) = [line for label, line in drawn.items() if label[0] == "_" and np.ptp(line[1]) > 0]
-    np.testing.assert_allclose(every, training, rtol=1e-6)
+    curves = lines(panel)
+    before, after = (f"training, {data}" for data in ("support set before any update", "query set after 1 update"))
+    assert {label for label in curves if label[0] != "_"} == {before, after, "validation, after 1 update"}
+    np.testing.assert_allclose(curves[before][1], np.full(58, 0.2), rtol=1e-6)
+    np.testing.assert_allclose(curves[after][0], steps[1:-1])
+    np.testing.assert_allclose(curves[after][1], np.tile([1.9 / 3, 2.3 / 3], 29), rtol=1e-6)  # means of three values
+    np.testing.assert_allclose(curves["validation, after 1 update"], [[0, 5000], [0.8, 0.8]], rtol=1e-6)
+    ((_, unsmoothed),) = [line for label, line in curves.items() if label[0] == "_" and np.ptp(line[1]) > 0]
+    np.testing.assert_allclose(unsmoothed, training, rtol=1e-6)
     assert (panel.get_title(), panel.get_ylabel()) == ("Omniglot", "accuracy, %")
     (panel,) = plot.training_figure({"Sine": RUN}).axes
     assert (panel.get_ylabel(), panel.get_yscale()) == ("mean squared error", "log")
@@ -294,13 +289,13 @@ def command(monkeypatch, *arguments: object) -> None:
             "--update_lr=0.01",
         ),
         ("training", f"with = in it={RUN}"),
-        ("confusion", "Letters={answers}"),
+        ("confusion", "Letters={table}"),
     ],
     ids=lambda arguments: arguments[0],
 )
 def test_command_writes_png_svg_and_pdf(arguments, tmp_path, monkeypatch):
-    answers(tmp_path / "answers.csv", ["u/a/1.png,a,0.9,0.9,0.1"])
-    arguments = [argument.format(answers=tmp_path / "answers.csv") for argument in arguments]
+    table = predictions_table(tmp_path / "answers.csv", ["u/a/1.png,a,0.9,0.9,0.1"])
+    arguments = [argument.format(table=table) for argument in arguments]
     command(monkeypatch, *arguments, "--output", tmp_path / "new folder" / "v1.0")
     written = sorted((tmp_path / "new folder").iterdir())
     assert [path.name for path in written] == ["v1.0.pdf", "v1.0.png", "v1.0.svg"]
@@ -312,10 +307,10 @@ def test_command_writes_png_svg_and_pdf(arguments, tmp_path, monkeypatch):
 
 
 def refusal(monkeypatch, capsys, *arguments: object) -> str:
-    """The one line with which the command ends."""
-    with pytest.raises(SystemExit) as ended:
+    """Run the command, which must fail, and return its one line of error."""
+    with pytest.raises(SystemExit) as stop:
         command(monkeypatch, *arguments)
-    assert ended.value.code == 1
+    assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -358,7 +353,7 @@ ENTRY = {
         ENTRY | {"results": [{"updates": 0, "mean": 1.0, "ci95": None}]},
     ],
 )
-def test_a_strangers_results_are_named(entry, tmp_path, monkeypatch, capsys):
+def test_untrusted_results_are_refused_by_path(entry, tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([entry]))
     line = refusal(monkeypatch, capsys, "updates", f"theirs={path}", f"--output={tmp_path / 'figure'}")
@@ -367,7 +362,7 @@ def test_a_strangers_results_are_named(entry, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [{"num_updates": 9}, {"num_updates": 10**9}, {"num_filters": [1]}], ids=str)
-def test_a_strangers_flags_are_named(flags, tmp_path, monkeypatch, capsys):
+def test_untrusted_flags_are_refused_by_path(flags, tmp_path, monkeypatch, capsys):
     shutil.copytree(RUN, tmp_path, dirs_exist_ok=True)
     flags = json.loads((tmp_path / "flags.json").read_text()) | flags
     (tmp_path / "flags.json").write_text(json.dumps(flags))
@@ -375,16 +370,16 @@ def test_a_strangers_flags_are_named(flags, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) in line
 
 
-def test_wrong_flags_are_named(tmp_path, monkeypatch, capsys):
+def test_invalid_flags_and_unwritable_outputs_are_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
-    drawn = "sinusoid", f"MAML={RUN}", f"--output={tmp_path / 'figure'}"
-    entries = "updates", f"$MAML_$={RUN}/results.json", "--update_lr=0.01"
+    sinusoid = "sinusoid", f"MAML={RUN}", f"--output={tmp_path / 'figure'}"
+    updates = "updates", f"$MAML_$={RUN}/results.json", "--update_lr=0.01"
     for arguments, named in (
-        ((*drawn, "--shots", "5", "0"), "--shots=5 0"),
-        ((*drawn, "--task=-1"), "--task=-1"),
-        ((*drawn, "--update_lr=nan"), "--update_lr=nan"),
-        ((*entries, f"--output={tmp_path}/file/figure"), f"{tmp_path}/file"),
-        ((*entries, "--output=."), "--output=."),
+        ((*sinusoid, "--shots", "5", "0"), "--shots=5 0"),
+        ((*sinusoid, "--task=-1"), "--task=-1"),
+        ((*sinusoid, "--update_lr=nan"), "--update_lr=nan"),
+        ((*updates, f"--output={tmp_path}/file/figure"), f"{tmp_path}/file"),
+        ((*updates, "--output=."), "--output=."),
     ):
         assert named in refusal(monkeypatch, capsys, *arguments)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

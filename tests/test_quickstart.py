@@ -1,4 +1,4 @@
-"""The notebook, from top to bottom."""
+"""quickstart.ipynb: the notebook runs from top to bottom."""
 
 import json
 import re
@@ -12,15 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("address", ["", "ssh://somewhere/maml.git"])
-def test_the_notebook_alone(address, tmp_path, monkeypatch):
-    """It asks for the address of the project, and with that it clones and installs."""
+def test_notebook_without_a_clone_needs_an_address(address, tmp_path, monkeypatch):
+    """With one it clones and installs the project."""
     cells = json.loads((ROOT / "quickstart.ipynb").read_text())["cells"]
     first = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
     assert 'ADDRESS = ""  #' in first
-    called = []
+    commands = []
 
     def run(command, check):
-        called.append(command[:2] + command[3:4] if command[0] == "git" else command[1:4])
+        commands.append(command[:2] + command[3:4] if command[0] == "git" else command[1:4])
         Path("maml").mkdir(exist_ok=True)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -29,16 +29,16 @@ def test_the_notebook_alone(address, tmp_path, monkeypatch):
     first = first.replace('ADDRESS = ""', f"ADDRESS = {address!r}")
     if address:
         exec(first)
-        assert called == [["git", "clone", address], ["-m", "pip", "install"]]
+        assert commands == [["git", "clone", address], ["-m", "pip", "install"]]
         assert Path.cwd() == tmp_path / "maml" and sys.path[0] == str(tmp_path / "maml")
     else:
-        with pytest.raises(AssertionError, match="write the address that you clone the project from into ADDRESS"):
+        with pytest.raises(AssertionError, match="ADDRESS"):
             exec(first)
-        assert not called
+        assert not commands
 
 
-def test_the_notebook_runs(tmp_path):
-    """In a folder of its own, since it trains a run. Its cells are those that are published, and so are its outputs."""
+def test_notebook_runs_and_gives_the_published_kinds_of_output(tmp_path):
+    """It runs in a folder of its own, because it trains a run."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -r requirements-dev.txt")
     import nbformat
 
@@ -52,9 +52,9 @@ def test_the_notebook_runs(tmp_path):
         if "15000" in cell.source:
             cell.source = cell.source.replace("15000", "200")
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    for done, shown in zip(notebook.cells, published.cells, strict=True):
-        if done.cell_type == "code":
-            kinds = [[output.output_type for output in cell.outputs] for cell in (done, shown)]
+    for cells in zip(notebook.cells, published.cells, strict=True):
+        if cells[0].cell_type == "code":
+            kinds = [[output.output_type for output in cell.outputs] for cell in cells]
             assert kinds[0] == kinds[1] and "error" not in kinds[0]
     (right,) = re.findall(r"(\d+) of 30 are right", str(notebook.cells))
     assert int(right) >= 27

@@ -1,4 +1,4 @@
-"""Reinforcement learning: environments, rollouts, advantages, the inner and the outer step, and whole runs."""
+"""rl/: environments, rollouts, advantages, the inner and outer step, and whole runs."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from files import InputError
 from maml import InnerLoop
 from networks import Network
 from rl import main, trpo
-from rl.environments import ENVIRONMENTS, centre_of_mass, half_cheetah, point
+from rl.environments import ENVIRONMENTS, center_of_mass, half_cheetah, point
 from rl.policy import Experience, act, divergence, gaussian, log_probability, policy_gradient
 from rl.rollouts import DISCOUNT, RIDGE, Rollouts, advantages, collect, discounted_returns
 from rl.trpo import BACKTRACKS, CONJUGATE_STEPS, DAMPING, MetaBatch, MetaTRPO, conjugate_gradients
@@ -25,8 +25,8 @@ from rl.trpo import BACKTRACKS, CONJUGATE_STEPS, DAMPING, MetaBatch, MetaTRPO, c
 # -- environments ------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_of_the_point():
-    """An action of 1 moves by 0.1 and no further; the reward is minus the distance to the goal after the step."""
+def test_point_step_and_reward():
+    """An action of 1 moves the point by 0.1, the maximum. The reward is minus the distance to the goal afterwards."""
     environment, goal = point(), np.array([0.3, 0.4])
     start = environment.reset(goal, None)
     states, rewards, ends = environment.step(start, goal, np.array([0.5, -7.0]))
@@ -38,12 +38,12 @@ def test_a_step_of_the_point():
 
 
 @pytest.mark.parametrize(("offset", "reached"), [((0.009, -0.009), True), ((0.0, 0.011), False), ((0.5, 0.0), False)])
-def test_the_point_is_at_its_goal_within_a_hundredth(offset, reached):
+def test_point_reaches_its_goal_within_a_hundredth(offset, reached):
     goal = np.array([0.2, -0.1])
     assert point().step(goal + offset, goal, np.zeros(2))[2] == reached
 
 
-def test_goals_are_uniform():
+def test_point_goals_are_uniform():
     goals = point().goals(np.random.default_rng(0), 10_000)
     np.testing.assert_allclose([goals.min(0), goals.max(0)], [[-0.5, -0.5], [0.5, 0.5]], atol=1e-3)
     np.testing.assert_allclose(goals.std(0), 1 / 12**0.5, atol=5e-3)
@@ -56,7 +56,7 @@ def mujoco():
 
 @pytest.fixture
 def cheetah(mujoco):
-    """A model and data of the half-cheetah, to be stepped one by one."""
+    """A MuJoCo model and data of the half-cheetah, for single steps."""
     model = mujoco.MjModel.from_xml_path("rl/half_cheetah.xml")
     mujoco.mj_setTotalmass(model, 14)
     data = mujoco.MjData(model)
@@ -64,16 +64,16 @@ def cheetah(mujoco):
     return model, data
 
 
-def test_the_half_cheetahs_centre_of_mass_is_mujocos(mujoco, cheetah):
+def test_center_of_mass_matches_mujoco(mujoco, cheetah):
     model, data = cheetah
     random = np.random.default_rng(0)
     q, v = random.standard_normal((2, 5, 9))
-    places, velocities = centre_of_mass(model, q, v)
+    positions, velocities = center_of_mass(model, q, v)
     for i in range(5):
         data.qpos[:], data.qvel[:] = q[i], v[i]
         mujoco.mj_forward(model, data)
         mujoco.mj_subtreeVel(model, data)
-        np.testing.assert_allclose(places[i], data.subtree_com[1], atol=1e-12)
+        np.testing.assert_allclose(positions[i], data.subtree_com[1], atol=1e-12)
         np.testing.assert_allclose(velocities[i], data.subtree_linvel[1], atol=1e-12)
 
 
@@ -81,8 +81,8 @@ def test_the_half_cheetahs_centre_of_mass_is_mujocos(mujoco, cheetah):
     ("reward", "run"),
     [("direction", lambda speed, goal: speed if goal >= 1 else -speed), ("speed", lambda v, goal: -abs(v - goal))],
 )
-def test_a_step_of_the_half_cheetah(mujoco, cheetah, reward, run):
-    """Each of the states side by side goes on as MuJoCo's own step takes it, 0.01 s under the clipped action."""
+def test_half_cheetah_step_matches_mujoco(mujoco, cheetah, reward, run):
+    """Each of the parallel states advances by 0.01 s under the clipped action, as in MuJoCo's own step."""
     model, data = cheetah
     environment, random = half_cheetah(reward), np.random.default_rng(0)
     goals = np.array([[[0.2], [1.7]], [[1.2], [0.9]]])
@@ -102,23 +102,24 @@ def test_a_step_of_the_half_cheetah(mujoco, cheetah, reward, run):
         assert rewards[i] == pytest.approx(run(data.subtree_linvel[1][0], goals[i][0]) - cost)
 
 
-@pytest.mark.parametrize(("reward", "seen"), [("direction", [-1, 1]), ("speed", [0.2, 1.7])])
-def test_rollouts_of_the_half_cheetah_begin_at_rest_but_for_noise(mujoco, reward, seen):
+@pytest.mark.parametrize(("reward", "targets"), [("direction", [-1, 1]), ("speed", [0.2, 1.7])])
+def test_half_cheetah_starts_at_rest_plus_noise(mujoco, reward, targets):
     environment = half_cheetah(reward)
     goals = np.repeat([[[0.2], [1.7]]], 1000, 0)
     states = environment.reset(goals, np.random.default_rng(0))
     np.testing.assert_allclose(states[..., :1], 0)  # the time
     np.testing.assert_allclose(states[..., 1:].mean((0, 1)), np.zeros(18), atol=0.01)
     np.testing.assert_allclose(states[..., 1:].std((0, 1)), np.repeat([0.01, 0.1], 9), rtol=0.1)
-    observed, told = (one.observe(states, goals) for one in (environment, half_cheetah(reward, oracle=True)))
-    assert (observed.shape[-1], told.shape[-1]) == (20, 21)
-    np.testing.assert_array_equal(told[..., :20], observed)
-    np.testing.assert_array_equal(told[..., 20], np.repeat([seen], 1000, 0))
+    observed = environment.observe(states, goals)
+    oracle = half_cheetah(reward, oracle=True).observe(states, goals)
+    assert (observed.shape[-1], oracle.shape[-1]) == (20, 21)
+    np.testing.assert_array_equal(oracle[..., :20], observed)
+    np.testing.assert_array_equal(oracle[..., 20], np.repeat([targets], 1000, 0))
 
 
-def test_the_half_cheetah_without_mujoco(monkeypatch):
+def test_missing_mujoco_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(InputError, match=r"needs mujoco: pip install -r requirements-rl\.txt"):
+    with pytest.raises(InputError, match=r"mujoco.*requirements-rl\.txt"):
         half_cheetah("direction")
 
 
@@ -126,32 +127,32 @@ def test_the_half_cheetah_without_mujoco(monkeypatch):
 
 
 def straight(observations):
-    """A policy without noise, which walks along the first axis."""
+    """A policy without noise that moves along the first axis."""
     means = np.zeros_like(observations)
     means[..., 0] = 1
     return means, np.full_like(observations, -np.inf)
 
 
-def test_rollouts_begin_anew_at_the_goal_and_none_is_cut_short():
-    """A goal three steps away is reached 34 times by each of two rollouts side by side: the last ends at step 102."""
+def test_rollouts_restart_at_the_goal_and_none_is_cut_short():
+    """Each of two slots reaches a goal three steps away 34 times, the last time at step 102."""
     goals = np.array([[0.3, 0.0], [0.0, 0.5]])
-    did = collect(point(), straight, goals, 2, np.random.default_rng(0))
-    assert did.ends.sum(1).tolist() == [68, 2]
-    assert (did.shares > 0).sum(1).tolist() == [204, 200]
-    np.testing.assert_allclose(did.shares.sum(1), 1)
-    np.testing.assert_allclose(did.shares[1, 200:], 0)
-    np.testing.assert_allclose(did.mean_returns()[0], -(0.2 + 0.1 + 0.0), atol=1e-6)
-    np.testing.assert_allclose(did.observations[0, :6, 0], [0, 0.1, 0.2, 0, 0.1, 0.2], atol=1e-6)
-    assert did.times[0, :6].tolist() == [0, 1, 2, 0, 1, 2]
-    assert did.times[1, :200].tolist() == [*range(100), *range(100)]
-    assert did.rounds[0, [0, 3, 101, 102, 203]].tolist() == [0, 1, 33, 0, 33]
-    did.rewards[0, :3] = [-7, 0, -2]  # a first rollout, which stands apart from those that follow it
-    np.testing.assert_allclose(did.mean_returns(first=True)[0], -(9 + 0.3) / 2, atol=1e-6)
-    assert [len(path) for path in did.paths(0, 2)] == [3, 3]
+    rollouts = collect(point(), straight, goals, 2, np.random.default_rng(0))
+    assert rollouts.ends.sum(1).tolist() == [68, 2]
+    assert (rollouts.shares > 0).sum(1).tolist() == [204, 200]
+    np.testing.assert_allclose(rollouts.shares.sum(1), 1)
+    np.testing.assert_allclose(rollouts.shares[1, 200:], 0)
+    np.testing.assert_allclose(rollouts.mean_returns()[0], -(0.2 + 0.1 + 0.0), atol=1e-6)
+    np.testing.assert_allclose(rollouts.observations[0, :6, 0], [0, 0.1, 0.2, 0, 0.1, 0.2], atol=1e-6)
+    assert rollouts.times[0, :6].tolist() == [0, 1, 2, 0, 1, 2]
+    assert rollouts.times[1, :200].tolist() == [*range(100), *range(100)]
+    assert rollouts.rounds[0, [0, 3, 101, 102, 203]].tolist() == [0, 1, 33, 0, 33]
+    rollouts.rewards[0, :3] = [-7, 0, -2]  # change a first rollout only
+    np.testing.assert_allclose(rollouts.mean_returns(first=True)[0], -(9 + 0.3) / 2, atol=1e-6)
+    assert [len(path) for path in rollouts.paths(0, 2)] == [3, 3]
 
 
-def some_rollouts() -> Rollouts:
-    """Rollouts of different lengths, of a policy with a little noise: one goal is near, one far."""
+def mixed_rollouts() -> Rollouts:
+    """Return rollouts of different lengths: one goal is near, one is far, and the policy has a little noise."""
 
     def policy(observations):
         return straight(observations)[0], np.full_like(observations, -3.0)
@@ -160,41 +161,40 @@ def some_rollouts() -> Rollouts:
     return collect(point()._replace(horizon=7), policy, goals, 3, np.random.default_rng(0))
 
 
-def test_advantages_are_those_of_the_obvious_loop():
-    did = some_rollouts()
-    did = did._replace(observations=30 * did.observations)  # the baseline sees those beyond 10 as 10
-    ours, returns = advantages(did), discounted_returns(did)
-    assert len(set((did.shares > 0).sum(1))) == 2  # there is padding
-    assert np.abs(did.observations).max() > 10
+def test_advantages_match_the_plain_loop():
+    collected = mixed_rollouts()
+    collected = collected._replace(observations=30 * collected.observations)  # the baseline clips them to 10
+    ours, returns = advantages(collected), discounted_returns(collected)
+    assert len(set((collected.shares > 0).sum(1))) == 2  # there is padding
+    assert np.abs(collected.observations).max() > 10
     for task in range(2):
-        rollouts, one = [], []
-        for i in np.flatnonzero(did.shares[task]):
-            one.append(i)
-            if did.ends[task, i]:
-                rollouts.append(one)
-                one = []
-        assert not one
+        rollouts, rollout = [], []
+        for i in np.flatnonzero(collected.shares[task]):
+            rollout.append(i)
+            if collected.ends[task, i]:
+                rollouts.append(rollout)
+                rollout = []
+        assert not rollout
         features, expected = [], []
         for rollout in rollouts:
             for step, i in enumerate(rollout):
-                later = [DISCOUNT**k * did.rewards[task, j] for k, j in enumerate(rollout[step:])]
+                later = [DISCOUNT**k * collected.rewards[task, j] for k, j in enumerate(rollout[step:])]
                 expected.append(sum(later))
-                o, t = np.clip(did.observations[task, i].astype(float), -10, 10), step / 100
+                o, t = np.clip(collected.observations[task, i].astype(float), -10, 10), step / 100
                 features.append([*o, *(o * o), t, t**2, t**3, 1])
         features, expected = np.array(features), np.array(expected)
-        np.testing.assert_allclose(returns[task][did.shares[task] > 0], expected)
+        np.testing.assert_allclose(returns[task][collected.shares[task] > 0], expected)
         weights = np.linalg.inv(features.T @ features + RIDGE * np.eye(8)) @ features.T @ expected
-        surprise = expected - features @ weights
-        surprise = (surprise - surprise.mean()) / surprise.std()
-        np.testing.assert_allclose(ours[task][did.shares[task] > 0], surprise, atol=1e-5)
-        assert not ours[task][did.shares[task] == 0].any()
+        residuals = expected - features @ weights
+        residuals = (residuals - residuals.mean()) / residuals.std()
+        np.testing.assert_allclose(ours[task][collected.shares[task] > 0], residuals, atol=1e-5)
+        assert not ours[task][collected.shares[task] == 0].any()
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
 
 
-def test_rollouts_and_gradients_are_of_one_policy():
-    """NumPy's policy, which acts, and TensorFlow's, which learns."""
+def test_numpy_and_tensorflow_policies_agree():
     network, x = gaussian(3, 2), np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
     weights = [network.init(seed) | {"log_std": tf.constant([0.5, -0.5])} for seed in range(2)]
     means, log_stds = act({name: np.stack([w[name] for w in weights]) for name in weights[0]}, x)
@@ -204,8 +204,8 @@ def test_rollouts_and_gradients_are_of_one_policy():
         np.testing.assert_allclose(outputs[:, 2:], np.broadcast_to(log_stds[task], (5, 2)), atol=1e-6)
 
 
-def test_initial_weights_are_xaviers():
-    """Uniform, and of each layer and seed other draws."""
+def test_initial_weights_are_xavier_uniform():
+    """Each layer and seed gives different draws."""
     weights = {(seed, name): w.numpy() for seed in (0, 1) for name, w in gaussian(100, 100).init(seed).items()}
     drawn = [weights.pop((seed, f"w{layer}")) for seed in (0, 1) for layer in (1, 2, 3)]
     for i, w in enumerate(drawn):
@@ -217,7 +217,7 @@ def test_initial_weights_are_xaviers():
 
 
 def test_log_probability_and_divergence():
-    """Against the density's definition, and against the mean of log density ratios over many draws."""
+    """Compare with the definition of the density, and with the mean log density ratio of many draws."""
     before, after = tf.constant([[0.3, -0.2, 0.1, -0.4]]), tf.constant([[0.5, 0.1, -0.1, -0.2]])
     actions = tf.constant([[1.0, 0.5]])
     mean, std = before[0, :2].numpy(), np.exp(before[0, 2:].numpy())
@@ -232,7 +232,7 @@ def test_log_probability_and_divergence():
 
 
 def one_parameter_learner(inner_lr) -> MetaTRPO:
-    """The mean of every action is the weight, its standard deviation 1."""
+    """Return a learner whose actions have the weight as mean and standard deviation 1."""
     network = Network(
         lambda seed: {"w1": tf.constant([[0.3]], tf.float64), "log_std": tf.zeros(1, tf.float64)},
         lambda weights, x: tf.concat([x @ weights["w1"], tf.zeros_like(x)], -1),
@@ -242,27 +242,27 @@ def one_parameter_learner(inner_lr) -> MetaTRPO:
     return MetaTRPO(InnerLoop(network, policy_gradient, inner_lr, 1), bound=0.01, seed=0)
 
 
-def test_the_gradient_of_a_one_parameter_policy_by_hand():
-    """w' = w + alpha sum c (a - w); the surrogate's gradient is -(1 - alpha sum c) mean of A (a - w'), at ratio 1."""
+def test_one_parameter_gradient_matches_hand_derivation():
+    """w' = w + alpha sum c (a - w). At ratio 1 the surrogate's gradient is -(1 - alpha sum c) mean of A (a - w')."""
     alpha, w = 0.5, 0.3
     learner = one_parameter_learner(alpha)
     a, advantage = np.array([0.1, 0.9, -0.4]), np.array([2.0, 1.0, -1.0])
     b, later = np.array([0.7, -0.2]), np.array([-0.5, 1.5])
     c = advantage / 3
 
-    def did(actions, advantages):
+    def experience(actions, advantages):
         return np.ones((1, len(actions), 1)), Experience(
             actions[None, :, None], advantages[None], np.full((1, len(actions)), 1 / len(actions))
         )
 
-    x, support = did(a, advantage)
+    x, support = experience(a, advantage)
     adapted = w + alpha * np.sum(c * (a - w))
     after = learner.adapt_each({"w1": np.full((1, 1, 1), w), "log_std": np.zeros((1, 1))}, x, support, np.float64(1))
     np.testing.assert_allclose(after["w1"], [[[adapted]]])
     half = learner.inner_step({"w1": np.full((1, 1, 1), w), "log_std": np.zeros((1, 1))}, x, support, 0.5)
     np.testing.assert_allclose(half["w1"], [[[(w + adapted) / 2]]])
 
-    batch = MetaBatch(x, support, *did(b, later), after)
+    batch = MetaBatch(x, support, *experience(b, later), after)
     gradient, surrogate = learner.surrogate_gradient(tf.nest.map_structure(tf.convert_to_tensor, batch))
     np.testing.assert_allclose(surrogate, -np.mean(later))
     np.testing.assert_allclose(
@@ -271,7 +271,7 @@ def test_the_gradient_of_a_one_parameter_policy_by_hand():
 
 
 def float64_learner(environment, inner_steps, seed=0) -> MetaTRPO:
-    """A policy of few weights, all of them away from 0, in float64."""
+    """Return a learner with a small float64 policy whose weights are all nonzero."""
     network = gaussian(environment.observation_size, environment.action_size, hidden=(3, 4))
 
     def init(seed):
@@ -284,7 +284,7 @@ def float64_learner(environment, inner_steps, seed=0) -> MetaTRPO:
 
 @pytest.fixture(scope="module")
 def traced():
-    """A learner, its initial weights, and what it has gathered: made once, since tracing takes most of the time."""
+    """A learner, its initial weights and a meta-batch, made once because tracing is slow."""
     environment, random = point()._replace(horizon=20), np.random.default_rng(0)
     learner = float64_learner(environment, inner_steps=1)
     batch, _ = learner.gather(environment, environment.goals(random, 3), 10, random)
@@ -293,7 +293,7 @@ def traced():
 
 @pytest.fixture
 def gathered(traced):
-    """The same learner, with its initial weights."""
+    """The traced learner, reset to its initial weights, and its meta-batch."""
     learner, weights, batch = traced
     for name, value in learner.unflat(weights).items():
         learner.weights[name].assign(value)
@@ -302,8 +302,8 @@ def gathered(traced):
 
 
 @pytest.mark.parametrize("inner_steps", [0, 1])
-def test_fisher_products_are_the_hessian_of_the_mean_divergence(inner_steps):
-    """By automatic differentiation, through the inner step, of all weights at once."""
+def test_fisher_products_match_the_hessian_of_the_mean_divergence(inner_steps):
+    """Autodiff computes the Hessian in all weights, through the inner step."""
     environment, random = point()._replace(horizon=5), np.random.default_rng(0)
     learner = float64_learner(environment, inner_steps)
     batch, _ = learner.gather(environment, environment.goals(random, 2), 4, random)
@@ -337,56 +337,56 @@ def test_fisher_products_are_the_hessian_of_the_mean_divergence(inner_steps):
     assert np.abs(hessian).max() > 0.1
 
 
-def test_conjugate_gradients_solve_and_tell_what_is_left():
+def test_conjugate_gradients_return_solution_and_residual():
     random = np.random.default_rng(0)
     root = random.standard_normal((CONJUGATE_STEPS, CONJUGATE_STEPS))
     matrix, b = root @ root.T + np.eye(len(root)), random.standard_normal(len(root))
     x, residual = conjugate_gradients(lambda vector: matrix @ vector, b)
     np.testing.assert_allclose(matrix @ x, b, atol=1e-6)
     np.testing.assert_allclose(residual, b - matrix @ x, atol=1e-10)
-    solved, nothing = conjugate_gradients(lambda vector: 2 * vector, np.ones(3))  # in one step
-    assert (solved.tolist(), nothing.tolist()) == ([0.5] * 3, [0] * 3)
+    x, residual = conjugate_gradients(lambda vector: 2 * vector, np.ones(3))  # done in one step
+    assert (x.tolist(), residual.tolist()) == ([0.5] * 3, [0] * 3)
 
 
-def test_an_outer_step_improves_the_surrogate_within_the_bound(gathered):
+def test_outer_step_improves_the_surrogate_within_the_bound(gathered):
     learner, batch = gathered
     update = learner.outer_step(batch)
-    surrogate, moved = learner.surrogate_at(learner.unflat(learner.flat(learner.weights)), batch)
-    assert (update.surrogate, update.divergence) == (float(surrogate), float(moved))
+    surrogate, kl = learner.surrogate_at(learner.unflat(learner.flat(learner.weights)), batch)
+    assert (update.surrogate, update.divergence) == (float(surrogate), float(kl))
     assert update.surrogate < update.surrogate_before
     assert 0.001 < update.divergence <= 0.01
     assert learner.step == 1
 
 
-def test_a_small_step_is_as_long_as_the_bound(gathered, monkeypatch):
-    """There the divergence is its quadratic form, and the line search takes the first step or the second."""
+def test_small_steps_nearly_reach_the_bound(gathered, monkeypatch):
+    """For a small bound the divergence is nearly quadratic, so the line search accepts its first or second step."""
     learner, batch = gathered
     monkeypatch.setattr(learner, "bound", 1e-6)
     assert 0.6e-6 < learner.outer_step(batch).divergence <= 1e-6
 
 
 @pytest.mark.parametrize(
-    "found",
+    "distort",
     [
-        lambda direction, g, turned: (-direction, g + turned),
-        lambda direction, g, turned: (40 * direction, g - turned / 40),
-        lambda direction, g, turned: (np.nan * direction, g),
+        lambda direction, g, product: (-direction, g + product),
+        lambda direction, g, product: (40 * direction, g - product / 40),
+        lambda direction, g, product: (np.nan * direction, g),
     ],
-    ids=["uphill", "too far", "not a number"],
+    ids=["uphill", "too far", "NaN"],
 )
-def test_a_step_that_is_not_good_is_not_taken(gathered, monkeypatch, found):
-    """It would not improve the surrogate, or is beyond the bound however often it is shortened: the old weights stay.
+def test_failed_line_search_keeps_the_weights(gathered, monkeypatch, distort):
+    """No step improves the surrogate within the bound.
 
-    found: the (direction, residual) to be taken, of the right direction, the gradient and the direction's product.
+    distort: from the correct direction, the gradient and the direction's product to the (direction, residual) to use.
     """
     learner, batch = gathered
     before, solve = learner.flat(learner.weights), trpo.conjugate_gradients
 
-    def misled(product, gradient):
+    def distorted(product, gradient):
         direction, residual = solve(product, gradient)
-        return found(direction, gradient, gradient - residual)
+        return distort(direction, gradient, gradient - residual)
 
-    monkeypatch.setattr(trpo, "conjugate_gradients", misled)
+    monkeypatch.setattr(trpo, "conjugate_gradients", distorted)
     update = learner.outer_step(batch)
     assert update.backtracks == BACKTRACKS
     assert update.surrogate == update.surrogate_before
@@ -401,7 +401,7 @@ TINY = "--env=point --meta_batch_size=4 --num_rollouts=10".split()
 
 @pytest.fixture
 def program():
-    """rl/main.py as a program, in this process: its flags begin anew at every call."""
+    """A function that runs rl/main.py in this process with fresh flags."""
 
     def run(*arguments):
         for name in main.FLAGS:
@@ -412,7 +412,7 @@ def program():
 
 
 def final_weights(folder) -> np.ndarray:
-    """Those of the newest checkpoint below the folder."""
+    """Return the weights in the newest checkpoint of the only run in the folder."""
     (path,) = folder.glob("*")
     run = main.runs.Run(path)
     learner = main.build({"update_lr": 0.5, "meta_step_size": 0.01, "baseline": None, "seed": 0}, point(), 2)
@@ -422,15 +422,15 @@ def final_weights(folder) -> np.ndarray:
 
 @pytest.fixture
 def short_test(monkeypatch):
-    """A test on fewer goals and transitions than the authors'."""
+    """Shrink the test to fewer goals and transitions than the authors'."""
     monkeypatch.setattr(main, "TEST_GOALS", 8)
     monkeypatch.setattr(main, "TEST_TRANSITIONS", 1000)
 
 
-def test_updates_at_test_are_the_authors(program, short_test, tmp_path, monkeypatch):
-    """One of size alpha, then three of half of it."""
+def test_update_sizes_at_test_match_the_authors(program, short_test, tmp_path, monkeypatch):
+    """The first is alpha, the next three are half of it."""
     sizes = []
-    monkeypatch.setattr(MetaTRPO, "inner_step", lambda _, weights, x, did, size: sizes.append(size) or weights)
+    monkeypatch.setattr(MetaTRPO, "inner_step", lambda _, weights, x, experience, size: sizes.append(size) or weights)
     program(*TINY, "--baseline=random", f"--logdir={tmp_path}", "--train=False")
     assert sizes == [1, 0.5, 0.5, 0.5]
 
@@ -444,8 +444,8 @@ def test_five_iterations_improve_the_return_after_one_update(program, short_test
     trained, random = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/results.json")))
     assert (trained["flags"]["iterations"], random["flags"]["iterations"]) == (5, 0)
     assert [len(row) for row in trained["returns"]] == [5] * 8
-    np.testing.assert_allclose(trained["goals_of_paths"][0], [-0.083, 0.22])  # RandomState(1), as the authors'
-    # by update, goal and rollout: positions, all from the origin
+    np.testing.assert_allclose(trained["goals_of_paths"][0], [-0.083, 0.22])  # from RandomState(1), like the authors'
+    # [update, goal, rollout, step, coordinate], all from the origin
     assert [len(rollouts) for goals in trained["paths"] for rollouts in goals] == [3] * (5 * 4)
     assert {tuple(rollout[0]) for goals in trained["paths"] for rollouts in goals for rollout in rollouts} == {(0, 0)}
     means = [result["mean"] for result in trained["results"]]
@@ -453,7 +453,7 @@ def test_five_iterations_improve_the_return_after_one_update(program, short_test
     assert means[1] > random["results"][1]["mean"] + 3
 
 
-def test_goals_are_of_the_seed_and_the_iteration():
+def test_goals_depend_on_seed_and_iteration():
     class Drawn(Exception):
         pass
 
@@ -462,15 +462,15 @@ def test_goals_are_of_the_seed_and_the_iteration():
 
     def drawn(seed, iteration):
         main.FLAGS(["rl/main.py", f"--seed={seed}"])
-        with pytest.raises(Drawn) as found:
+        with pytest.raises(Drawn) as raised:
             main.outer_iteration(None, point()._replace(goals=goals), iteration)
-        return found.value.args
+        return raised.value.args
 
     assert drawn(1, 2) == drawn(1, 2)
     assert len({drawn(seed, iteration) for seed in (0, 1) for iteration in (0, 1)}) == 4
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(program, tmp_path, monkeypatch, capsys):
+def test_resume_is_bitwise_identical(program, tmp_path, monkeypatch, capsys):
     program(*TINY, "--iterations=4", f"--logdir={tmp_path / 'whole'}")
     step = main.outer_iteration
 
@@ -489,8 +489,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(program, tmp_path, monkeypat
     assert np.array_equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts"))
 
 
-def test_threads_change_no_number(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(main.devices, "start", lambda *threads: None)  # TensorFlow takes its settings once
+def test_thread_count_does_not_change_the_weights(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(main.devices, "start", lambda *threads: None)  # TensorFlow accepts its settings only once
     for threads in (1, 3):
         program(*TINY, "--iterations=2", f"--threads={threads}", f"--logdir={tmp_path / str(threads)}")
     assert np.array_equal(final_weights(tmp_path / "1"), final_weights(tmp_path / "3"))
@@ -504,42 +504,42 @@ def test_baselines_train_without_an_inner_step(program, short_test, tmp_path, mo
     assert len(json.loads(path.read_text())["results"]) == (1 if baseline == "oracle" else 5)
 
     def refuse(folder, flag):
-        raise InputError(f"{folder} cannot be written: give another {flag}")
+        raise InputError(f"{flag}={folder}: is not writable; choose another")
 
     monkeypatch.setattr(main.runs, "check_writable", refuse)
-    monkeypatch.setattr(MetaTRPO, "curve", None)  # it is refused before any work
-    with pytest.raises(SystemExit, match="cannot be written: give another --logdir"):
+    monkeypatch.setattr(MetaTRPO, "curve", None)  # refused before any work
+    with pytest.raises(SystemExit, match="--logdir"):
         program(*TINY, f"--baseline={baseline}", f"--logdir={tmp_path}", "--train=False")
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     [
-        (["--env=ant"], "value should be one of"),
-        (["--meta_batch_size=0"], "must be 1 or more"),
-        (["--num_rollouts=10000000"], "must be 1 or more, and at most 1,000,000"),
-        (["--threads=1000000"], "must be 0 or more, and at most "),
-        (["--update_lr=-1"], "must be a number above 0"),
-        (["--meta_step_size=nan"], "must be a number above 0"),
-        (["--iteration=3"], "Unknown command line flag 'iteration'"),
-        (["iterations=3"], "unexpected argument iterations=3"),
-        (["--baseline=random"], "give --train=False to test it"),
-        (["--train=False"], "no checkpoint"),
+        (["--env=ant"], "--env=ant"),
+        (["--meta_batch_size=0"], "--meta_batch_size=0"),
+        (["--num_rollouts=10000000"], "--num_rollouts=10000000"),
+        (["--threads=1000000"], "--threads=1000000"),
+        (["--update_lr=-1"], "--update_lr=-1"),
+        (["--meta_step_size=nan"], "--meta_step_size=nan"),
+        (["--iteration=3"], "'iteration'"),
+        (["iterations=3"], "iterations=3"),
+        (["--baseline=random"], "--train=False"),
+        (["--train=False"], "point.mbs_40"),  # the run folder, which has no checkpoint
     ],
 )
-def test_bad_flags_are_told_in_one_line(program, tmp_path, flags, message):
+def test_invalid_flags_are_refused_in_one_line(program, tmp_path, flags, named):
     with pytest.raises(SystemExit) as refused:
         program(f"--logdir={tmp_path}", *flags)
-    assert message in refused.value.code
+    assert named in refused.value.code
     assert refused.value.code.startswith("rl/main.py: ")
     assert "\n" not in refused.value.code
 
 
-def test_another_run_is_not_continued_by_mistake(program, tmp_path):
+def test_folder_with_other_flags_is_refused(program, tmp_path):
     program(*TINY, "--iterations=1", f"--logdir={tmp_path}")
     (path,) = tmp_path.glob("*/flags.json")
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 3'))
-    with pytest.raises(SystemExit, match="--seed=3 there, 0 here"):
+    with pytest.raises(SystemExit, match="--seed=3"):
         program(*TINY, "--iterations=2", f"--logdir={tmp_path}")
 
 
@@ -547,44 +547,44 @@ def test_every_environment_has_defaults():
     assert set(main.DEFAULTS) == set(ENVIRONMENTS)
 
 
-# -- what is recorded --------------------------------------------------------------------------------------------------
+# -- records ----------------------------------------------------------------------------------------------------------
 
 ROOT = Path(main.__file__).parents[1]
 SCRIPTS = sorted((ROOT / "experiments").glob("rl_*.sh"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_script_hands_its_flags_to_the_recorder(script, tmp_path):
-    """Its name says environment and model; --seed and others may follow."""
+def test_script_passes_its_flags_to_the_recorder(script, tmp_path):
+    """Its name gives environment and model. Its caller may add flags such as --seed."""
     printer = tmp_path / "prints its arguments"
     printer.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     printer.chmod(0o755)
     printed = subprocess.run(
         [script, "--seed=7"], env=os.environ | {"PYTHON": str(printer)}, capture_output=True, text=True, check=True
     )
-    program, name, *handed = printed.stdout.splitlines()
+    program, name, *passed = printed.stdout.splitlines()
     assert (Path(program).resolve(), Path(name).stem) == (ROOT / "rl" / "row.py", script.stem)
     for name in main.FLAGS:
         main.FLAGS[name].unparse()
-    main.FLAGS(["rl/main.py", *handed])
+    main.FLAGS(["rl/main.py", *passed])
     assert script.stem == f"rl_{main.FLAGS.env}_{main.FLAGS.baseline or 'maml'}"
     assert main.FLAGS.seed == 7
 
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """rl/row.py as a module, and the programs that it calls, which are not run."""
+    """rl/row.py as a module, and a list of the commands it would run."""
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    recorder, called = importlib.import_module("rl.row"), []
+    recorder, commands = importlib.import_module("rl.row"), []
     for name in main.FLAGS:
         main.FLAGS[name].unparse()
-    monkeypatch.setattr(recorder.row, "run_program", lambda program, flags: called.append((program, *flags)))
-    return recorder, called
+    monkeypatch.setattr(recorder.row, "run_program", lambda program, flags: commands.append((program, *flags)))
+    return recorder, commands
 
 
 @pytest.mark.parametrize(("flags", "seed"), [(["--seed=3"], ".seed3"), (["--baseline=random"], "")])
-def test_what_is_recorded(recorder, monkeypatch, tmp_path, flags, seed):
-    recorder, called = recorder
+def test_record_trains_then_tests(recorder, monkeypatch, tmp_path, flags, seed):
+    recorder, commands = recorder
     monkeypatch.setattr(recorder, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(main, "run_folder", lambda identity: main.runs.Run(tmp_path))
@@ -592,40 +592,40 @@ def test_what_is_recorded(recorder, monkeypatch, tmp_path, flags, seed):
     path = recorder.record(Path("experiments/rl_x.sh"), [*flags, f"--logdir={tmp_path}"])
     assert path == tmp_path / "results" / f"rl_x{seed}.json"
     assert {"row": "rl_x", "flags": {}, "results": [], "hours": 0}.items() <= json.loads(path.read_text()).items()
-    tested = ("rl/main.py", *flags, f"--logdir={tmp_path}", "--train=False")
-    assert called == ([tested] if "random" in flags[0] else [tested[:-1], tested])
+    test = ("rl/main.py", *flags, f"--logdir={tmp_path}", "--train=False")
+    assert commands == ([test] if "random" in flags[0] else [test[:-1], test])
 
 
 @pytest.mark.parametrize("script", ["experiments/omniglot_5way_1shot.sh", "rl_point_maml.sh"])
-def test_a_script_of_another_program_is_refused(script, monkeypatch, capsys):
-    """Before its record is replaced by one of another form."""
+def test_scripts_of_other_programs_are_refused(script, monkeypatch, capsys):
+    """Otherwise a record of another format would replace theirs."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["rl/row.py", script, "--help"])
     monkeypatch.setattr(sys, "path", sys.path[:])
     with pytest.raises(SystemExit) as refused:
         runpy.run_path(str(ROOT / "rl" / "row.py"), run_name="__main__")
     assert refused.value.code == 2
-    assert f"{script} is not one of experiments/rl_*.sh: call one of those" in capsys.readouterr().err
+    assert script in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--iteration=3"], ["iterations=3"]])
-def test_a_question_or_a_slip_is_not_recorded(recorder, flags):
-    recorder, called = recorder
+def test_help_and_invalid_flags_are_not_recorded(recorder, flags):
+    recorder, commands = recorder
     with pytest.raises(SystemExit):
         recorder.record(Path("rl_x.sh"), flags)
-    assert called == [("rl/main.py", *flags)]
+    assert commands == [("rl/main.py", *flags)]
 
 
-def test_the_document_is_in_step_with_results():
+def test_docs_table_matches_the_records():
     report = pytest.importorskip(
         "rl.report", reason="matplotlib is not installed: pip install -r requirements-plot.txt"
     )
-    shown = (ROOT / "docs" / "rl.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
-    assert shown.strip() == report.table(ROOT / "results").strip(), "python rl/report.py writes it anew"
+    table = (ROOT / "docs" / "rl.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
+    assert table.strip() == report.table(ROOT / "results").strip(), "to update it, run python rl/report.py"
 
 
-def test_figures_of_records(tmp_path):
-    """Of one environment, the authors' beside ours; an oracle has one column."""
+def test_table_and_figures_show_records_and_authors(tmp_path):
+    """The oracle has one column, because it needs no update."""
     report = pytest.importorskip(
         "rl.report", reason="matplotlib is not installed: pip install -r requirements-plot.txt"
     )
@@ -638,8 +638,8 @@ def test_figures_of_records(tmp_path):
             "paths": [[[[[0, 0], [0.1, 0.1]], [[0, 0], [0.1, 0.2]]]] * 2] * 4,
         }
 
-    for one in (record(None, -40, -9, -4, -3, -3), record("oracle", -2)):
-        (tmp_path / f"rl_{one['flags']['baseline']}.json").write_text(json.dumps(one))
+    for row in (record(None, -40, -9, -4, -3, -3), record("oracle", -2)):
+        (tmp_path / f"rl_{row['flags']['baseline']}.json").write_text(json.dumps(row))
     (tmp_path / "rl_authors.json").write_bytes((ROOT / "results" / "rl_authors.json").read_bytes())
     ours = report.records(tmp_path)
     assert report.table(tmp_path).splitlines()[2:] == [
