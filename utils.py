@@ -42,8 +42,8 @@ class Tasks(NamedTuple):
             shape, other = getattr(tasks, name).shape, getattr(tasks, other_name).shape
             if not shape[:axes].is_compatible_with(other[:axes]):
                 raise InputError(
-                    f"{name}: has shape {list(shape)}, which does not match {list(other)} of {other_name}; give the same "
-                    "tasks, and one label or target per example"
+                    f"{name}: has shape {list(shape)}, which does not match {list(other)} of {other_name}; give the "
+                    "same tasks, and one label or target per example"
                 )
         return tasks
 
