@@ -30,7 +30,7 @@ STEPS_A_CALL = 100  # for networks so small that launching an operation costs mo
 class Network(NamedTuple):
     """One model: its initial weights, its outputs, and which weights the inner loop adapts.
 
-    `init` and `apply` are enough. The other fields configure the inner loop or make it faster.
+    Only `init` and `apply` are required. The other fields configure the inner loop or make it faster.
     """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
@@ -156,8 +156,8 @@ def support_normalized(
 ) -> tf.Tensor:
     """Return the outputs [n, O] for query inputs, each normalized separately, together with the support set.
 
-    An output then does not depend on the other queries, unlike in the paper, where all queries are one batch. Under
-    batch norm each query needs a batch of N * K + 1; networks without it need nothing special.
+    An output then does not depend on the other queries, unlike in the paper, where all queries are one batch. This
+    differs only under batch norm, whose statistics then need a batch of N * K + 1 for each query.
     Args: weights after the inner steps; support_x [N * K, *D]; query_x [n, *D]. With group_axes=1 these and the result
     have a leading axis G.
     """
@@ -198,7 +198,7 @@ def conv4(
         norm: 'batch_norm', 'layer_norm' or None.
         mean_head: the last layer takes the mean over height and width, and is initialized from N(0, 1) (Omniglot);
             else it takes all height * width * filters numbers in that order, and is Xavier uniform (MiniImagenet).
-    Raise InputError if max_pool is set and the images are smaller than 16 pixels, so nothing would be left.
+    Raise InputError if pooling would leave nothing: with max_pool, below 16 pixels.
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
     # Differs: the original assumes 5 x 5 here, regardless of image size and pooling.
@@ -264,7 +264,7 @@ def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[in
 
     A block has three layers of [3x3 convolution, batch norm], with a leaky ReLU (0.1) after the first two. A shortcut
     (layer 0: a 1x1 convolution of the block's input, batch norm) is added to the third layer's output. A leaky ReLU and
-    2x2 max-pooling follow. Batch norm has gamma and beta, the inner loop changes all weights, and dropout is omitted.
+    2x2 max-pooling follow. Batch norm has gamma and beta; the inner loop changes all weights; no dropout.
     Args as in conv4; widths: filters of each block. Raise InputError for images below 16 pixels.
     Source: open-mmlab/mmfewshot, backbones/resnet12.py, taken from MetaOptNet.
     """
