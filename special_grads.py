@@ -50,8 +50,8 @@ def batch_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor | None = None, ep
 def normalize_plain(x: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
     """Return h in plain operations that TensorFlow differentiates. The tests compare the other forms with this one."""
     axes = list(range(x.shape.rank - 1))
-    centred = x - tf.reduce_mean(x, axes)
-    return centred * tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axes) + epsilon)
+    centered = x - tf.reduce_mean(x, axes)
+    return centered * tf.math.rsqrt(tf.reduce_mean(tf.square(centered), axes) + epsilon)
 
 
 class _Statistics(NamedTuple):
