@@ -86,7 +86,6 @@ def test_first_order_groups_equal_one_task_at_a_time(eagerly):
 
 
 def test_networks_without_group_support_are_vectorized():
-    """Tasks of a custom network are vectorized."""
     tasks = Tasks(*(np.concatenate([part, 2 * part]) for part in one_task([0.8], [-0.4], [1.3], [0.7])))
     each, together = (
         meta_gradient(maml_of(LINE, mse, inner_lr=0.05, inner_steps=2, layout=Layout(group=at_once)), tasks)
@@ -130,7 +129,7 @@ class FourProcesses(Cluster):
     [(Cluster(), 1, 7), (Cluster(), 4, 8), (FourProcesses(), 1, 2), (FourProcesses(), 2, 2)],
 )
 def test_evaluation_draws_no_surplus_tasks(workers, at_once, drawn_count):
-    """Except to fill a group. Four processes share 7 tasks."""
+    """Except to fill up a group. Four processes share 7 tasks."""
     drawn = []
 
     class Source:
@@ -146,7 +145,7 @@ def test_evaluation_draws_no_surplus_tasks(workers, at_once, drawn_count):
 
 @pytest.mark.parametrize("at_once", [1, 4, 0])
 def test_sums_over_tasks_are_float64(at_once):
-    """Between tasks, and within a group: float32 would lose the small numbers."""
+    """Sums between tasks and within a group: in float32 the small numbers would be lost."""
     x = np.full((8, 1, 1), 2.0**-30, np.float32)
     x[::4] = 1
     maml = maml_of(LINE, mse, inner_lr=0.05, inner_steps=1, layout=Layout(group=at_once))

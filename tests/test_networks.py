@@ -21,7 +21,7 @@ def images(*shape, seed=0):
 
 
 def jittered(weights):
-    """Return the weights with noise added, so that zero biases and betas and unit gammas are tested too."""
+    """Return the weights with noise, so that biases, betas and gammas are tested, too."""
     random = np.random.default_rng(1)
     return {name: w + 0.1 * random.normal(size=w.shape).astype(np.float32) for name, w in weights.items()}
 

@@ -19,7 +19,7 @@ def plain_batch_norm(x, beta):
 
 
 def derivatives(norm, x, beta, g, u):
-    """Return y, the first derivatives of sum(relu(y) * g), and the second derivatives along u, to x, g and beta."""
+    """Return y, the first derivatives of sum(relu(y) * g), and their derivatives along u with respect to x, g, beta."""
     with tf.GradientTape() as outer:
         outer.watch([x, beta, g])
         with tf.GradientTape() as inner:
