@@ -1,10 +1,10 @@
 """MAML: Algorithms 1 and 2 of Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning" (ICML 2017).
 
-The inner loop adapts the weights theta to one task by gradient steps on its support set. The outer loop moves theta by
-Adam, down the gradient of the query loss *after* adaptation: it differentiates through the inner gradients.
+The inner loop adapts the weights theta to one task by gradient steps on its support set. The outer loop updates theta
+with Adam and the gradient of the query loss *after* adaptation: it differentiates through the inner gradients.
 
-The functions take one task, or a group of G tasks (parallel.py): then weights and tasks have a leading axis G, and a
-loss is [G]. Each task's loss depends on its own weights alone, so the gradient of their sum holds each task's own.
+The functions take one task, or a group of G tasks (parallel.py). Weights and tasks then have a leading axis G, and a
+loss is [G]. Each task's loss depends only on its own weights, so the gradient of their sum is each task's gradient.
 """
 
 import functools
@@ -23,17 +23,17 @@ Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # outputs [n, O], labels [n,
 
 
 class InnerLoop(NamedTuple):
-    """How a task is learned: the model, the loss, and the gradient steps."""
+    """How a task is learned: network, loss, and gradient steps."""
 
     network: Network
     loss: Loss
     alpha: float  # step size
     steps: int  # J, in training
-    first_order: bool = False  # the inner gradients are constants in the outer one (section 5.2)
+    first_order: bool = False  # treat inner gradients as constants in the outer gradient (section 5.2)
 
 
 def prepare(inner: InnerLoop, theta: Weights, task: Tasks) -> Tasks:
-    """Return the task as inner_step takes it: with features in place of inputs if the steps leave the body alone."""
+    """Return the task for inner_step: its inputs replaced by features if the inner loop does not change the body."""
     return task._replace(support_x=inner.network.features(theta, task.support_x))
 
 
@@ -72,10 +72,10 @@ def support_loss(inner: InnerLoop, theta: Weights, task: Tasks) -> tf.Tensor:
 def meta_gradient(
     task_loss: Callable[[Weights, Tasks], tf.Tensor], theta: Weights, tasks: Tasks, layout: Layout
 ) -> tuple[Weights, tf.Tensor]:
-    """Return the gradient with respect to theta of the mean task loss, and that loss.
+    """Return the gradient of the mean task loss with respect to theta, and that loss.
 
-    Each task, or group, differentiates its own loss inside the loop over tasks. No backward pass goes through that
-    loop, and memory holds the activations of one group per core.
+    Each task or group computes its gradient inside the loop over tasks, so no backward pass goes through that loop, and
+    memory holds the activations of one group per core.
     """
 
     def gradient_and_loss(theta, task):
@@ -97,10 +97,10 @@ def adaptation_curve(
     query_norm: str = "batch",
     unroll: bool = False,
 ) -> Curve:
-    """Return a task's support loss before any inner step, and its query loss after each of `steps`; accuracies too.
+    """Return a task's support loss before any inner step, its query loss after each of `steps`, and the accuracies.
 
-    query_norm: what batch norm normalizes a query image with: 'batch', the task's other queries (transductive, as in
-    the paper), or 'support' (networks.support_normalized). unroll: no tf.while_loop, slower inside tf.vectorized_map.
+    query_norm: 'batch' normalizes a query image with the task's other queries (transductive, as in the paper),
+    'support' with the support set (networks.support_normalized). unroll: avoid tf.while_loop (slow when vectorized).
     """
     network, group_axes = inner.network, task.query_y.shape.rank - 2
     prepared, query_x = prepare(inner, theta, task), network.features(theta, task.query_x)
@@ -129,7 +129,7 @@ def adaptation_curve(
 
 
 class Adam(tf.Module):
-    """TensorFlow 1's Adam, by its own kernel: w -= rate * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
+    """TensorFlow 1's Adam, with its kernel: w -= rate * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
 
     def __init__(self, weights: dict[str, tf.Variable], rate: float):
         super().__init__(name="adam")
@@ -139,7 +139,7 @@ class Adam(tf.Module):
         self.updates = tf.Variable(0, dtype=tf.int64, name="updates")
 
     def apply(self, gradient: Weights) -> None:
-        """Move every weight once. b1 = 0.9, b2 = 0.999, eps = 1e-8: TensorFlow 1's defaults, as the original."""
+        """Update every weight once. b1 = 0.9, b2 = 0.999, eps = 1e-8: TensorFlow 1's defaults, as in the original."""
         t = tf.cast(self.updates.assign_add(1), tf.float32)
         for name, weight in self.weights.items():
             tf.raw_ops.ResourceApplyAdam(
@@ -157,11 +157,11 @@ class Adam(tf.Module):
 
 
 class MAML(tf.Module):
-    """All that a training step changes: the meta-learned weights, the moments of both optimizers, and the step.
+    """All training state: the meta-learned weights, the moments of both optimizers, and the step.
 
-    train_step(tasks) takes one step of Adam on the tasks' mean query_loss, clipped if asked. pretrain_step(tasks) takes
-    one on their mean support_loss, with other moments and no clip. Both return that loss and the norm of its gradient
-    before the clip, scalars. For many_steps and evaluate, see below. Each is one graph, traced at its first call.
+    train_step(tasks) takes one Adam step on the tasks' mean query_loss, clipped if `clip` is set. pretrain_step(tasks)
+    takes one on their mean support_loss, with separate moments and no clip. Both return that loss and the norm of its
+    gradient before the clip. For many_steps and evaluate, see below. Each is one graph, traced at its first call.
     """
 
     def __init__(
@@ -174,9 +174,9 @@ class MAML(tf.Module):
         seed: int = 0,
         layout: Layout = Layout(),  # noqa: B008  a constant
     ):
-        """Initialize the weights from `seed`, and moments and step with 0.
+        """Initialize the weights from `seed`, and the moments and the step with 0.
 
-        accuracy: (outputs [n, O], labels [n, O]) -> scalar; None in regression. meta_lr: beta, Adam's rate.
+        accuracy: (outputs [n, O], labels [n, O]) -> scalar; None in regression. meta_lr: beta, Adam's learning rate.
         clip: bound on the absolute value of each element of the meta-gradient, or None.
         """
         super().__init__(name="maml")
@@ -186,7 +186,7 @@ class MAML(tf.Module):
         self.meta_optimizer = Adam(self.weights, meta_lr)
         self.pretrain_optimizer = Adam(self.weights, meta_lr)
         self.step = tf.Variable(0, dtype=tf.int64, name="step")  # outer steps done, pretraining included
-        # Not decorators: a tf.function of the class holds its object weakly, so MAML(...).train_step(tasks) would fail.
+        # Not decorators: those hold their object weakly, so MAML(...).train_step(tasks) would fail.
         graph = functools.partial(tf.function, autograph=False)
         self.train_step = graph(functools.partial(self._step, pretrain=False))
         self.pretrain_step = graph(functools.partial(self._step, pretrain=True))
@@ -195,7 +195,7 @@ class MAML(tf.Module):
 
     @property
     def state(self) -> dict[str, tf.Variable]:
-        """All that a step changes, by its key in a checkpoint; the weights have the original's names."""
+        """The variables that a step changes, by checkpoint key; weights have the original's names."""
         state = {key: self.weights[name] for name, key in self.keys.items()} | {"step": self.step}
         for prefix, adam in (("", self.meta_optimizer), ("pretrain/", self.pretrain_optimizer)):
             for name, key in self.keys.items():
@@ -205,7 +205,7 @@ class MAML(tf.Module):
 
     @property
     def keys(self) -> dict[str, str]:
-        """The key of each weight in a checkpoint, by its name."""
+        """The checkpoint key of each weight, by name."""
         return self.inner.network.keys(self.weights)
 
     def values(self) -> Weights:
@@ -224,9 +224,9 @@ class MAML(tf.Module):
         return loss, norm
 
     def _many_steps(self, tasks: Tasks, first: tf.Tensor, count: tf.Tensor, pretrain: bool) -> tf.Tensor:
-        """Take a step on each meta-batch first .. first + count - 1 of a stack, as one program, for tiny networks.
+        """Take a step on each meta-batch first .. first + count - 1 of a stack, in one program, for tiny networks.
 
-        tasks: with one more leading axis. first, count: integer scalar tensors, so that one program serves all.
+        tasks: with an extra leading axis. first, count: integer scalar tensors, so that the program is compiled once.
         Return the norm of the first step's gradient, a scalar.
         """
 
@@ -239,7 +239,7 @@ class MAML(tf.Module):
         return tf.while_loop(lambda i, _: i < count, body, start)[1]
 
     def _evaluate(self, tasks: Tasks, steps: int, query_norm: str = "batch") -> Curve:
-        """Return the adaptation_curve of every task, stacked: losses and accuracies [T, 1 + steps]. Change nothing."""
+        """Return every task's adaptation_curve, stacked: losses and accuracies [T, 1 + steps]. No state changes."""
         check_choice("query_norm", query_norm, QUERY_NORMS)
         theta, dtype = self.values(), tasks.query_x.dtype
         unroll = self.layout.fused or (self.layout.vectorize and self.layout.group != 1)

@@ -1,12 +1,12 @@
 """The paper's networks and two of mmfewshot's: initial weights and forward functions, over a dict of weights.
 
-A forward function computes one task, or a group of G tasks, each with weights of its own: every array of weights then
-has a leading axis G, and so have inputs and outputs. In between, the tasks of a group lie side by side in the channels,
-[n, height, width, G * C], where batch norm, ReLU and pooling work as they do on one task: `side_by_side`. Layer norm,
-which normalises an example over all its channels, takes them `apart` again.
+A forward function computes one task, or a group of G tasks with separate weights: all weights, inputs and outputs then
+have a leading axis G. Inside a network, `side_by_side` concatenates the tasks of a group along the channels,
+[n, height, width, G * C], so that batch norm, ReLU and pooling work as on one task. Layer norm, which normalizes an
+example over all its channels, takes them `apart` again.
 
-Weights carry the original's names: convolutions conv1..conv4 (fully connected layers w1, w2, ...), biases b1, b2, ...,
-the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one for each hidden layer.
+Weights have the original's names: convolutions conv1..conv4 (fully connected layers w1, w2, ...), biases b1, b2, ...,
+the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and gamma1, ...), one per hidden layer.
 """
 
 import functools
@@ -23,36 +23,36 @@ from recipe import ADAPTED, LEARNED_STEP_SIZES
 from utils import Weights
 
 LAYER_NORM_EPSILON = 1e-12  # tf.contrib.layers.layer_norm's, which the original uses
-TORCH_EPSILON = 1e-5  # of PyTorch's batch norm
-STEPS_A_CALL = 100  # of a network so small that starting an operation costs more than the operation
+TORCH_EPSILON = 1e-5  # PyTorch's batch norm
+STEPS_A_CALL = 100  # for networks so small that launching an operation costs more than computing it
 
 
 class Network(NamedTuple):
     """One model: its initial weights, its outputs, and which weights the inner loop adapts.
 
-    The first two are enough. The rest says what the inner loop does with it, or how it is computed fast.
+    Only `init` and `apply` are required. The other fields configure the inner loop or make it faster.
     """
 
     init: Callable[[int], Weights]  # seed -> float32 weights
     apply: Callable[[Weights, tf.Tensor], tf.Tensor]  # weights, inputs [n, ...] -> outputs [n, O] of one task
-    adapted: tuple[str, ...] | None = None  # names that the inner loop changes; None: all. Ours leave out the norms'
-    tf1_names: dict[str, str] | None = None  # our name -> the variable's name in checkpoints of the original
+    adapted: tuple[str, ...] | None = None  # weights that the inner loop changes; None: all. Ours exclude the norms
+    tf1_names: dict[str, str] | None = None  # our name -> the variable's name in the original's checkpoints
     step_size: Callable[[Weights, str, int | tf.Tensor], tf.Tensor] | None = None  # weights, name, j; None: alpha
-    prepare: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, inputs -> what inner_apply takes
-    inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # apply in the inner loop, if not the same
-    batch_statistics: bool = False  # under batch norm: an output depends on the other inputs of its batch
-    takes_groups: bool = False  # apply computes a group of G tasks, too: weights, inputs, outputs with a leading axis G
-    steps_a_call: int = 1  # outer steps in one compiled program, all tasks in one operation; above 1 for tiny networks
-    head: tuple[str, ...] = ()  # names of the last layer's weights; the others are the body's
+    prepare: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, inputs -> features for inner_apply
+    inner_apply: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # replaces apply in the inner loop
+    batch_statistics: bool = False  # batch norm: an output depends on the other inputs of its batch
+    takes_groups: bool = False  # apply also accepts a group of G tasks, with a leading axis G everywhere
+    steps_a_call: int = 1  # outer steps per compiled program, all tasks in one operation; above 1 for tiny networks
+    head: tuple[str, ...] = ()  # names of the last layer's weights; the others belong to the body
     body: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, inputs -> features
     last_layer: Callable[[Weights, tf.Tensor], tf.Tensor] | None = None  # weights, features -> outputs
 
     def features(self, weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        """Return what the inner loop takes: the features of a body that it leaves alone (ANIL), or the inputs."""
+        """Return the inner loop's inputs: features, if it does not change the body (ANIL), or x itself."""
         return self.prepare(weights, x) if self.prepare else x
 
     def outputs(self, weights: Weights, features: tf.Tensor) -> tf.Tensor:
-        """Return the outputs of those features."""
+        """Return the outputs for those features."""
         return (self.inner_apply or self.apply)(weights, features)
 
     def keys(self, names: Iterable[str]) -> dict[str, str]:
@@ -65,8 +65,8 @@ class Weight(NamedTuple):
 
     shape: tuple[int, ...]
     initial: Callable[[tuple[int, ...], tuple[int, int]], tf.Tensor]  # shape, seed of this array -> float32 values
-    tf1_name: str  # the variable's name in checkpoints of the original
-    adapted: bool = True  # the inner loop changes it; else only the outer loop does
+    tf1_name: str  # the variable's name in the original's checkpoints
+    adapted: bool = True  # False: only the outer loop changes it
 
 
 def network(
@@ -76,10 +76,14 @@ def network(
     head: tuple[str, ...],
     **more: object,
 ) -> Network:
-    """Makes the Network of declared weights and its two parts.
+    """Build a Network from its weights and its two parts.
 
-    Args: weights by name, in the order that numbers their seeds; body(weights, inputs) -> features;
-    last_layer(weights, features) -> outputs; names of the last layer's weights; more fields of Network.
+    Args:
+        weights: by name; their order determines their seeds.
+        body: weights, inputs -> features.
+        last_layer: weights, features -> outputs.
+        head: names of the last layer's weights.
+        more: other fields of Network.
     """
 
     def init(seed: int) -> Weights:
@@ -100,17 +104,17 @@ def network(
 
 
 def adapting(network: Network, what: str) -> Network:
-    """Return the network with only a part of its adapted weights left to the inner loop.
+    """Return the network with only some of its weights adapted by the inner loop.
 
-    what: 'all', MAML; 'head', the last layer alone, as in ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020): the features
-    are then computed once per task; 'body', all but the last layer, as in BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
-    Raise InputError for another value, or if the network does not name its last layer.
+    what: 'all', MAML; 'head', only the last layer, as in ANIL (Raghu, Raghu, Bengio, Vinyals, ICLR 2020), so features
+    are computed once per task; 'body', all other layers, as in BOIL (Oh, Yoo, Kim, Yun, ICLR 2021).
+    Raise InputError for any other value, or if the network does not name its last layer.
     """
     check_choice("adapt", what, ADAPTED)
     if what == "all":
         return network
     if network.adapted is None or not set(network.head) & set(network.adapted):
-        raise InputError(f"adapt={what}: this network does not name its last layer; set its `adapted` and `head`")
+        raise InputError(f"adapt={what}: needs a network that names its last layer; set its `adapted` and `head`")
     if what == "body":
         return network._replace(adapted=tuple(name for name in network.adapted if name not in network.head))
     adapted = tuple(name for name in network.adapted if name in network.head)
@@ -118,12 +122,12 @@ def adapting(network: Network, what: str) -> Network:
 
 
 def with_step_sizes(network: Network, kind: str, alpha: float, steps: int) -> Network:
-    """Return the network with its inner step sizes among its weights, as step_size_<name>, each initially alpha.
+    """Return the network with meta-learned inner step sizes as extra weights, step_size_<name>, initially alpha.
 
-    They are meta-learned, not adapted. kind: 'none': alpha stays a constant; 'weight': one per element of each adapted
-    weight, the same at every step (Meta-SGD, Li, Zhou, Chen, Li 2017); 'step': one per adapted weight and step (MAML++,
-    Antoniou, Edwards, Storkey, ICLR 2019), of which the last serves all later steps.
-    Raise InputError for another value.
+    The inner loop does not adapt them. kind: 'none', alpha stays constant; 'weight', one per element of each adapted
+    weight, the same at every step (Meta-SGD, Li, Zhou, Chen, Li 2017); 'step', one per adapted weight and step (MAML++,
+    Antoniou, Edwards, Storkey, ICLR 2019), with the last reused for later steps.
+    Raise InputError for any other value.
     """
     check_choice("learn_inner_lr", kind, LEARNED_STEP_SIZES)
     if kind == "none":
@@ -150,12 +154,12 @@ def with_step_sizes(network: Network, kind: str, alpha: float, steps: int) -> Ne
 def support_normalized(
     network: Network, weights: Weights, support_x: tf.Tensor, query_x: tf.Tensor, group_axes: int = 0
 ) -> tf.Tensor:
-    """Return the outputs [n, O] of query inputs, each of which is normalized alone with the support set.
+    """Return the outputs [n, O] for query inputs, each normalized separately, together with the support set.
 
-    An output then does not depend on the other queries, as it does if all queries are one batch (the paper's way).
-    Only batch norm makes a difference. Its statistics differ for every query, so each takes a batch of N * K + 1.
-    Args: weights after the inner steps; support_x [N * K, *D]; query_x [n, *D]; with group_axes=1, all with a leading
-    axis G, and so is the result.
+    An output then does not depend on the other queries, unlike in the paper, where all queries are one batch. This
+    differs only under batch norm, whose statistics then need a batch of N * K + 1 for each query.
+    Args: weights after the inner steps; support_x [N * K, *D]; query_x [n, *D]. With group_axes=1 these and the result
+    have a leading axis G.
     """
     if not network.batch_statistics:
         return network.apply(weights, query_x)
@@ -180,30 +184,31 @@ def conv4(
     norm: str | None,
     mean_head: bool,
 ) -> Network:
-    """Builds four times [3x3 convolution, norm, ReLU], halved each time, and a linear layer to N scores.
+    """Build four blocks of [3x3 convolution, norm, ReLU], each halving the image, and a linear layer to N scores.
 
-    Inputs are [n, height, width, channels]. They are halved by stride 2 with SAME padding, or with max_pool by 2x2
-    VALID pooling after a convolution of stride 1. With mean_head the last layer sees the mean over height and width,
-    and its weights begin as N(0, 1) (Omniglot). Without, it sees all height * width * filters numbers in that order,
-    and its weights begin Xavier uniform, as those of all convolutions (MiniImagenet).
+    Inputs are [n, height, width, channels]. They are halved by stride 2 with SAME padding or, with max_pool, by 2x2
+    VALID pooling after a stride-1 convolution. All convolutions are initialized Xavier uniform.
 
     Args:
         size: height and width of an image in pixels.
-        channels: of an image.
+        channels: per image.
         way: N, the number of scores.
-        filters: of each convolution.
+        filters: per convolution.
+        max_pool: pool instead of strided convolutions.
         norm: 'batch_norm', 'layer_norm' or None.
-    Raises InputError where pooling leaves nothing: with max_pool, below 16 pixels.
+        mean_head: the last layer takes the mean over height and width, and is initialized from N(0, 1) (Omniglot);
+            else it takes all height * width * filters numbers in that order, and is Xavier uniform (MiniImagenet).
+    Raise InputError if pooling would leave nothing: with max_pool, below 16 pixels.
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
-    # Differs: the original assumes 5 x 5 here, whatever the image and the pooling.
+    # Differs: the original assumes 5 x 5 here, regardless of image size and pooling.
     height, width = _halved(size, max_pool, "--max_pool", ", or --max_pool=False")
     layers = range(1, 5)
     weights = {}
     for layer in layers:
         shape = (3, 3, channels if layer == 1 else filters, filters)
         weights[f"conv{layer}"] = Weight(shape, xavier_uniform, f"model/conv{layer}")
-        weights[f"b{layer}"] = Weight((filters,), zeros, _unnamed(layer - 1))
+        weights[f"b{layer}"] = Weight((filters,), zeros, _tf1_default_name(layer - 1))
     if mean_head:
         weights["w5"] = Weight((filters, way), normal, "model/w5")
     else:
@@ -217,22 +222,22 @@ def conv4(
         x = side_by_side(x, group)
         for layer in layers:
             x = conv(x, weights[f"conv{layer}"], stride=1 if max_pool else 2)
-            x = _normalized(x, weights, layer, norm)
-            if max_pool:  # before the ReLU: the two commute, and the ReLU is left a quarter of the work
+            x = _bias_and_norm(x, weights, layer, norm)
+            if max_pool:  # before the ReLU: the two commute, and the ReLU has a quarter of the work
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
         x = tf.reduce_mean(x, [1, 2]) if mean_head else x
-        return _flat(apart(x, group), group, weights["w5"].shape[-2])
+        return _flatten(apart(x, group), group, weights["w5"].shape[-2])
 
     more = {"batch_statistics": norm == "batch_norm", "takes_groups": True}
     return network(weights, body, _linear, ("w5", "b5"), **more)
 
 
 def conv4_affine(size: tuple[int, int], channels: int, way: int, filters: int) -> Network:
-    """Builds mmfewshot's Conv4: four times [3x3 convolution, batch norm, ReLU, 2x2 max-pooling], and a linear layer.
+    """Build mmfewshot's Conv4: four blocks of [3x3 convolution, batch norm, ReLU, 2x2 max-pooling], a linear layer.
 
     Batch norm has gamma and beta, and the inner loop changes all weights. The last layer takes all height * width *
-    filters numbers. Args as of conv4; mmfewshot has 64 filters. Raises InputError for images below 16 pixels.
+    filters numbers. Args as in conv4; mmfewshot uses 64 filters. Raise InputError for images below 16 pixels.
     Source: open-mmlab/mmfewshot, backbones/conv4.py and heads/linear_head.py.
     """
     features = math.prod(_halved(size, True, "--network=conv4_affine")) * filters
@@ -240,35 +245,35 @@ def conv4_affine(size: tuple[int, int], channels: int, way: int, filters: int) -
     for layer in range(1, 5):
         inputs = channels if layer == 1 else filters
         weights[f"b{layer}"] = Weight((filters,), functools.partial(torch_uniform, fan_in=9 * inputs), f"b{layer}")
-        weights |= _affine_layer(f"{layer}", (3, 3, inputs, filters))
+        weights |= _affine_weights(f"{layer}", (3, 3, inputs, filters))
     weights |= _torch_linear(features, way)
 
     def body(weights: Weights, x: tf.Tensor) -> tf.Tensor:
         group = group_size(weights["b5"])
         x = side_by_side(x, group)
-        for layer in range(1, 5):  # the bias cancels in batch norm, so it is not added
+        for layer in range(1, 5):  # without the bias, which batch norm cancels
             x = tf.nn.max_pool2d(_affine(x, weights, f"{layer}"), ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
-        return _flat(apart(x, group), group, features)
+        return _flatten(apart(x, group), group, features)
 
     return network(weights, body, _linear, ("w5", "b5"), batch_statistics=True, takes_groups=True)
 
 
 def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[int] = (64, 160, 320, 640)) -> Network:
-    """Builds mmfewshot's ResNet12: four residual blocks, the mean over height and width, and a linear layer.
+    """Build mmfewshot's ResNet12: four residual blocks, the mean over height and width, and a linear layer.
 
-    A block is three times [3x3 convolution, batch norm], with a leaky ReLU (0.1) after the first two; the block's input
-    by a 1x1 convolution and a batch norm (layer 0) is added, and a leaky ReLU and 2x2 max-pooling follow. Batch norm
-    has gamma and beta, the inner loop changes all weights, and there is no dropout.
-    Args as of conv4; the filters of each block. Raises InputError for images below 16 pixels.
-    Source: open-mmlab/mmfewshot, backbones/resnet12.py, which it has of MetaOptNet.
+    A block has three layers of [3x3 convolution, batch norm], with a leaky ReLU (0.1) after the first two. A shortcut
+    (layer 0: a 1x1 convolution of the block's input, batch norm) is added to the third layer's output. A leaky ReLU and
+    2x2 max-pooling follow. Batch norm has gamma and beta; the inner loop changes all weights; no dropout.
+    Args as in conv4; widths: filters of each block. Raise InputError for images below 16 pixels.
+    Source: open-mmlab/mmfewshot, backbones/resnet12.py, taken from MetaOptNet.
     """
     _halved(size, True, "--network=resnet12")
     weights = {}
     for block, (inputs, width) in enumerate(zip((channels, *widths), widths, strict=False), start=1):
-        weights |= _affine_layer(f"{block}_0", (1, 1, inputs, width))
+        weights |= _affine_weights(f"{block}_0", (1, 1, inputs, width))
         for layer in (1, 2, 3):
-            weights |= _affine_layer(f"{block}_{layer}", (3, 3, inputs if layer == 1 else width, width))
+            weights |= _affine_weights(f"{block}_{layer}", (3, 3, inputs if layer == 1 else width, width))
     weights |= _torch_linear(widths[-1], way)
 
     def body(weights: Weights, x: tf.Tensor) -> tf.Tensor:
@@ -280,26 +285,26 @@ def resnet12(size: tuple[int, int], channels: int, way: int, widths: Sequence[in
                 x = tf.nn.leaky_relu(_affine(x, weights, f"{block}_{layer}"), 0.1)
             x = shortcut + _affine(x, weights, f"{block}_3")
             x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
-            x = tf.nn.leaky_relu(x, 0.1)  # after the pooling: the two commute, and it is left a quarter of the work
+            x = tf.nn.leaky_relu(x, 0.1)  # after pooling: the two commute, and this is a quarter of the work
         return apart(tf.reduce_mean(x, [1, 2]), group)
 
     return network(weights, body, _linear, ("w5", "b5"), batch_statistics=True, takes_groups=True)
 
 
 def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, tiny: bool = False) -> Network:
-    """Builds fully connected layers, with a norm (if any) and a ReLU after each hidden one.
+    """Build fully connected layers, with a norm (if any) and a ReLU after each hidden layer.
 
-    Inputs are [n, ...], and are flattened to [n, inputs]. Weights begin as normals of stddev 0.01 cut at two stddevs,
-    biases at 0.
+    Inputs [n, ...] are flattened to [n, inputs]. Weights are initialized from a normal distribution with standard
+    deviation 0.01, truncated at two standard deviations; biases are 0.
 
     Args:
-        inputs: numbers in one input.
+        inputs: numbers per input.
         hidden: widths of the hidden layers.
-        outputs: scores, or numbers that are predicted.
+        outputs: scores, or predicted numbers.
         norm: 'batch_norm', 'layer_norm' or None.
-        tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. On two cores a step
-            of the sinusoid's 1,761 weights took 0.5 ms in one operation and 2.2 task by task, before it was compiled.
-            Omniglot's 246,597 weights gain nothing in one operation (benchmarks/NOTES.md).
+        tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. Before it was
+            compiled, a step of the sinusoid's 1,761 weights took 0.5 ms in one operation and 2.2 ms task by task, on
+            two cores. Omniglot's 246,597 weights gain nothing in one operation (benchmarks/NOTES.md).
     Source: paper sections 5.1 (hidden 40, 40) and 5.2 (256, 128, 64, 64); the original's maml.py (construct_fc_weights,
     forward_fc).
     """
@@ -308,22 +313,22 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
     weights = {}
     for layer in range(1, last + 1):
         shape = (widths[layer - 1], widths[layer])
-        weights[f"w{layer}"] = Weight(shape, truncated_normal, _unnamed(2 * layer - 2))
-        weights[f"b{layer}"] = Weight((widths[layer],), zeros, _unnamed(2 * layer - 1))
+        weights[f"w{layer}"] = Weight(shape, truncated_normal, _tf1_default_name(2 * layer - 2))
+        weights[f"b{layer}"] = Weight((widths[layer],), zeros, _tf1_default_name(2 * layer - 1))
     for layer in range(1, last):
-        # The original's norm scopes skip 1: its first hidden layer is '0', the second '2'.
+        # The original's norm scopes skip 1: the first hidden layer is '0', the second '2'.
         weights |= _norm_weights(norm, layer, widths[layer], tf1_scope=0 if layer == 1 else layer)
 
     def body(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
         group = group_size(weights[f"b{last}"])
-        x = _flat(x, group, widths[0])
+        x = _flatten(x, group, widths[0])
         for layer in range(1, last):
             x = side_by_side(product(x, weights[f"w{layer}"]), group)
-            x = apart(tf.nn.relu(_normalized(x, weights, layer, norm)), group)
+            x = apart(tf.nn.relu(_bias_and_norm(x, weights, layer, norm)), group)
         return x
 
     def last_layer(weights: Weights, x: tf.Tensor, product=tf.linalg.matmul) -> tf.Tensor:
-        return _plus(product(x, weights[f"w{last}"]), weights[f"b{last}"])
+        return _add_bias(product(x, weights[f"w{last}"]), weights[f"b{last}"])
 
     def inner_apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
         return last_layer(weights, body(weights, x, special_grads.matmul), special_grads.matmul)
@@ -335,22 +340,22 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
 
 
 def from_keras(model: "tf.keras.Model", **more: object) -> Network:
-    """Makes a Network of a Keras 3 model, whose layers have no state but their weights.
+    """Build a Network from a Keras 3 model whose layers have no state except their weights.
 
-    The names of the weights are those of the layers and their variables, as in dense_kernel. A seed initialises a copy
-    of the model, so its initialisers are used; the values at hand and the model itself are left alone.
-    Args: a built Sequential or functional model, of one input and one output; more fields of Network.
-    Raises InputError for a model that is not built, has no weights, or has a layer that would be wrong here.
+    Weights are named after the layers and their variables, such as dense_kernel. `init` runs the model's initializers
+    in a copy; the model and its current values do not change.
+    Args: a built Sequential or functional model with one input and one output; other fields of Network.
+    Raise InputError if the model is not built, has no weights, or has a layer that MAML would compute wrongly.
     """
     if not model.built:
-        raise InputError(f"the Keras model {model.name} is not built: begin it with keras.Input(shape)")
-    _refuse_layers(model)
+        raise InputError(f"Keras model {model.name}: is not built; begin it with keras.Input(shape)")
+    _check_layers(model)
     names = ["_".join(variable.path.split("/")[1:]) for variable in model.trainable_variables]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"the Keras model {model.name} has no weights, or two of one name: name its layers")
+        raise InputError(f"Keras model {model.name}: has no weights, or two with the same name; name its layers")
 
     def init(seed: int) -> Weights:
-        state = random.getstate()  # an initialiser without a seed of its own draws one there
+        state = random.getstate()  # initializers without a seed draw one from there
         try:
             random.seed(seed)
             variables = tf.keras.models.clone_model(model).trainable_variables
@@ -364,32 +369,29 @@ def from_keras(model: "tf.keras.Model", **more: object) -> Network:
     return Network(init, apply, **more)
 
 
-def _layers(model):
-    """The layers of a Keras model, and all those inside them; first the innermost, which an error shall name."""
-    layers = model._flatten_layers(include_self=False)  # Keras' own; `layers` leaves out those in a user's layers
+def _innermost_first(model):
+    """Return the layers of a Keras model, nested ones included, in an order in which errors name the innermost."""
+    layers = model._flatten_layers(include_self=False)  # private, because `layers` misses those in custom layers
     return sorted(layers, key=lambda layer: len(layer._flatten_layers()) > 1)
 
 
-def _refuse_layers(model):
-    """Refuses layers with state, and two whose second derivatives are wrong: Keras' tf.nn.moments stops a gradient.
-
-    Raises InputError, which names the first of them.
-    """
+def _check_layers(model):
+    """Raise InputError for a layer that has state, or wrong second derivatives because it uses tf.nn.moments."""
     keras = tf.keras.layers
-    for layer in _layers(model):
+    for layer in _innermost_first(model):
         if isinstance(layer, keras.BatchNormalization):
-            why = "has moving averages, which adaptation to one task must not change for the others"
-            way_out = "write the network as two functions with special_grads.batch_norm (docs/predict.md)"
+            problem = "has moving averages, which adapting to one task would change for the others"
+            fix = "write the network as two functions with special_grads.batch_norm (docs/predict.md)"
         elif isinstance(layer, keras.LayerNormalization | keras.GroupNormalization):
-            why = "stops a gradient, so that its second derivatives are wrong"
-            way_out = "take RMSNormalization, or write the network as two functions (docs/predict.md)"
+            problem = "stops a gradient, so its second derivatives are wrong"
+            fix = "use RMSNormalization, or write the network as two functions (docs/predict.md)"
         elif layer.non_trainable_variables:
-            held = ", ".join(variable.name for variable in layer.non_trainable_variables)
-            why, way_out = f"has state, or weights that are not trained ({held})", "leave it out"
+            names = ", ".join(variable.name for variable in layer.non_trainable_variables)
+            problem, fix = f"has state, or weights that are not trained ({names})", "leave it out"
         else:
             continue
         kind = type(layer).__name__
-        raise InputError(f"layer {layer.name} ({kind}) of the Keras model {model.name} {why}: {way_out}")
+        raise InputError(f"layer {layer.name} ({kind}) of Keras model {model.name}: {problem}; {fix}")
 
 
 def _conv_row(mean_head: bool) -> Callable[..., Network]:
@@ -401,16 +403,16 @@ def _conv_row(mean_head: bool) -> Callable[..., Network]:
 
 
 def _fc_row(hidden: tuple[int, ...], tiny: bool = False) -> Callable[..., Network]:
-    def build(shape, outputs, norm, filters, max_pool):  # it has no filters, and nothing to pool
+    def build(shape, outputs, norm, filters, max_pool):  # without convolutions: ignores filters, max_pool
         return fc(math.prod(shape), hidden, outputs, norm=norm, tiny=tiny)
 
     return build
 
 
 def _mmfewshot_row(network: str) -> Callable[..., Network]:
-    def build(shape, outputs, norm, filters, max_pool):  # it is pooled always
+    def build(shape, outputs, norm, filters, max_pool):  # always pools
         if norm != "batch_norm":
-            raise InputError(f"--network={network} has batch norm: leave --norm={norm} out")
+            raise InputError(f"--norm={norm}: --network={network} always has batch norm; omit --norm")
         *size, channels = shape
         if network == "resnet12":
             return resnet12(tuple(size), channels, outputs)
@@ -419,8 +421,8 @@ def _mmfewshot_row(network: str) -> Callable[..., Network]:
     return build
 
 
-# name -> function of (shape of one input, outputs, norm, filters, max_pool). The paper's, sections 5.1 and 5.2, and
-# those of --network.
+# name -> function of (shape of one input, outputs, norm, filters, max_pool). The networks of the paper (sections 5.1
+# and 5.2) and those of --network.
 NETWORKS = {
     "sinusoid": _fc_row((40, 40), tiny=True),
     "omniglot": _conv_row(mean_head=True),
@@ -431,8 +433,8 @@ NETWORKS = {
 }
 
 
-# How weights may begin: functions of the shape of an array and its seed, float32. They name Philox, since TensorFlow's
-# default algorithm gives other numbers in a compiled program.
+# Initializers: functions of an array's shape and seed, float32. They use Philox because TensorFlow's default algorithm
+# gives different numbers in a compiled program.
 
 
 def zeros(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
@@ -452,106 +454,105 @@ def truncated_normal(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor
 
 
 def xavier_uniform(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
-    """Uniform within sqrt(6 / (fan in + fan out)), where a filter's fans count its pixels too."""
+    """Draw uniformly within sqrt(6 / (fan in + fan out)). A filter's fans include its pixels."""
     limit = (6.0 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1]))) ** 0.5
     return tf.random.stateless_uniform(shape, seed, -limit, limit, alg="philox")
 
 
 def kaiming_fan_out(shape: tuple[int, ...], seed: tuple[int, int]) -> tf.Tensor:
-    """Normal with the variance 2 / fan out, where a filter's fan counts its pixels too."""
+    """Draw from a normal distribution with variance 2 / fan out. A filter's fan includes its pixels."""
     stddev = (2.0 / (math.prod(shape[:-2]) * shape[-1])) ** 0.5
     return tf.random.stateless_normal(shape, seed, 0.0, stddev, alg="philox")
 
 
 def torch_uniform(shape: tuple[int, ...], seed: tuple[int, int], fan_in: int) -> tf.Tensor:
-    """Uniform within 1 / sqrt(fan in), as PyTorch begins linear layers and biases."""
+    """Draw uniformly within 1 / sqrt(fan in), as PyTorch initializes linear layers and biases."""
     return tf.random.stateless_uniform(shape, seed, -(fan_in**-0.5), fan_in**-0.5, alg="philox")
 
 
-def _halved(size: tuple[int, int], max_pool: bool, flag: str, other_way_out: str = "") -> tuple[int, int]:
-    """Halves height and width four times: pooling rounds down, strided SAME convolutions round up.
+def _halved(size: tuple[int, int], max_pool: bool, flag: str, alternative: str = "") -> tuple[int, int]:
+    """Return height and width halved four times: pooling rounds down, strided SAME convolutions round up.
 
-    Raises InputError where nothing is left. It names the flag that asks for the pooling.
+    Raise InputError if nothing is left. flag: the one that requests pooling, for the error.
     """
     height, width = size
     for _ in range(4):
         height, width = (side // 2 if max_pool else -(-side // 2) for side in (height, width))
     if not (height and width):
         raise InputError(
-            f"images of {size[0]}x{size[1]} pixels are too small for {flag}, which halves them four times: "
-            f"give --image_size=16 or more{other_way_out}"
+            f"--image_size: images of {size[0]}x{size[1]} pixels are too small for {flag}, which halves them four "
+            f"times; give --image_size=16 or more{alternative}"
         )
     return height, width
 
 
-def _unnamed(number: int) -> str:
-    """What TensorFlow 1 calls a variable that the original gave no name: Variable, Variable_1, ..."""
+def _tf1_default_name(number: int) -> str:
+    """Return TensorFlow 1's name for a variable that the original leaves unnamed: Variable, Variable_1, ..."""
     return f"model/Variable_{number}" if number else "model/Variable"
 
 
 def _norm_weights(norm: str | None, layer: int, width: int, tf1_scope: int) -> dict[str, Weight]:
-    """The weights of one hidden layer's norm, which are meta-learned and not adapted."""
-    begin = {None: {}, "batch_norm": {"beta": zeros}, "layer_norm": {"beta": zeros, "gamma": ones}}[norm]
+    """Return the weights of one hidden layer's norm, which are meta-learned but not adapted."""
+    initial_values = {None: {}, "batch_norm": {"beta": zeros}, "layer_norm": {"beta": zeros, "gamma": ones}}[norm]
     return {
         f"{name}{layer}": Weight((width,), initial, f"model/{tf1_scope}/{name}", adapted=False)
-        for name, initial in begin.items()
+        for name, initial in initial_values.items()
     }
 
 
-def _affine_layer(layer: str, shape: tuple[int, int, int, int]) -> dict[str, Weight]:
-    """The weights of a convolution and its batch norm, which the original does not have: their names are its own."""
-    each = {"conv": (shape, kaiming_fan_out), "gamma": (shape[-1:], ones), "beta": (shape[-1:], zeros)}
-    return {f"{name}{layer}": Weight(*one, f"{name}{layer}") for name, one in each.items()}
+def _affine_weights(layer: str, shape: tuple[int, int, int, int]) -> dict[str, Weight]:
+    """Return the weights of a convolution and its batch norm. Checkpoints use our names: the original lacks them."""
+    arrays = {"conv": (shape, kaiming_fan_out), "gamma": (shape[-1:], ones), "beta": (shape[-1:], zeros)}
+    return {f"{name}{layer}": Weight(*array, f"{name}{layer}") for name, array in arrays.items()}
 
 
 def _affine(x: tf.Tensor, weights: Weights, layer: str) -> tf.Tensor:
-    """A convolution and its batch norm, of one task or of a group side by side."""
+    """Apply a convolution and its batch norm to one task, or to a group side by side."""
     x = conv(x, weights[f"conv{layer}"], stride=1)
     beta, gamma = (tf.reshape(weights[f"{name}{layer}"], [-1]) for name in ("beta", "gamma"))
     return special_grads.batch_norm(x, beta, gamma, TORCH_EPSILON)
 
 
 def _torch_linear(inputs: int, way: int) -> dict[str, Weight]:
-    """The weights of the last layer, as PyTorch begins them."""
+    """Return the weights of the last layer, initialized as in PyTorch."""
     initial = functools.partial(torch_uniform, fan_in=inputs)
     return {"w5": Weight((inputs, way), initial, "w5"), "b5": Weight((way,), initial, "b5")}
 
 
 def _linear(weights: Weights, x: tf.Tensor) -> tf.Tensor:
-    """The last layer of the convolutional networks."""
-    return _plus(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
+    """Apply the last layer of a convolutional network."""
+    return _add_bias(tf.linalg.matmul(x, weights["w5"]), weights["b5"])
 
 
 def conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """Convolves with SAME padding: one task's images, or a group's, of which each task has filters of its own.
+    """Convolve with SAME padding: the images of one task, or of a group whose tasks have separate filters.
 
-    Args: x [n, height, width, C] and filters [k, k, C, F] of any size k; or, of G tasks side by side,
+    Args: x [n, height, width, C] and filters [k, k, C, F] of any size k; or, for G tasks side by side,
         x [n, height, width, G * C] and filters [G, k, k, C, F]; stride, 1 or 2.
-    Returns [n, height / stride, width / stride, F], rounded up, or G * F channels.
+    Return [n, height / stride, width / stride, F], rounded up; for a group, with G * F channels.
 
-    A group's convolution is a matrix product with a batch axis G, on the k * k shifted slices of its images. That takes
-    k * k times the memory of the images, but only matrix products, forward and in both gradients. `grouped_conv` takes
-    no more memory, but grouped convolutions are slow on many GPUs, and XLA computes the input gradient of one with
-    stride 2 on an input padded with zeros inside, which is four times the products.
+    `sliced_conv` computes a group as a matrix product with a batch axis G, on k * k shifted slices of the images. That
+    takes k * k times the memory of the images, but uses only matrix products, forward and in both gradients.
+    `grouped_conv` takes no extra memory, but grouped convolutions are slow on many GPUs, and for stride 2 XLA computes
+    the input gradient on an input padded with zeros inside, which is four times the products.
     """
     if filters.shape.rank == 4:
         return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
     return grouped_conv(x, filters, stride) if GROUPED_CONV else sliced_conv(x, filters, stride)
 
 
-# Which form a group's convolution has. No GPU has timed the two; the reasons for this one stand above.
-GROUPED_CONV = False
+GROUPED_CONV = False  # see conv; not timed on a GPU
 
 
 def grouped_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """Computes conv of a group as one grouped convolution. Shapes as in conv."""
+    """Compute conv for a group as one grouped convolution. Shapes as in conv."""
     group, height, width, inputs, outputs = filters.shape
     filters = tf.reshape(tf.transpose(filters, [1, 2, 3, 0, 4]), [height, width, inputs, group * outputs])
     return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")
 
 
 def sliced_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
-    """Computes conv of a group as a batched matrix product on shifted slices. Shapes as in conv."""
+    """Compute conv for a group as a batched matrix product on shifted slices. Shapes as in conv."""
     group, *kernel, inputs, outputs = filters.shape
     n, size = x.shape[0], x.shape[1:3]
     out = [-(-extent // stride) for extent in size]
@@ -571,12 +572,12 @@ def sliced_conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
 
 
 def group_size(bias: tf.Tensor) -> int | None:
-    """Finds G of a group's weights, by a bias [G, width]. None: they are the weights [width] of one task."""
+    """Return G for a bias [G, width] of a group, or None for a bias [width] of one task."""
     return bias.shape[0] if bias.shape.rank == 2 else None
 
 
 def side_by_side(x: tf.Tensor, group: int | None) -> tf.Tensor:
-    """Lays the tasks of a group beside each other in the channels: [G, n, ..., C] becomes [n, ..., G * C]."""
+    """Concatenate the tasks of a group along the channels: [G, n, ..., C] becomes [n, ..., G * C]."""
     if group is None:
         return x
     rank = x.shape.rank
@@ -585,7 +586,7 @@ def side_by_side(x: tf.Tensor, group: int | None) -> tf.Tensor:
 
 
 def apart(x: tf.Tensor, group: int | None) -> tf.Tensor:
-    """Gives each task of a group its own place again: [n, ..., G * C] becomes [G, n, ..., C]."""
+    """Undo side_by_side: [n, ..., G * C] becomes [G, n, ..., C]."""
     if group is None:
         return x
     x = tf.reshape(x, [*x.shape[:-1], group, x.shape[-1] // group])
@@ -593,35 +594,35 @@ def apart(x: tf.Tensor, group: int | None) -> tf.Tensor:
     return tf.transpose(x, [rank - 2, *range(rank - 2), rank - 1])
 
 
-def _flat(x, group, width):
-    """Makes of inputs [n, ...] vectors [n, width], or of a group's, [G, n, ...], [G, n, width]."""
+def _flatten(x, group, width):
+    """Flatten inputs [n, ...] to [n, width], or a group's, [G, n, ...], to [G, n, width]."""
     return tf.reshape(x, [-1, width] if group is None else [group, -1, width])
 
 
-def _plus(x, bias):
-    """Adds to the last layer's scores [n, N] their bias [N], or to [G, n, N] that of each task, [G, N]."""
+def _add_bias(x, bias):
+    """Add a bias [N] to the last layer's scores [n, N], or [G, N] to a group's, [G, n, N]."""
     return x + (bias if bias.shape.rank == 1 else bias[:, None])
 
 
-def _normalized(x: tf.Tensor, weights: Weights, layer: int, norm: str | None) -> tf.Tensor:
-    """A hidden layer's bias and norm, of one task or of a group side by side.
+def _bias_and_norm(x: tf.Tensor, weights: Weights, layer: int, norm: str | None) -> tf.Tensor:
+    """Apply a hidden layer's bias and norm to one task, or to a group side by side.
 
-    Under batch norm the bias cancels: it is not added, and its gradient is exactly 0.
+    Batch norm cancels the bias, so it is not added and its gradient is exactly 0.
     """
 
-    def each_channel(name):
+    def per_channel(name):
         values = weights[f"{name}{layer}"]
         return values if values.shape.rank == 1 else tf.reshape(values, [-1])
 
     if norm == "batch_norm":
-        return special_grads.batch_norm(x, each_channel("beta"))
-    x = x + each_channel("b")
+        return special_grads.batch_norm(x, per_channel("beta"))
+    x = x + per_channel("b")
     if norm == "layer_norm":
         group = group_size(weights[f"b{layer}"])
         x = apart(x, group)
-        axes = list(range(1 if group is None else 2, x.shape.rank))  # all of one example of one task
-        centred = x - tf.reduce_mean(x, axes, keepdims=True)
-        variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
-        x = side_by_side(centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON), group)
-        x = x * each_channel("gamma") + each_channel("beta")
+        axes = list(range(1 if group is None else 2, x.shape.rank))  # everything in one example
+        centered = x - tf.reduce_mean(x, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centered), axes, keepdims=True)
+        x = side_by_side(centered * tf.math.rsqrt(variance + LAYER_NORM_EPSILON), group)
+        x = x * per_channel("gamma") + per_channel("beta")
     return x

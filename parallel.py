@@ -1,4 +1,4 @@
-"""How the tasks of a meta-batch are placed on cores, in groups, and on processes. The method knows nothing of it."""
+"""How the tasks of a meta-batch are placed on cores, in groups, and on processes, independent of the method."""
 
 import functools
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from utils import Weights
 class Layout(NamedTuple):
     """The placement of tasks. It changes results by rounding at most.
 
-    A group of G tasks is computed by the same operations, on weights and tasks that have a leading axis G. Groups are
-    computed side by side. A group of one is a task, without that axis.
+    The same operations compute all G tasks of a group, on weights and tasks with a leading axis G. Groups are computed
+    in parallel. A group of one is a task, without that axis.
     """
 
-    cores: int = 1  # groups side by side; on a CPU, one per core is fastest
-    group: int = 1  # G, 1 on a CPU; 0: all tasks of a meta-batch
-    all_sum: Callable[[tf.Tensor], tf.Tensor] | None = None  # adds a vector [n], float64, over processes; None: one
-    vectorize: bool = False  # the function computes one task: tf.vectorized_map makes it compute a group
-    fused: bool = False  # tiny networks: vectorize all tasks at once, and sum in the function's own dtype
+    cores: int = 1  # groups in parallel; on a CPU, one per core is fastest
+    group: int = 1  # G; 1 on a CPU; 0: all tasks of a meta-batch
+    all_sum: Callable[[tf.Tensor], tf.Tensor] | None = None  # sums a float64 vector [n] over processes; None: one
+    vectorize: bool = False  # for functions of one task: compute a group with tf.vectorized_map
+    fused: bool = False  # tiny networks: vectorize all tasks at once, and sum in the function's dtype
 
 
 def over_tasks(function: Callable, weights: Weights, tasks: object, outputs: object, layout: Layout) -> object:
-    """Return function(weights, task) of each task, stacked [T, ...].
+    """Return function(weights, task) for each task, stacked [T, ...].
 
-    outputs: the dtypes of what function returns, in its structure.
+    outputs: the dtypes of the function's results, in their structure.
     """
     of_group, groups, size = _grouped(function, weights, tasks, layout)
     if groups is None:
@@ -41,15 +41,15 @@ def over_tasks(function: Callable, weights: Weights, tasks: object, outputs: obj
 def mean_over_tasks(function: Callable, weights: Weights, tasks: object, outputs: object, layout: Layout) -> object:
     """Return the mean of function(weights, task) over the tasks of all processes.
 
-    outputs: the shapes and dtypes of what function returns for one task, as TensorSpecs in its structure.
+    outputs: TensorSpecs of the function's results for one task, in their structure.
 
-    The sums are float64 and are rounded once, to the dtypes of `outputs`, so the mean has the same bits however the
-    tasks are spread over cores and processes. A sum of float32 numbers in float64 is exact in any order if the largest
-    is less than 2^29 / T times the smallest nonzero one. Otherwise another order may move the sum by 2^-53 of its
-    largest partial sum, which changes the rounded result for about one in 2^28 sums that do not cancel.
+    Sums are float64 and are rounded once, to the dtypes of `outputs`, so the mean has the same bits for any placement
+    of tasks on cores and processes. A float64 sum of float32 numbers is exact in any order if the largest is less than
+    2^29 / T times the smallest nonzero one. Otherwise the order may change the sum by 2^-53 of its largest partial sum,
+    which changes the rounded result for about one in 2^28 sums without cancellation.
     """
     if layout.fused:
-        # XLA fuses the products of all tasks' gradients with this sum. In float64 it did not: 4.4 times slower.
+        # XLA fuses the products of all tasks' gradients with this sum, but not in float64 (4.4 times slower).
         each = over_tasks(function, weights, tasks, None, layout)
         return tf.nest.map_structure(lambda x: tf.reduce_mean(x, 0), each)
     sums = sum_over_tasks(function, weights, tasks, outputs, layout)
@@ -63,7 +63,7 @@ def mean_over_tasks(function: Callable, weights: Weights, tasks: object, outputs
 def sum_over_tasks(function: Callable, weights: Weights, tasks: object, outputs: object, layout: Layout) -> object:
     """Return the sum of function(weights, task) over the tasks of this process, in float64.
 
-    Groups are computed side by side; only the additions wait for each other. Memory does not grow with T.
+    Groups are computed in parallel; only the additions are sequential. Memory does not grow with T.
     """
     of_group, groups, size = _grouped(function, weights, tasks, layout)
 
@@ -84,10 +84,10 @@ def sum_over_tasks(function: Callable, weights: Weights, tasks: object, outputs:
 
 
 def _grouped(function, weights, tasks, layout):
-    """Return what computes a group, the groups [T / G, G, ...] or None if all tasks are one, and G."""
+    """Return a function that computes a group, the groups [T / G, G, ...] (None for a single group), and G."""
     count = tf.nest.flatten(tasks)[0].shape[0]
     if count is None and layout.group != 1:
-        raise InputError("tasks: their number is unknown while the graph is traced; groups need a fixed number")
+        raise InputError("tasks: have an unknown number, but groups need a fixed one; set the first dimension")
     size = layout.group or count
 
     def of_task(task):
@@ -105,12 +105,12 @@ def _grouped(function, weights, tasks, layout):
     if size == 1:
         return of_task, tasks, 1
     if count % size:
-        raise InputError(f"tasks: {count} cannot be divided into groups of {size}; choose a divisor")
+        raise InputError(f"tasks: {count} cannot be divided into groups of {size}; choose a divisor as the group size")
     return of_group, tf.nest.map_structure(lambda x: tf.reshape(x, [-1, size, *x.shape[1:]]), tasks), size
 
 
 def _as_one_vector(function, tensors):
-    """Call function on the elements of all tensors as one vector [n], and return its results in their shapes."""
+    """Call function on all tensors, concatenated to one vector [n], and return its result in their shapes."""
     shapes = [tensor.shape for tensor in tensors]
     vector = function(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0))
     parts = tf.split(vector, [shape.num_elements() for shape in shapes])

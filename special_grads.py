@@ -1,29 +1,29 @@
-"""Gradients written by hand, because TensorFlow's own are slow or wrong to second order.
+"""Hand-written gradients, where TensorFlow's are slow or wrong to second order.
 
-Batch norm of a batch's own statistics, centre only, over n values of one channel:
+Batch norm with the batch's statistics and without gamma, over the n values of one channel:
 
     mu = mean(x)    s = (mean((x - mu)^2) + epsilon)^(-1/2)    h = (x - mu) s    y = h + beta
 
-First derivative. For an incoming gradient g, the gradient that reaches x is linear in g and symmetric,
+First derivative. For an incoming gradient g, the gradient to x is linear in g and symmetric,
 
     P(g) = s (g - mean(g) - h mean(g h)),
 
-and beta receives sum(g). This is what the kernel FusedBatchNormGradV3 computes, together with sum(g h) and sum(g).
+and beta receives sum(g). The kernel FusedBatchNormGradV3 computes P(g), sum(g h) and sum(g).
 
-Second derivative. MAML differentiates P(g) once more, as a function of g and of x. Let u arrive at P(g). As P is
-symmetric, g receives P(u). For x write the scalar that is differentiated with a = mean(u h) and b = mean(g h):
+Second derivative. MAML differentiates P(g) again, as a function of g and x. Let u be the gradient that arrives at P(g).
+P is symmetric, so g receives P(u). For x, let a = mean(u h) and b = mean(g h). The differentiated scalar is
 
     F = sum(u P(g)) = n s c,    c = mean(u g) - mean(u) mean(g) - a b.
 
-With ds/dx = -s^2 h / n and, since h's own gradient is P, da/dx = P(u) / n and db/dx = P(g) / n:
+The gradient of h is P, so da/dx = P(u) / n and db/dx = P(g) / n. With ds/dx = -s^2 h / n:
 
     dF/dx = -s (c s h + b P(u) + a P(g)).
 
-One element-wise pass over what is at hand; automatic differentiation of the formulas above takes some fifteen.
-`tf.nn.moments` and Keras' batch norm may not stand in its place: they stop the gradient through mu inside the
-variance, and so their second derivatives are wrong (tests/test_special_grads.py shows it).
+This takes one element-wise pass; automatic differentiation of the formulas above takes about fifteen. Do not use
+`tf.nn.moments` or Keras' batch norm instead: they stop the gradient through mu inside the variance, so their second
+derivatives are wrong (tests/test_special_grads.py).
 
-The product of a tiny layer, below, has nothing to derive; its two functions are each other's gradients.
+The matrix product of tiny layers, below, needs no derivation: its two functions are each other's gradients.
 """
 
 from typing import NamedTuple
@@ -34,40 +34,40 @@ EPSILON = 0.001  # tf.contrib.layers.batch_norm's default, which the original us
 
 
 def batch_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor | None = None, epsilon: float = EPSILON) -> tf.Tensor:
-    """Normalises by the batch's own mean and variance, multiplies by gamma and adds beta; exact to second order.
+    """Normalize each channel with the batch's mean and variance, scale by gamma and add beta; exact to second order.
 
-    Args: x [n, width] or [n, height, width, channels]; beta and gamma [channels], one a channel, gamma None: 1;
-        float32, or float64 for checks; epsilon is added to the variance.
-    Returns: the shape of x. Every channel is normalised over all other axes.
-    Source: the original's utils.py (normalize): centre only, epsilon 0.001, moving averages never used.
+    Args: x [n, width] or [n, height, width, channels]; beta and gamma [channels], gamma None: 1; all float32, or
+        float64 for checks. epsilon is added to the variance.
+    Return a tensor of x's shape. Statistics are over all axes but the last.
+    Source: the original's utils.py (normalize): no gamma, epsilon 0.001, no moving averages.
     """
-    # Differs: exact to second order, where the original's formula stops a gradient, as tf.nn.moments does.
-    # The kernels take images; the small fc networks gain more from XLA, which fuses the plain operations.
+    # Differs: exact to second order. The original's formula stops a gradient, as tf.nn.moments does.
+    # The kernels need images. Small fc networks gain more from XLA, which fuses the plain operations.
     h = _normalize(x, epsilon) if x.shape.rank == 4 else normalize_plain(x, epsilon)
     return (h if gamma is None else h * gamma) + beta
 
 
 def normalize_plain(x: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
-    """h of the formulas above in plain operations, differentiated by TensorFlow: what the rest is tested against."""
+    """Return h in plain operations that TensorFlow differentiates. The tests compare the other forms with this one."""
     axes = list(range(x.shape.rank - 1))
-    centred = x - tf.reduce_mean(x, axes)
-    return centred * tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axes) + epsilon)
+    centered = x - tf.reduce_mean(x, axes)
+    return centered * tf.math.rsqrt(tf.reduce_mean(tf.square(centered), axes) + epsilon)
 
 
 class _Statistics(NamedTuple):
-    """What a normalised batch leaves for its gradients.
+    """The values that the gradients of a normalized batch need.
 
-    mean and scale are functions of x. The formulas of _project account for that, so they are not differentiated.
+    mean and scale depend on x, but are not differentiated: the formulas in _project account for that.
     """
 
     mean: tf.Tensor  # [channels]
-    scale: tf.Tensor  # [channels]  s of the formulas
-    reserves: tuple  # opaque to all but the kernel's own gradient; empty in float64, which the kernels lack
+    scale: tf.Tensor  # [channels]  s in the formulas
+    reserves: tuple  # for the kernel's gradient only; empty in float64, which the kernels lack
     epsilon: float
 
 
 def _normalize(x, epsilon):
-    """h [n, height, width, channels], with P as its gradient."""
+    """Return h [n, height, width, channels], with P as its gradient."""
 
     @tf.custom_gradient
     def normalize(x):
@@ -83,7 +83,7 @@ def _normalize(x, epsilon):
             )
         else:
             h, mean, reserves = normalize_plain(x, epsilon), tf.reduce_mean(x, [0, 1, 2]), ()
-        # The kernel's reserved variance is inverted on a GPU, so s comes from a reduction of its own.
+        # The kernel's reserved variance is inverted on a GPU, so s needs a separate reduction.
         scale = tf.math.rsqrt(tf.reduce_mean(tf.square(x - mean), [0, 1, 2]) + epsilon)
         statistics = _Statistics(mean, scale, reserves, epsilon)
         return h, lambda g: _project(g, x, statistics)
@@ -92,7 +92,7 @@ def _normalize(x, epsilon):
 
 
 def _project(g, x, statistics):
-    """P(g), [n, height, width, channels], with its own gradients to g and x (the second derivative above)."""
+    """Return P(g) [n, height, width, channels], with its gradients to g and x (the second derivative above)."""
 
     @tf.custom_gradient
     def project(g, x):
@@ -110,7 +110,7 @@ def _project(g, x, statistics):
 
 
 def _project_once(g, x, statistics):
-    """P(g), mean(g) and mean(g h), without gradients of their own."""
+    """Return P(g), mean(g) and mean(g h), without gradients."""
     mean, s, reserves, epsilon = statistics
     if reserves:
         out = tf.raw_ops.FusedBatchNormGradV3(
@@ -131,18 +131,18 @@ def _project_once(g, x, statistics):
 
 @tf.custom_gradient
 def matmul(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-    """Multiplies x [..., n, inputs] and w [..., inputs, outputs], in compiled programs of tiny networks, to any order.
+    """Multiply x [..., n, inputs] by w [..., inputs, outputs] in compiled tiny networks; differentiable to any order.
 
-    The gradient to w is left to XLA as a sum of outer products, which it fuses with what is done to them. As a product
-    of a transposed batch it takes twice as long there (benchmarks/NOTES.md).
+    The gradient to w is a sum of outer products, which XLA fuses with the operations on them. As a product with a
+    transposed batch it takes twice as long (benchmarks/NOTES.md).
     """
     return tf.linalg.matmul(x, w), lambda g: (matmul(g, tf.linalg.matrix_transpose(w)), _outer_products(x, g))
 
 
 @tf.custom_gradient
 def _outer_products(x, g):
-    """x transposed times g: the sum over n of the outer products of [..., n, inputs] and [..., n, outputs]."""
-    if 1 in (x.shape[-1], g.shape[-1]):  # of one number a side, XLA makes a loop of its own
+    """Return x transposed times g: the sum over n of outer products of [..., n, inputs] and [..., n, outputs]."""
+    if 1 in (x.shape[-1], g.shape[-1]):  # XLA computes vectors of length 1 in a separate loop
         product = tf.linalg.matmul(x, g, transpose_a=True)
     else:
         product = tf.reduce_sum(x[..., :, None] * g[..., None, :], -3)

@@ -1,11 +1,11 @@
-"""Settings and data that the tests share."""
+"""Shared fixtures and test settings."""
 
 import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):  # one core for each worker
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):  # one core per worker
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
 
@@ -27,17 +27,17 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real data and the original's recorded numbers; a test that needs them is skipped where they are absent."""
+    """Return the folder of real data and the original's recorded numbers. Skip the test if it is missing."""
     if not SHARED.is_dir():
-        pytest.skip("no ../shared: real data and the original's recorded numbers are not at hand")
+        pytest.skip("../shared: is missing; it has real data and the original's recorded numbers")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def omniglot_like(tmp_path_factory) -> Path:
-    """A generated folder laid out as the resized Omniglot: 4 alphabets of 10 characters of 20 binary 28x28 drawings.
+    """Generate a folder like the resized Omniglot: 4 alphabets of 10 characters of 20 binary 28x28 drawings.
 
-    A character is a set of strokes, jittered from drawing to drawing, so that there is something to learn.
+    A character is a set of strokes, jittered in each drawing, so a model can learn it.
     """
     root = tmp_path_factory.mktemp("omniglot_resized")
     random = np.random.default_rng(0)
@@ -57,29 +57,29 @@ def omniglot_like(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def miniimagenet_like(tmp_path_factory) -> Path:
-    """A generated folder laid out as MiniImagenet: in each split 6 classes of 24 84x84 images; a class is a colour.
+    """Generate a folder like MiniImagenet: per split, 6 classes of 24 84x84 images. A class is a color.
 
-    The classes are n00000000 to n00000005 in train, the next six in val, and the next in test.
+    The classes are n00000000 to n00000005 in train, the next six in val, and the next six in test.
     """
     root = tmp_path_factory.mktemp("miniImagenet")
     random = np.random.default_rng(0)
-    for place, split in enumerate(("train", "val", "test")):
-        for label in range(6 * place, 6 * place + 6):
+    for number, split in enumerate(("train", "val", "test")):
+        for label in range(6 * number, 6 * number + 6):
             folder = root / split / f"n{label:08}"
             folder.mkdir(parents=True)
-            colour = random.integers(40, 216, 3)
+            color = random.integers(40, 216, 3)
             for image in range(24):
-                pixels = np.clip(colour + random.integers(-40, 40, (84, 84, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(color + random.integers(-40, 40, (84, 84, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{image:03}.jpg")
     return root
 
 
 @pytest.fixture(scope="session")
 def omniglot(omniglot_like, tmp_path_factory) -> Path:
-    """The generated characters under published names, 20 in each split: enough for 20-way tasks everywhere."""
+    """Link the generated characters under published names, 20 per split, enough for 20-way tasks."""
     root = tmp_path_factory.mktemp("omniglot")
     published = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
-    drawn = sorted(omniglot_like.glob("[!.]*/*"))  # not the cache that another test may have left
+    drawn = sorted(omniglot_like.glob("[!.]*/*"))  # without another test's cache
     for split in SPLITS:
         for name, folder in zip(published[split][:20], drawn, strict=False):
             (root / name).parent.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def omniglot(omniglot_like, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def few_test_tasks():
-    """Four tasks at test, not 600, where their number does not matter."""
+    """Test on 4 tasks, not 600."""
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         main.FLAGS.set_default("test_tasks", 4)
         patch.setitem(Protocol._field_defaults, "tasks", 4)
@@ -98,7 +98,7 @@ def few_test_tasks():
 
 @pytest.fixture
 def small(omniglot) -> list[str]:
-    """Omniglot 5-way 1-shot with a network and a meta-batch that cost little."""
+    """Return the flags of Omniglot 5-way 1-shot with a small network and meta-batch."""
     return small_flags(omniglot)
 
 

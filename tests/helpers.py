@@ -1,4 +1,4 @@
-"""What several test modules build, run or read."""
+"""Helpers that several test modules use."""
 
 import contextlib
 import csv
@@ -49,7 +49,7 @@ def maml_of(
     layout: Layout = Layout(),  # noqa: B008  a constant
     **options: object,
 ) -> MAML:
-    """Return a MAML of an inner loop with these values."""
+    """Return a MAML with these inner-loop settings."""
     network = with_step_sizes(network, learned, inner_lr, inner_steps)
     return MAML(InnerLoop(network, loss, inner_lr, inner_steps, first_order), accuracy, layout=layout, **options)
 
@@ -76,12 +76,12 @@ def trajectory(inner: InnerLoop, theta: dict, task: Tasks, steps: int) -> list[d
 
 
 def one_task(support_x, support_y, query_x, query_y) -> Tasks:
-    """Return a meta-batch of one task of scalars."""
+    """Return a meta-batch of one task whose inputs and outputs are scalars."""
     return Tasks(*(np.array(part, np.float32).reshape(1, -1, 1) for part in (support_x, support_y, query_x, query_y)))
 
 
 def random_tasks(count, support, query, shape, way, seed=0, dtype=np.float64) -> Tasks:
-    """Return tasks of uniform noise whose labels go round the classes."""
+    """Return tasks of uniform noise whose labels cycle through the classes."""
     random = np.random.default_rng(seed)
 
     def labels(n):
@@ -92,7 +92,7 @@ def random_tasks(count, support, query, shape, way, seed=0, dtype=np.float64) ->
 
 
 def in_float64(network: Network) -> Network:
-    """Return the network with jittered float64 weights, so that biases, betas and gammas take part."""
+    """Return the network with jittered float64 weights, so that biases, betas and gammas are tested, too."""
     random = np.random.default_rng(7)
 
     def init(seed):
@@ -105,7 +105,7 @@ def in_float64(network: Network) -> Network:
 
 
 def assert_slope(maml: MAML, tasks: Tasks, gradient: dict) -> None:
-    """The gradient of the loss after two updates agrees with differences of that loss in a random direction."""
+    """Compare the gradient of the loss after two updates with finite differences in a random direction."""
     random = np.random.default_rng(5)
     direction = {name: random.normal(size=w.shape) for name, w in maml.weights.items()}
 
@@ -144,7 +144,7 @@ class Ended(NamedTuple):
 
 
 def start_main(*arguments: object) -> Ended:
-    """What `python main.py <arguments>` does, in this process."""
+    """Run `python main.py <arguments>` in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -155,14 +155,14 @@ def start_main(*arguments: object) -> Ended:
 
 
 def run(*arguments: object) -> str:
-    """The same, to a good end; returns what it prints."""
+    """Run main.py in this process and return its output. It must succeed."""
     ended = start_main(*arguments)
     assert (ended.code, ended.err) == (0, "")
     return ended.out
 
 
 def refusal(*arguments: object) -> str:
-    """The same, with bad input; returns the one line that says so."""
+    """Run main.py in this process and return its one-line error. It must fail."""
     ended = start_main(*arguments)
     assert ended.code in (1, 2)
     (line,) = ended.err.splitlines()
@@ -171,21 +171,21 @@ def refusal(*arguments: object) -> str:
 
 
 def spawn(*command: object, **options) -> subprocess.Popen:
-    """A process of its own, where that matters."""
+    """Start a Python process."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, command)], **pipes, **options)
 
 
 def end(process: subprocess.Popen) -> Ended:
-    """Wait for a process."""
+    """Wait for a process and return its exit code and output."""
     out, err = process.communicate(timeout=300)
     return Ended(process.returncode, out, without_start_up_lines(err))
 
 
 def without_start_up_lines(err: str) -> str:
-    """Return what a process wrote to stderr, without the lines that TensorFlow writes when it starts."""
-    own = re.compile(r"WARNING: All log messages before absl|[IWE]0000 ")
-    return "\n".join(line for line in err.splitlines() if not own.match(line))
+    """Remove TensorFlow's startup lines from a process's stderr."""
+    startup = re.compile(r"WARNING: All log messages before absl|[IWE]0000 ")
+    return "\n".join(line for line in err.splitlines() if not startup.match(line))
 
 
 def only_run(logdir: Path) -> Path:
@@ -202,13 +202,13 @@ def contents(root: Path) -> dict[Path, bytes]:
 
 
 def variables(folder: Path, model: str) -> dict[str, np.ndarray]:
-    """All that a checkpoint holds: weights, both optimizers' moments and counts, and the step."""
+    """Return the variables of a checkpoint: weights, both optimizers' moments and counts, and the step."""
     reader = tf.train.load_checkpoint(str(folder / model))
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
 def assert_same_ending(one: Path, other: Path) -> None:
-    """The last checkpoints of two runs are equal bit for bit."""
+    """Assert that the last checkpoints of two runs are bitwise identical."""
     model, other_model = (Path(runs.Run(folder).checkpoint()).name for folder in (one, other))
     assert model == other_model
     left, right = (variables(folder, model) for folder in (one, other))
@@ -222,15 +222,15 @@ STEP_TIME = "metatrain_step_milliseconds"
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return tag -> (step, last value), sorted by step, without the time of a step."""
+    """Return tag -> [(step, last value)], sorted by step, without the step times."""
     kept = {tag: dict(points) for tag, points in events(folder, "scalars").items() if tag != STEP_TIME}
     return {tag: [(step, value.item()) for step, value in sorted(points.items())] for tag, points in kept.items()}
 
 
 def events(folder: Path, plugin: str) -> dict[str, list[tuple[int, np.ndarray]]]:
-    """The events that a part of TensorBoard shows."""
+    """Return tag -> [(step, value)] of the events for one TensorBoard plugin."""
     found = defaultdict(list)
-    # Numbers as numbers: by name alone, the tenth file that one process makes within a second precedes the second.
+    # Sort numerically: by name, a process's tenth file within a second would precede its second.
     paths = sorted(folder.glob("*tfevents*"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
     for path in paths:
         for event in EventFileLoader(str(path)).Load():
@@ -241,7 +241,7 @@ def events(folder: Path, plugin: str) -> dict[str, list[tuple[int, np.ndarray]]]
 
 
 def curve_tags(prefix: str, metrics: tuple[str, ...], updates: int) -> set[str]:
-    """The original's names (its maml.py)."""
+    """Return the original's tags for a curve (its maml.py)."""
     after = {f"{prefix}_Post-update_{metric}__step_{j}" for metric in metrics for j in range(1, updates + 1)}
     return after | {f"{prefix}_Pre-update_{metric}" for metric in metrics}
 
@@ -258,7 +258,7 @@ def read_pickle(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def not_compiled():
-    """For runs of a few steps: to compile them would take longer than to take them."""
+    """Turn off XLA, for runs of a few steps: compiling would take longer than the steps."""
     with pytest.MonkeyPatch.context() as patch:
         function = tf.function
         patch.setattr(tf, "function", lambda *args, jit_compile=None, **options: function(*args, **options))
@@ -267,7 +267,7 @@ def not_compiled():
 
 @contextlib.contextmanager
 def tiny_networks():
-    """Give image data a network of one hidden layer with batch norm."""
+    """Replace the image networks by one hidden layer with batch norm."""
 
     def build(shape, outputs, norm, filters, max_pool):
         return networks.fc(math.prod(shape), (filters,), outputs, norm=norm)
@@ -286,7 +286,7 @@ def small_flags(omniglot: Path) -> list[str]:
 
 
 def saved_by(number: signal.Signals, stopped: Ended) -> Path:
-    """The checkpoint that a stopped run names; it says how to go on, and its exit code is the signal's."""
+    """Return the checkpoint that a stopped run names. Check the exit code, and that it says how to continue."""
     assert (stopped.code, stopped.err) == (128 + number, "")
     message = rf"Stopped by {number.name}.*, saved in (\S+)\. To continue: .*"
     return Path(re.fullmatch(message, stopped.out.splitlines()[-1])[1])

@@ -1,7 +1,7 @@
-"""MAML as slow and obvious as it can be written: the executable specification that maml.py is tested against.
+"""A slow and obvious MAML: the executable specification that maml.py is tested against.
 
-One task after the other, plain operations, every derivative by automatic differentiation, eagerly, in float64. Nothing
-of maml.py, networks.py or special_grads.py is used.
+One task after the other, in plain operations, with automatic differentiation, eagerly, in float64. Independent of
+maml.py, networks.py and special_grads.py.
 """
 
 import tensorflow as tf
@@ -11,19 +11,19 @@ LAYER_NORM_EPSILON = 1e-12
 TORCH_EPSILON = 1e-5
 
 
-def normalise(x, axes, epsilon):
+def normalize(x, axes, epsilon):
     mean = tf.reduce_mean(x, axes, keepdims=True)
     variance = tf.reduce_mean((x - mean) ** 2, axes, keepdims=True)
     return (x - mean) / tf.sqrt(variance + epsilon)
 
 
 def hidden(x, weights, layer, norm):
-    """Bias, norm; the caller adds ReLU and pooling."""
+    """Apply bias and norm. The caller adds ReLU and pooling."""
     x = x + weights[f"b{layer}"]
     if norm == "batch_norm":
-        return normalise(x, list(range(len(x.shape) - 1)), BATCH_NORM_EPSILON) + weights[f"beta{layer}"]
+        return normalize(x, list(range(len(x.shape) - 1)), BATCH_NORM_EPSILON) + weights[f"beta{layer}"]
     if norm == "layer_norm":
-        x = normalise(x, list(range(1, len(x.shape))), LAYER_NORM_EPSILON)
+        x = normalize(x, list(range(1, len(x.shape))), LAYER_NORM_EPSILON)
         return x * weights[f"gamma{layer}"] + weights[f"beta{layer}"]
     return x
 
@@ -47,9 +47,9 @@ def fc(weights, x, *, norm):
 
 
 def affine(x, weights, layer):
-    """Convolution with its bias, if it has one, and batch norm with gamma and beta."""
+    """Apply a convolution, its bias if it has one, and batch norm with gamma and beta."""
     x = tf.nn.conv2d(x, weights[f"conv{layer}"], strides=1, padding="SAME") + weights.get(f"b{layer}", 0)
-    return weights[f"gamma{layer}"] * normalise(x, [0, 1, 2], TORCH_EPSILON) + weights[f"beta{layer}"]
+    return weights[f"gamma{layer}"] * normalize(x, [0, 1, 2], TORCH_EPSILON) + weights[f"beta{layer}"]
 
 
 def conv4_affine(weights, x):
@@ -70,20 +70,20 @@ def resnet12(weights, x):
 
 
 def step_size(weights, name, update, learned, inner_lr):
-    """Of an adapted weight at an update: alpha, one for each of its elements (Meta-SGD), or one a update (MAML++)."""
+    """Return the step size for an adapted weight: alpha, one per element (Meta-SGD), or one per update (MAML++)."""
     if learned == "none":
         return inner_lr
     sizes = weights[f"step_size_{name}"]
     return sizes if learned == "weight" else sizes[min(update, len(sizes) - 1)]
 
 
-def part(weights, what, norms):
-    """The names that the inner loop changes: the last layer's (ANIL), the others (BOIL) or all.
+def adapted_names(weights, what, norms):
+    """Return the names that the inner loop changes: the last layer's (ANIL), the others (BOIL) or all.
 
-    norms: those of the norms are among them.
+    norms: include gammas and betas.
     """
-    left_out = ("step_size",) if norms else ("beta", "gamma", "step_size")
-    names = [name for name in weights if not name.startswith(left_out)]
+    excluded = ("step_size",) if norms else ("beta", "gamma", "step_size")
+    names = [name for name in weights if not name.startswith(excluded)]
     if what == "all":
         return names
     last = max(int(name[-1]) for name in names)
@@ -91,10 +91,10 @@ def part(weights, what, norms):
 
 
 def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, adapt="all", learned="none", norms=False):
-    """Query loss of one task after the inner loop (paper, Algorithm 2, lines 5 to 7 and the sum of line 10)."""
+    """Return the query loss of one task after the inner loop (paper, Algorithm 2, lines 5 to 7; a term of line 10)."""
     weights = dict(weights)
     for update in range(inner_steps):
-        adapted = part(weights, adapt, norms)
+        adapted = adapted_names(weights, adapt, norms)
         with tf.GradientTape() as tape:
             tape.watch([weights[name] for name in adapted])
             support_loss = loss(apply(weights, task.support_x), task.support_y)
@@ -106,7 +106,7 @@ def task_loss(apply, loss, weights, task, inner_lr, inner_steps, first_order, ad
 
 
 def meta_gradient(apply, loss, weights, tasks, inner_lr, inner_steps, first_order=False, **variant):
-    """The mean over tasks of the query loss, and its gradient to the meta-learned weights."""
+    """Return the mean query loss over tasks, and its gradient with respect to the meta-learned weights."""
     with tf.GradientTape() as tape:
         tape.watch(weights)
         losses = [

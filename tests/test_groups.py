@@ -1,4 +1,4 @@
-"""Groups of tasks: the same numbers as one task at a time, in every network, norm and form of the convolution."""
+"""Groups of tasks give the numbers of one task at a time, in every network, norm and form of the convolution."""
 
 import functools
 
@@ -28,8 +28,8 @@ NETWORKS = {
 @pytest.mark.parametrize("form", ["sliced_conv", "grouped_conv"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(5, 5), (6, 7), (1, 2)])
-def test_a_groups_convolution_is_that_of_each_task(size, stride, form):
-    """Forward and both gradients. XLA, because TensorFlow's CPU kernels differentiate no grouped convolution."""
+def test_group_convolution_equals_convolution_of_each_task(size, stride, form):
+    """Forward and both gradients. XLA, because TensorFlow's CPU kernels cannot differentiate a grouped convolution."""
     random = np.random.default_rng(0)
     x, filters = (tf.constant(random.normal(size=shape)) for shape in ((3, 4, *size, 2), (3, 3, 3, 2, 5)))
 
@@ -48,17 +48,17 @@ def test_a_groups_convolution_is_that_of_each_task(size, stride, form):
 
     expected = with_gradients(each)
     found = tf.function(lambda: with_gradients(group), autograph=False, jit_compile=True)()
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-12)
+    for value, expected_value in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, expected_value, atol=1e-12)
 
 
-# Five steps in all networks and norms were seen to agree too; to trace them takes minutes.
+# Five steps agreed in all networks and norms, too, but tracing them takes minutes.
 @pytest.mark.parametrize(
     ("name", "norm", "steps"),
     [*((name, norm, 1) for name in NETWORKS for norm in ("batch_norm", "layer_norm", None)), ("fc", "batch_norm", 5)],
 )
 def test_groups_equal_one_task_at_a_time(name, norm, steps, eagerly):
-    """The meta-gradient to second order and the whole curve, in groups of 1, 2 and all 4."""
+    """The second-order meta-gradient and the whole curve, in groups of 1, 2 and all 4."""
     shape, build = NETWORKS[name]
     tasks = random_tasks(4, 6, 9, shape, 3)
     loss, found = functools.partial(xent, shot=2), {}
@@ -74,7 +74,7 @@ def test_groups_equal_one_task_at_a_time(name, norm, steps, eagerly):
         np.testing.assert_array_equal(other.accuracies, curve.accuracies)
 
 
-def test_first_order_in_groups(eagerly):
+def test_first_order_groups_equal_one_task_at_a_time(eagerly):
     shape, build = NETWORKS["strided"]
     tasks, found = random_tasks(4, 6, 9, shape, 3), []
     for at_once in (1, 0):
@@ -85,8 +85,7 @@ def test_first_order_in_groups(eagerly):
         np.testing.assert_allclose(found[1][name], value, atol=1e-12, rtol=1e-9, err_msg=name)
 
 
-def test_a_network_that_knows_nothing_of_groups():
-    """Of a user's own: its tasks are computed together all the same."""
+def test_networks_without_group_support_are_vectorized():
     tasks = Tasks(*(np.concatenate([part, 2 * part]) for part in one_task([0.8], [-0.4], [1.3], [0.7])))
     each, together = (
         meta_gradient(maml_of(LINE, mse, inner_lr=0.05, inner_steps=2, layout=Layout(group=at_once)), tasks)
@@ -95,15 +94,15 @@ def test_a_network_that_knows_nothing_of_groups():
     np.testing.assert_allclose(together["w"], each["w"], rtol=1e-6)
 
 
-def test_tasks_that_are_no_whole_groups():
+def test_tasks_not_divisible_into_groups_are_refused():
     maml = maml_of(LINE, mse, inner_lr=0.05, inner_steps=1, layout=Layout(group=2))
     tasks = Tasks(*(np.repeat(part, 3, 0) for part in one_task([0.8], [-0.4], [1.3], [0.7])))
     with pytest.raises(InputError, match="tasks: 3"):
         maml.train_step(tasks)
 
 
-def test_evaluation_in_groups_has_the_same_tasks():
-    """Also where their number is no whole number of groups: what is too much is dropped."""
+def test_evaluation_in_groups_uses_the_same_tasks():
+    """Even if groups do not divide the number of tasks: surplus tasks are dropped."""
     found = [
         evaluate(
             recipe.build(Recipe(norm=None, conv=False), Layout(group=at_once)), SinusoidTasks(5, 5), "val", 7, 2, 0
@@ -115,8 +114,8 @@ def test_evaluation_in_groups_has_the_same_tasks():
         np.testing.assert_allclose(curve.losses, found[0].losses, rtol=1e-5)
 
 
-class Four(Cluster):
-    """Four processes that have all found what this one has."""
+class FourProcesses(Cluster):
+    """Four processes, all with this process's values."""
 
     def __init__(self):
         super().__init__(tuple("abcd"))
@@ -126,10 +125,11 @@ class Four(Cluster):
 
 
 @pytest.mark.parametrize(
-    ("workers", "at_once", "most"), [(Cluster(), 1, 7), (Cluster(), 4, 8), (Four(), 1, 2), (Four(), 2, 2)]
+    ("workers", "at_once", "drawn_count"),
+    [(Cluster(), 1, 7), (Cluster(), 4, 8), (FourProcesses(), 1, 2), (FourProcesses(), 2, 2)],
 )
-def test_evaluation_on_many_cores_computes_no_more_than_is_asked(workers, at_once, most):
-    """But for the rest of a group. Four processes share 7 tasks."""
+def test_evaluation_draws_no_surplus_tasks(workers, at_once, drawn_count):
+    """Except to fill up a group. Four processes share 7 tasks."""
     drawn = []
 
     class Source:
@@ -139,13 +139,13 @@ def test_evaluation_on_many_cores_computes_no_more_than_is_asked(workers, at_onc
 
     maml = recipe.build(Recipe(norm=None, conv=False), Layout(64, at_once))
     curve = evaluate(maml, Source(), "val", 7, 2, 0, workers=workers)
-    assert drawn == [most]
+    assert drawn == [drawn_count]
     assert curve.losses.shape == (7, 3)
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 0])
 def test_sums_over_tasks_are_float64(at_once):
-    """Between tasks, and between the tasks of a group: in float32 the small numbers would be lost."""
+    """Sums between tasks and within a group: in float32 the small numbers would be lost."""
     x = np.full((8, 1, 1), 2.0**-30, np.float32)
     x[::4] = 1
     maml = maml_of(LINE, mse, inner_lr=0.05, inner_steps=1, layout=Layout(group=at_once))
@@ -155,8 +155,8 @@ def test_sums_over_tasks_are_float64(at_once):
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
-def test_the_order_of_the_sum_over_tasks_does_not_matter(at_once):
-    """Groups of tasks in another order, as other processes have them, give the same bits of gradient and loss."""
+def test_task_order_does_not_change_the_sum(at_once):
+    """Reordered groups, as on other processes, give the same bits of gradient and loss."""
     tasks = random_tasks(16, 6, 9, (9,), 3, dtype=np.float32)
     order = np.random.default_rng(1).permutation(16 // at_once)
     moved = Tasks(*(part.reshape(-1, at_once, *part.shape[1:])[order].reshape(part.shape) for part in tasks))

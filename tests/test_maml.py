@@ -1,4 +1,4 @@
-"""The algorithm: against a meta-gradient derived by hand, the slow reference, differences; and the outer step."""
+"""The method, checked against a derivation by hand, the slow reference and finite differences; the outer step."""
 
 import functools
 
@@ -30,11 +30,11 @@ from utils import Tasks, accuracy, mean_xent, mse, statistics, xent
 @pytest.mark.parametrize("in_one_operation", [False, True])
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_meta_gradient_derived_by_hand(steps, first_order, in_one_operation):
+def test_meta_gradient_equals_derivation_by_hand(steps, first_order, in_one_operation):
     """One weight, one support point (a, y), one query point (b, z), loss (w a - y)^2.
 
     An inner step maps w to w' = w - 2 alpha a (w a - y), so dw'/dw = 1 - 2 alpha a^2, and after J steps the
-    meta-gradient is 2 b (w_J b - z) (1 - 2 alpha a^2)^J; to first order the last factor is 1.
+    meta-gradient is 2 b (w_J b - z) (1 - 2 alpha a^2)^J. To first order the last factor is 1.
     """
     w, a, y, b, z, alpha = 1.5, 0.8, -0.4, 1.3, 0.7, 0.05
     tasks = one_task([a], [y], [b], [z])
@@ -83,12 +83,12 @@ def check_against_reference(kind, options, norm, steps, first_order):
     )
     np.testing.assert_allclose(np.mean(maml.evaluate(tasks, steps).losses[:, steps]), expected_loss, rtol=1e-9)
     for name, gradient in meta_gradient(maml, tasks).items():
-        # The biases that batch norm cancels have no gradient here, and rounding noise in the reference.
+        # Biases that batch norm cancels have zero gradient in maml.py and rounding noise in the reference.
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("norm", ["batch_norm", None])
-def test_meta_gradient_against_differences(norm):
+def test_meta_gradient_agrees_with_finite_differences(norm):
     network = in_float64(networks.conv4((20, 20), 1, 2, 3, max_pool=False, norm=norm, mean_head=True))
     maml = maml_of(network, functools.partial(xent, shot=5), inner_lr=0.05, inner_steps=2)
     tasks = random_tasks(2, 10, 10, (20, 20, 1), 2)
@@ -105,8 +105,8 @@ def small_maml(**options) -> MAML:
 SMALL = functools.partial(random_tasks, 4, 3, 6, (16, 16, 1), 3, dtype=np.float32)
 
 
-def entering_adam(optimizer: Adam) -> dict[str, np.ndarray]:
-    """The first gradient that entered Adam: its first moment is then 0.1 of it."""
+def gradient_into_adam(optimizer: Adam) -> dict[str, np.ndarray]:
+    """Return the first gradient that entered Adam: ten times its first moment."""
     assert int(optimizer.updates) == 1
     return {name: m.numpy() / 0.1 for name, m in optimizer.m.items()}
 
@@ -115,7 +115,7 @@ def scaled_loss(logits, labels):
     return 1e4 * xent(logits, labels, 1)  # gradients far beyond the clip
 
 
-def test_the_gradient_that_enters_adam_is_clipped_element_by_element_where_asked():
+def test_meta_gradient_is_clipped_elementwise_before_adam():
     network = networks.conv4((16, 16), 1, 3, 4, max_pool=False, norm="batch_norm", mean_head=True)
     build = functools.partial(maml_of, network, scaled_loss, inner_lr=1e-6, inner_steps=1)
     clipped, free = build(clip=10.0), build()
@@ -125,20 +125,24 @@ def test_the_gradient_that_enters_adam_is_clipped_element_by_element_where_asked
     free.train_step(SMALL())
     for name, expected in gradient.items():
         np.testing.assert_allclose(
-            entering_adam(clipped.meta_optimizer)[name], np.clip(expected, -10, 10), rtol=1e-3, atol=1e-3, err_msg=name
+            gradient_into_adam(clipped.meta_optimizer)[name],
+            np.clip(expected, -10, 10),
+            rtol=1e-3,
+            atol=1e-3,
+            err_msg=name,
         )
         np.testing.assert_allclose(
-            entering_adam(free.meta_optimizer)[name],
+            gradient_into_adam(free.meta_optimizer)[name],
             expected,
             rtol=1e-3,
             atol=1e-3 * np.abs(expected).max(),
             err_msg=name,
         )
     clipped.pretrain_step(SMALL())  # pretraining is never clipped
-    assert max(np.abs(g).max() for g in entering_adam(clipped.pretrain_optimizer).values()) > 1000
+    assert max(np.abs(g).max() for g in gradient_into_adam(clipped.pretrain_optimizer).values()) > 1000
 
 
-def test_pretraining_and_meta_training_have_moments_of_their_own():
+def test_pretraining_and_meta_training_have_separate_moments():
     maml = small_maml()
     maml.pretrain_step(SMALL())
     assert (int(maml.pretrain_optimizer.updates), int(maml.meta_optimizer.updates), int(maml.step)) == (1, 0, 1)
@@ -146,8 +150,8 @@ def test_pretraining_and_meta_training_have_moments_of_their_own():
     assert (int(maml.pretrain_optimizer.updates), int(maml.meta_optimizer.updates), int(maml.step)) == (1, 1, 2)
 
 
-def test_adam_is_the_formula():
-    """lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), epsilon outside the bias correction."""
+def test_adam_matches_tensorflow_1_formula():
+    """lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps), with epsilon outside the bias correction."""
     weight = {"w": tf.Variable([1.0, -2.0, 3.0])}
     adam, expected, m, v = Adam(weight, 0.01), np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
     for t in range(1, 6):
@@ -163,8 +167,8 @@ def sinusoid_maml() -> MAML:
 
 
 @pytest.mark.parametrize("pretrain", [False, True])
-def test_one_compiled_program_takes_the_same_steps(pretrain):
-    """12 of 20 drawn steps, in runs of 5, 5 and 2, beside 12 single ones: same trajectory, same count, one trace."""
+def test_compiled_steps_equal_single_steps(pretrain):
+    """12 of 20 drawn steps, in runs of 5, 5 and 2, equal 12 single steps, with the same step count and one trace."""
     drawn = SinusoidTasks(10, 10).draw(0, "train", 0, 20 * 25)
     stack = Tasks(*(part.reshape(20, 25, *part.shape[1:]) for part in drawn))
     compiled, single = sinusoid_maml(), sinusoid_maml()
@@ -178,15 +182,15 @@ def test_one_compiled_program_takes_the_same_steps(pretrain):
         np.testing.assert_allclose(compiled.weights[name], weight, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_a_model_lives_through_an_expression():
-    """tf.function as a decorator holds its object weakly, and this would fail."""
+def test_temporary_model_can_train():
+    """With tf.function as a decorator, which holds its object weakly, this would fail."""
     network = networks.conv4((16, 16), 1, 3, 4, max_pool=False, norm="batch_norm", mean_head=True)
     loss, _ = maml_of(network, functools.partial(xent, shot=1), inner_lr=0.4, inner_steps=1).train_step(SMALL())
     assert np.isfinite(loss)
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "named"),
+    ("part", "change", "name"),
     [
         ("support_x", lambda x: x.astype(np.float64), "support_x"),
         ("query_x", lambda x: (255 * x).astype(np.uint8), "query_x"),
@@ -198,15 +202,15 @@ def test_a_model_lives_through_an_expression():
         ("query_y", lambda y: y[..., :1], "labels"),
     ],
 )
-def test_tasks_of_a_wrong_kind_are_named(part, change, named):
+def test_invalid_tasks_are_reported_by_name(part, change, name):
     tasks = SMALL()
     tasks = tasks._replace(**{part: change(getattr(tasks, part))})
     for step in (small_maml().train_step, functools.partial(small_maml().evaluate, steps=1)):
-        with pytest.raises(InputError, match=named):
+        with pytest.raises(InputError, match=name):
             step(tasks)
 
 
-def test_a_graph_is_traced_once():
+def test_graphs_are_traced_once():
     maml = small_maml()
     for seed in range(3):
         maml.train_step(SMALL(seed=seed))
@@ -216,7 +220,7 @@ def test_a_graph_is_traced_once():
         assert graph.experimental_get_tracing_count() == 1
 
 
-def test_weights_that_batch_norm_cancels_stay_where_they_are():
+def test_biases_before_batch_norm_stay_zero():
     maml = small_maml()
     for _ in range(3):
         maml.train_step(SMALL())
@@ -227,7 +231,7 @@ def test_weights_that_batch_norm_cancels_stay_where_they_are():
 REPEATED = """
 import os
 if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, range(os.cpu_count()))  # a test's worker has one core
+    os.sched_setaffinity(0, range(os.cpu_count()))  # conftest.py gives a test worker one core
 import devices
 devices.start(parallel_tasks=8)
 import tensorflow as tf
@@ -252,14 +256,14 @@ print(len({b"".join(g.numpy().tobytes() for g in gradient().values()) for _ in r
 """
 
 
-def test_gradients_of_photographs_have_the_same_bits_every_time():
+def test_photograph_gradients_are_bitwise_reproducible():
     ended = end(spawn("-c", REPEATED, cwd=PROGRAM.parent))
     assert (ended.code, ended.out) == (0, "1\n")
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 8])
-def test_tasks_do_not_touch_each_other(parallel):
-    """Permuted tasks permute results, and any number of them side by side gives the same numbers to the bit."""
+def test_tasks_are_independent(parallel):
+    """Permuting tasks permutes results, and any number of parallel tasks gives the same bits."""
     tasks, order = SMALL(), np.array([2, 0, 3, 1])
     maml, one_by_one = small_maml(layout=Layout(parallel)), small_maml()
     curve = maml.evaluate(tasks, 2)
@@ -282,8 +286,8 @@ def test_evaluation_changes_nothing_and_training_learns():
     np.testing.assert_allclose(steps[0], np.mean(losses[:, 1]), rtol=1e-5)
 
 
-def test_a_query_example_is_normalised_with_the_others():
-    """Transductive on purpose: another companion changes an example's score; without a norm it does not."""
+def test_batch_norm_makes_query_scores_transductive():
+    """Changing another query changes an example's score under batch norm (on purpose), but not without a norm."""
     tasks = SMALL()
     other = tasks._replace(query_x=np.concatenate([tasks.query_x[:, :5], tasks.query_x[:, :1]], 1))
     for norm, same in (("batch_norm", False), (None, True)):
@@ -304,21 +308,21 @@ def test_cross_entropy_is_summed_over_examples_and_divided_by_the_shot():
 
 
 @pytest.mark.parametrize("loss", [mse, mean_xent, functools.partial(xent, shot=2), functools.partial(xent, shot=None)])
-def test_labels_of_another_width_are_refused(loss):
-    """Class numbers [n, 1], say, where one-hot ones are meant: TensorFlow repeats them, and the loss is wrong."""
-    with pytest.raises(InputError, match=r"outputs have the shape \[6, 3\] and the labels or targets \[6, 1\]: give"):
+def test_labels_of_wrong_width_are_refused(loss):
+    """TensorFlow would broadcast class numbers [n, 1] given instead of one-hot labels, for a wrong loss."""
+    with pytest.raises(InputError, match="labels"):
         loss(tf.ones([6, 3]), tf.ones([6, 1]))
 
 
-def test_statistics_are_the_original_s():
+def test_statistics_match_the_original():
     values = np.array([[0.0], [1.0], [1.0], [0.0]])
     np.testing.assert_allclose(statistics(values), [[0.5], [0.5], [1.96 * 0.5 / 2]])
 
 
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", None])
 @pytest.mark.parametrize("tiny", [False, True])
-def test_scores_of_each_query_alone(norm, tiny):
-    """A query input is normalised together with the support set, and what else is asked changes nothing."""
+def test_support_normalized_scores_do_not_depend_on_other_queries(norm, tiny):
+    """Each query is normalized with the support set; asking for fewer queries gives the same scores."""
     network = networks.fc(6, (8, 5), 3, norm=norm, tiny=tiny)
     task = Tasks(*(part[0] for part in random_tasks(1, 3, 9, (6,), 3, dtype=np.float32)))
     maml = maml_of(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.1, inner_steps=1)
@@ -333,8 +337,8 @@ def test_scores_of_each_query_alone(norm, tiny):
     assert np.allclose(together.losses, apart.losses) == (norm != "batch_norm")
 
 
-def test_the_loss_of_uneven_classes():
-    """With K of each class it is the sum divided by K; and a class weighs the same, however often it is shown."""
+def test_uneven_classes_have_equal_weight_in_the_loss():
+    """With K examples per class the loss is the sum divided by K; repeating a class does not change its weight."""
     logits = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
     labels = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]]
     np.testing.assert_allclose(xent(logits, labels, shot=None), xent(logits, labels, shot=2), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The hand-written gradients to second order: the formula against autodiff and differences, the kernels against it."""
+"""Hand-written gradients to second order, against autodiff and finite differences of the plain formula."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import tensorflow as tf
 import special_grads
 
 KERNEL_SHAPES = [(5, 4, 3, 2), (7, 1, 1, 3), (1, 6, 5, 4)]
-SHAPES = [*KERNEL_SHAPES, (12, 3)]  # the last goes by the plain formula itself
+SHAPES = [*KERNEL_SHAPES, (12, 3)]  # the last uses the plain formula
 
 
 def batch(shape, dtype, scale=2.0, offset=1.0, seed=0):
@@ -19,7 +19,7 @@ def plain_batch_norm(x, beta):
 
 
 def derivatives(norm, x, beta, g, u):
-    """Output; first derivatives of sum(output * g); derivatives of sum(first to x * u) to x, g and beta."""
+    """Return y, the first derivatives of sum(relu(y) * g), and their derivatives along u with respect to x, g, beta."""
     with tf.GradientTape() as outer:
         outer.watch([x, beta, g])
         with tf.GradientTape() as inner:
@@ -50,8 +50,8 @@ def test_batch_norm_equals_autodiff_of_the_plain_formula(shape, dtype, tolerance
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 5e-5)])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES[:2])
-def test_gamma_and_another_epsilon(shape, dtype, tolerance):
-    """Gamma is made of beta here, so that what is asked of beta is asked of both."""
+def test_gamma_and_epsilon_equal_autodiff_of_the_plain_formula(shape, dtype, tolerance):
+    """Gamma is a function of beta here, so the derivatives to beta cover both."""
     x, g, u = batch(shape, dtype), batch(shape, dtype, 1.0, 0.3, 1), batch(shape, dtype, 1.0, 0.0, 2)
     beta = batch(shape[-1:], dtype, 0.5, 0.0, 3)
 
@@ -67,7 +67,7 @@ def test_gamma_and_another_epsilon(shape, dtype, tolerance):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_batch_norm_against_finite_differences_to_second_order(shape):
+def test_batch_norm_agrees_with_finite_differences_to_second_order(shape):
     x, g, u = batch(shape, "float64"), batch(shape, "float64", 1.0, 0.3, 1), batch(shape, "float64", 1.0, 0.0, 2)
     beta = batch(shape[-1:], "float64", 0.5, 0.0, 3)
 
@@ -88,7 +88,7 @@ def test_batch_norm_against_finite_differences_to_second_order(shape):
     np.testing.assert_allclose(difference, hessian_times_u, rtol=1e-6, atol=1e-6 * np.abs(difference).max())
 
 
-def test_output_is_normalised_and_centred_on_beta():
+def test_output_has_unit_deviation_and_mean_beta():
     x, beta = batch((50, 4, 4, 3), "float32", 3.0, 7.0), tf.constant([0.0, 1.0, -2.0])
     y = special_grads.batch_norm(x, beta).numpy()
     np.testing.assert_allclose(y.mean((0, 1, 2)), beta, atol=1e-5)
@@ -96,8 +96,8 @@ def test_output_is_normalised_and_centred_on_beta():
     assert y.dtype == np.float32
 
 
-def test_the_usual_moments_have_wrong_second_derivatives():
-    """Why this file exists: tf.nn.moments stops the gradient through the mean inside the variance."""
+def test_tf_nn_moments_has_wrong_second_derivatives():
+    """Why special_grads.py exists: tf.nn.moments stops the gradient through the mean inside the variance."""
 
     def library(x, beta):
         mean, variance = getattr(tf.nn, "moments")(x, [0, 1, 2])  # noqa: B009
@@ -113,7 +113,7 @@ def test_the_usual_moments_have_wrong_second_derivatives():
 
 
 @pytest.mark.parametrize("n, inputs, outputs", [(5, 3, 4), (5, 1, 4), (5, 3, 1), (1, 1, 1)])
-def test_the_product_of_tiny_layers_equals_tensorflow_s_to_second_order(n, inputs, outputs):
+def test_tiny_matmul_equals_tensorflow_to_second_order(n, inputs, outputs):
     x, w, g = batch((n, inputs), "float64"), batch((inputs, outputs), "float64", seed=1), batch((n, outputs), "float64")
     u, v = batch((n, inputs), "float64", seed=2), batch((inputs, outputs), "float64", seed=3)
     for product in (special_grads.matmul, tf.linalg.matmul):
