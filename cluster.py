@@ -1,9 +1,9 @@
 """One run on several processes, one per device.
 
 Each process sums gradients and losses over its share of a meta-batch. An all-reduce of TensorFlow's
-MultiWorkerMirroredStrategy adds up these sums. Every process then takes the same step on its own copy of the weights, so
-the copies stay equal. Process 0, the chief, is the only one that prints and writes. Stop requests, evaluation results
-and checksums travel through the same all-reduce.
+MultiWorkerMirroredStrategy adds up these sums. Every process then takes the same step on its own copy of the weights,
+so the copies stay equal. Process 0, the chief, is the only one that prints and writes. Stop requests, evaluation
+results and checksums travel through the same all-reduce.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def stopping_on_signals() -> Iterator[Stop]:
 
 
 def _drop_lost_streams():
-    """Redirect output from a closed terminal to the null device, so that printing cannot fail before the run is saved."""
+    """Discard output to a closed terminal, so that printing cannot fail before the run is saved."""
     for number in (1, 2):
         try:
             os.write(number, b"")
@@ -205,7 +205,7 @@ class Cluster:
                 sys.exit(1)
 
     def failed(self) -> None:
-        """Report this process's failure to the others if they wait in `check_same`. Exit here if the chief failed too."""
+        """Report a failure to processes that wait in `check_same`. Exit if the chief failed too."""
         if self._checks_left:
             self._checks_left, chief_failed = 0, False
             with contextlib.suppress(tf.errors.OpError):  # another process has died

@@ -232,7 +232,7 @@ class Run:
         """Return the error for a run with a NaN or infinite loss or weight."""
         saved = self.iterations()
         state = f"latest good checkpoint: {self.prefix(saved[-1])}" if saved else "nothing was saved"
-        return InputError(f"training diverged: {what} ({state}); try a smaller --meta_lr or --update_lr")
+        return InputError(f"{self.folder}: training diverged: {what} ({state}); try a smaller --meta_lr or --update_lr")
 
     def best(self) -> Validation:
         """Return the validations recorded in the newest readable checkpoint."""
