@@ -225,10 +225,10 @@ class Cluster:
         """Exit with a one-line message if `error` comes from the death of another process; else raise it."""
         if self.size == 1 or not (isinstance(error, PEER_LOST) or "ollective" in str(error)):
             raise error
-        found = re.search(r"/job:(\w+)/replica:0/task:(\d+)", str(error))
-        gone = self._resolver.cluster_spec().task_address(found[1], int(found[2])) if found else ""
-        rank = self.addresses.index(gone) if gone in self.addresses else self.rank
-        name = "another process" if rank == self.rank else f"process {rank} at {gone}"
+        match = re.search(r"/job:(\w+)/replica:0/task:(\d+)", str(error))
+        address = self._resolver.cluster_spec().task_address(match[1], int(match[2])) if match else ""
+        rank = self.addresses.index(address) if address in self.addresses else self.rank
+        name = "another process" if rank == self.rank else f"process {rank} at {address}"
         say(
             f"main.py: {name}: has died, so process {self.rank} exits; run the same command in all processes to resume "
             "from the last checkpoint",

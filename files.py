@@ -68,9 +68,7 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
     A process that is killed meanwhile may leave the hidden file behind.
     """
-    temporary = path.with_name(
-        f".{path.name}.{secrets.token_hex(4)}"
-    )  # mkstemp's files are readable by their owner only
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp: only the owner can read its files
     try:
         with open(temporary, "xb") as file:
             fill(file)

@@ -7,7 +7,7 @@ Each printed line starts with the number of its process. Process 0 is the chief:
 its folder. Ctrl-C, SIGTERM and SIGHUP are passed on; all processes then stop after the same step, and the run is saved.
 If a process dies, the others exit. The same command resumes from the last checkpoint; --restarts=K repeats it up to K
 times, but not after an error such as a wrong flag or a full disk. The exit code is that of the first process that
-failed on its own, or 75 if every failure followed from the death of another process.
+failed on its own, or 75 if the death of another process caused every failure.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def gpus() -> list[str]:
 
 
 def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
-    """Return the environment of each process. names: the GPUs'."""
+    """Return the environment of each process. names: the GPUs, one per process, or an empty list."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(processes)]
     addresses = [f"127.0.0.1:{server.getsockname()[1]}" for server in sockets]
     for server in sockets:
@@ -86,7 +86,7 @@ def ending(code: int) -> str:
 def run_once(command: list[str], processes: int, names: list[str], stops: list[int]) -> list[int]:
     """Run the processes. Return their exit codes, negative for signals, in the order in which they ended.
 
-    stops: the signals received so far, which are passed on.
+    stops: handlers append signals to this list; they are passed on.
     """
     running, threads = [], []
     for number, environment in enumerate(environments(processes, names)):

@@ -10,7 +10,7 @@
                     classes.json                            the classes trained on
                     .lock                                   locked while a process trains
 
-It is safe to load a run folder from an untrusted source: only JSON, tensors and events are read, which cannot run code.
+An untrusted run folder is safe to load: only JSON, tensors and events are read, and they cannot run code.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class Model(Protocol):
 
 
 class Validation(NamedTuple):
-    """The latest and the best validation so far, as stored in checkpoints."""
+    """The latest validation and the best one; part of a checkpoint."""
 
     last: int = -1  # iteration; -1: none yet
     best: int = -1  # iteration; -1: none yet
@@ -61,7 +61,7 @@ class Validation(NamedTuple):
     tasks: int = 0  # of the best
 
     def then(self, iteration: int, accuracy: float, tasks: int) -> "Validation":
-        """Return the record with a validation added. Ties keep the earlier best; a new number of tasks starts over."""
+        """Return this with a validation added. The first of ties is the best; a new number of tasks starts over."""
         if accuracy > (self.accuracy if tasks == self.tasks else -math.inf):
             return Validation(iteration, iteration, accuracy, tasks)
         return self._replace(last=iteration)
@@ -103,7 +103,7 @@ class Run:
             yield
 
     def check(self, flags: Mapping, defaults: Mapping, resume: bool) -> None:
-        """Raise InputError if the folder holds a run with different flags, or any run if `resume` is False."""
+        """Raise InputError if the folder holds a run with different flags, or any run if not `resume`."""
         saved = self.iterations()
         if saved and not resume:
             raise InputError(
@@ -325,7 +325,7 @@ def load(folder: Path | str, iteration: int | str = -1) -> tuple[Recipe, MAML, s
 
 
 class ReadOnlyRun(Run):
-    """A worker's view of the run folder: it reads checkpoints, and the chief writes them (see cluster.py)."""
+    """A run folder in a process that only reads it, because the chief writes to it (see cluster.py)."""
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Do nothing: the chief holds the lock."""
@@ -443,11 +443,11 @@ def _restore(reader, prefix, model):
     shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     stored_key = _stored_keys(reader, model)
     names = {stored_key(key): name for name, key in model.keys.items()}
-    found = {names.get(key, key): shape for key, shape in _weight_shapes(shapes).items()}
+    stored = {names.get(key, key): shape for key, shape in _weight_shapes(shapes).items()}
     variables = model.state
     expected = {name: list(variables[key].shape) for name, key in model.keys.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        here, there = expected.get(name, "none"), found.get(name, "none")
+    for name in sorted(expected.keys() | stored.keys()):
+        here, there = expected.get(name, "none"), stored.get(name, "none")
         if here != there:
             raise InputError(
                 f"{prefix}: is a checkpoint of a different network ({name} has shape {there} there, {here} here); "

@@ -1,4 +1,4 @@
-"""Several processes: equal weights on any number of them, signals and deaths, mismatches, launch.py."""
+"""Several processes: equal weights on any number of them, signals, killed processes, mismatches, launch.py."""
 
 import json
 import os

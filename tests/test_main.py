@@ -570,7 +570,7 @@ def test_resume_after_a_signal_is_bitwise_identical(uninterrupted, monkeypatch, 
 
 
 def test_a_stop_before_the_first_step_saves_nothing(uninterrupted, monkeypatch, tmp_path):
-    """A user may well do this: compiling the first program takes a while."""
+    """A likely moment: compiling the first program takes a while."""
     flags = f"--logdir={tmp_path}", *BOTH_PHASES
     with monkeypatch.context() as patch:
         signal_at(patch, 0, signal.SIGINT, when="flags")
@@ -939,7 +939,7 @@ def test_test_images_of_the_wrong_size_are_refused_without_image_size(
     assert len(names) == 5 and task.query_x.shape == (25, 84, 84, 3)
 
 
-def test_a_run_on_a_different_data_folder_is_refused(photo_run, miniimagenet_like, tmp_path):
+def test_a_run_with_different_data_is_refused(photo_run, miniimagenet_like, tmp_path):
     (tmp_path / "moved").symlink_to(miniimagenet_like)
     assert_refused(
         photo_run,
@@ -950,7 +950,7 @@ def test_a_run_on_a_different_data_folder_is_refused(photo_run, miniimagenet_lik
     assert_refused(photo_run, "--split=None there, 2,2,2 here", "--split=2,2,2")
 
 
-def test_a_data_path_is_required_for_folder_and_its_data_set_for_the_path(small, sinusoid_run, tmp_path):
+def test_data_flags_that_do_not_fit_together_are_refused(small, sinusoid_run, tmp_path):
     line = refusal("--datasource=folder", f"--logdir={tmp_path}")
     assert "--datasource=folder" in line and "--data_path" in line
     flags = *sinusoid_run.flags, "--train=False"

@@ -1,4 +1,4 @@
-"""Reading the TensorBoard events of resumed runs and from damaged files; pictures of tasks."""
+"""TensorBoard events of resumed runs and in damaged files; pictures of tasks."""
 
 import os
 import pickle
