@@ -1,9 +1,9 @@
-"""Several processes that compute one run together, one per device.
+"""One run on several processes, one per device.
 
 Each process sums gradients and losses over its share of a meta-batch. An all-reduce of TensorFlow's
-MultiWorkerMirroredStrategy adds these sums up, and every process then takes the same step on its own copy of the
-weights, so the copies stay equal. Process 0 is the chief, the only one that prints and writes. Requests to stop, the
-numbers of an evaluation and checksums travel through the same all-reduce.
+MultiWorkerMirroredStrategy adds up these sums. Every process then takes the same step on its own copy of the weights,
+so the copies stay equal. Process 0, the chief, is the only one that prints and writes. Stop requests, evaluation
+results and checksums travel through the same all-reduce.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ import tensorflow as tf
 from files import InputError, say
 
 resolvers = tf.distribute.cluster_resolver
-EXIT_PEER_LOST = 75  # exit code if another process died: the same command may resume (EX_TEMPFAIL of sysexits.h)
-REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "another process")  # for a stop
+EXIT_PEER_LOST = 75  # exit code if another process died; the same command resumes (EX_TEMPFAIL of sysexits.h)
+REASONS = ("SIGINT", "SIGTERM", "SIGHUP", "another process")  # of a stop request
 PEER_LOST = tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError
 REMEDIES = {  # by what differs between processes
     "flags": "give all processes the same flags, except for --threads",
-    "code": "give all processes the same code, TensorFlow version and kind of GPU",
+    "code": "give all processes the same code, TensorFlow version and GPU model",
     "weights": "give all processes one --logdir on a shared disk, and the same kind of machine",
     "data": "give all processes the same images",
 }
@@ -64,7 +64,7 @@ def stopping_on_signals() -> Iterator[Stop]:
 
 
 def _drop_lost_streams():
-    """Discard what is printed to a terminal that was closed: printing must not fail before the run is saved."""
+    """Discard output to a closed terminal, so that printing cannot fail before the run is saved."""
     for number in (1, 2):
         try:
             os.write(number, b"")
@@ -73,15 +73,15 @@ def _drop_lost_streams():
 
 
 class Cluster:
-    """The processes of a run, as one of them sees them. Without arguments: a process on its own."""
+    """One process's view of the processes of a run. Without arguments: a single process."""
 
     def __init__(
         self, addresses: Sequence[str] = ("",), rank: int = 0, resolver: resolvers.ClusterResolver | None = None
     ):
-        """Store host:port of every process, the index of this one, and the resolver that tells TensorFlow the same."""
+        """Initialize from the host:port of every process, the rank of this one, and TensorFlow's resolver of both."""
         self.addresses, self.rank, self._resolver = addresses, rank, resolver
         self._strategy, self._stop, self._agreed = None, Stop(), Stop()
-        self._checks_left = 0  # calls of check_same before the first step
+        self._checks_left = 0  # calls of check_same that remain before the first step
 
     @property
     def size(self) -> int:
@@ -90,29 +90,28 @@ class Cluster:
 
     @property
     def chief(self) -> bool:
-        """Tell whether this process is the one that prints and writes."""
+        """Return whether this process is the one that prints and writes."""
         return self.rank == 0
 
     @property
     def place(self) -> tuple[int, int]:
-        """Return the index of this process among those of its host, and their number."""
+        """Return this process's index among the processes of its host, and their number."""
         hosts = [address.rpartition(":")[0] for address in self.addresses]
         ranks = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
         return ranks.index(self.rank), len(ranks)
 
     def share(self, tasks: int) -> int:
-        """Return how many of a meta-batch's tasks each process computes. Raise InputError if they don't divide."""
+        """Return how many of a meta-batch's tasks each process computes. Raise InputError if not a whole number."""
         if tasks % self.size:
             raise InputError(
-                f"--meta_batch_size={tasks}: cannot be shared evenly by {self.size} processes; start a number of "
-                "processes that divides it"
+                f"--meta_batch_size={tasks}: must be a multiple of the number of processes ({self.size}); change either"
             )
         return tasks // self.size
 
     def join(self) -> None:
-        """Wait for all processes to start. This must come before TensorFlow's first operation.
+        """Wait for all processes to start. Call this before TensorFlow's first operation.
 
-        Ctrl-C ends the wait. TensorFlow ignores SIGTERM meanwhile, and gives up after an hour.
+        Ctrl-C ends the wait. TensorFlow ignores SIGTERM while it waits, and gives up after an hour.
         Raise InputError if this process cannot join.
         """
         if self.size == 1:
@@ -121,7 +120,7 @@ class Cluster:
         say(f"Process {self.rank}: waiting for {len(others)} worker{'s'[: len(others) - 1]} at {', '.join(others)}")
         if not self.chief:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
-        # Python's own handlers would run only after the wait.
+        # Python's handlers would run only after the wait.
         before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=self._resolver)
@@ -129,8 +128,8 @@ class Cluster:
             self.lost(error)
         except (tf.errors.OpError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(
-                f"{self.addresses[self.rank]}: process {self.rank} cannot start there ({error}); give each process "
-                "a free host:port of its own host"
+                f"{self.addresses[self.rank]}: process {self.rank} cannot start there ({error}); give it a free "
+                "host:port of its host"
             ) from None
         finally:
             for number, handler in before.items():
@@ -156,7 +155,7 @@ class Cluster:
         return total[: -len(REASONS)]
 
     def together(self, function: Callable, *arguments: object) -> object:
-        """Call a function in which every process calls all_sum once; then all know of each other's stop requests."""
+        """Call a function in which every process calls all_sum once. This also exchanges their stop requests."""
         if self.size == 1:
             return function(*arguments)
         if reason := self._stop.reason:
@@ -167,14 +166,14 @@ class Cluster:
         return result
 
     def agreed(self, stop: Stop) -> Stop:
-        """Share a stop request of this process. Return one that is set in all processes after the same `together`."""
+        """Share this process's stop request. Return one that is set in all processes after the same `together`."""
         if self.size == 1:
             return stop
         self._stop = stop
         return self._agreed
 
     def gathered(self, values: np.ndarray | tf.Tensor) -> np.ndarray:
-        """Concatenate the arrays of all processes, of one shape, float32 or float64. -0.0 becomes 0.0."""
+        """Concatenate an array of each process, all of one shape, float32 or float64. -0.0 becomes 0.0."""
         values = np.asarray(values)
         if self.size == 1:
             return values
@@ -186,9 +185,9 @@ class Cluster:
         return self.together(self._sum, tf.constant(vector, tf.float64)).numpy()
 
     def check_same(self, **checksums: int) -> None:
-        """Compare two checksums, named as in REMEDIES, with those of the other processes. It is called twice.
+        """Compare two checksums, named as in REMEDIES, with those of the other processes. Called twice.
 
-        If one differs, or a process has failed, every process exits; only the chief reports why, as an InputError.
+        If one differs or a process has failed, every process exits; only the chief reports why, as an InputError.
         """
         if self.size == 1:
             return
@@ -196,7 +195,7 @@ class Cluster:
         failed, *columns = self.gathered(np.array([[0.0, *checksums.values()]])).T
         problems = [(failed, "failed before the first step; see its output")]
         for name, column in zip(checksums, columns, strict=True):
-            problems.append((column != column[0], f"has different {name} than process 0; {REMEDIES[name]}"))
+            problems.append((column != column[0], f"has different {name} from process 0; {REMEDIES[name]}"))
         for ranks, problem in problems:
             if ranks.any():
                 self._checks_left, rank = 0, int(ranks.argmax())
@@ -206,44 +205,41 @@ class Cluster:
                 sys.exit(1)
 
     def failed(self) -> None:
-        """Tell the other processes, if they wait for this one in `check_same`, that it reports an error and exits.
-
-        If the chief reports one too, this process exits here.
-        """
+        """Report a failure to processes that wait in `check_same`. Exit if the chief failed too."""
         if self._checks_left:
             self._checks_left, chief_failed = 0, False
-            with contextlib.suppress(tf.errors.OpError):  # another process died meanwhile
+            with contextlib.suppress(tf.errors.OpError):  # another process has died
                 chief_failed = self.gathered(np.array([[1.0, 0, 0]]))[0, 0]
                 self.leave()
             if chief_failed and not self.chief:
                 sys.exit(1)
 
     def leave(self) -> None:
-        """Wait until all processes are done, so that none exits before the chief has written everything."""
+        """Wait for all processes, so that none exits before the chief has written everything."""
         if self.size > 1:
             self._added(np.zeros(1))
             with contextlib.suppress(tf.errors.OpError):  # the others may need this process to receive the first sum
                 self._added(np.zeros(1))
 
     def lost(self, error: tf.errors.OpError) -> NoReturn:
-        """Exit with one line if another process died, which made an operation fail here; else raise the error."""
+        """Exit with a one-line message if `error` comes from the death of another process; else raise it."""
         if self.size == 1 or not (isinstance(error, PEER_LOST) or "ollective" in str(error)):
             raise error
-        found = re.search(r"/job:(\w+)/replica:0/task:(\d+)", str(error))
-        gone = self._resolver.cluster_spec().task_address(found[1], int(found[2])) if found else ""
-        rank = self.addresses.index(gone) if gone in self.addresses else self.rank
-        name = "another process" if rank == self.rank else f"process {rank} at {gone}"
+        match = re.search(r"/job:(\w+)/replica:0/task:(\d+)", str(error))
+        address = self._resolver.cluster_spec().task_address(match[1], int(match[2])) if match else ""
+        rank = self.addresses.index(address) if address in self.addresses else self.rank
+        name = "another process" if rank == self.rank else f"process {rank} at {address}"
         say(
-            f"main.py: {name}: is gone, so process {self.rank} exits; give all processes the same command again to "
-            "resume from the last checkpoint",
+            f"main.py: {name}: has died, so process {self.rank} exits; run the same command in all processes to resume "
+            "from the last checkpoint",
             sys.stderr,
         )
         sys.stdout.flush()
-        os._exit(EXIT_PEER_LOST)  # a regular exit may wait for the process that is gone
+        os._exit(EXIT_PEER_LOST)  # a normal exit may wait for the dead process
 
 
 def of_environment() -> Cluster:
-    """Return the processes of this run, as TF_CONFIG or SLURM's srun describe them. Raise InputError if they don't."""
+    """Return the cluster that TF_CONFIG or SLURM's srun describes. Raise InputError if the description is invalid."""
     source = "TF_CONFIG"
     try:
         if os.environ.get("TF_CONFIG", "").strip():
@@ -266,6 +262,6 @@ def of_environment() -> Cluster:
         return Cluster(addresses, addresses.index(jobs[resolver.task_type][resolver.task_id]), resolver)
     except Exception as error:  # the resolvers validate nothing
         raise InputError(
-            f'{source}: does not describe the processes ({error!r}); set TF_CONFIG to {{"cluster": {{"worker": '
+            f'{source}: is invalid ({error!r}); set TF_CONFIG to {{"cluster": {{"worker": '
             '["host:port", ...]}, "task": {"type": "worker", "index": 0}}, or unset it'
         ) from None

@@ -1,4 +1,4 @@
-"""Evaluation of a model on many tasks, and the files and lines of a test."""
+"""Evaluate a model on many tasks; print and write the results of a test."""
 
 import functools
 import sys
@@ -21,46 +21,45 @@ from report import test_scalar
 from runs import Run, write_results
 from utils import Curve, statistics
 
-TEST_UPDATES = 10  # at least, even where training has fewer: the original's (its main.py)
-CHUNK = 2  # tasks for each core, or groups, that are in memory at once; a stop waits for so many
-GROUP = 32  # tasks in a group where training has a whole meta-batch in one
-MOST_NAME = 235  # bytes of a name, of the 255 that file systems take: with .csv and what write_whole adds
+TEST_UPDATES = 10  # at least, even if training has fewer (the original's main.py)
+GROUPS_PER_CORE = 2  # in memory at once; a stop request waits until they are evaluated
+WHOLE_BATCH_GROUP = 32  # tasks per group if training computes a whole meta-batch as one group
+MAX_NAME_BYTES = 235  # file systems allow 255; this leaves room for .csv and for what write_whole adds
 TITLE = "Mean validation accuracy/loss, stddev, and confidence intervals"  # the original's line
 
 
 class Protocol(NamedTuple):
-    """How a trained model is tested, as far as the recipe of its training leaves that open."""
+    """How a trained model is tested: the choices that the recipe of its training leaves open."""
 
     split: str  # "test" or "val"
     shot: int  # K
     inner_lr: float  # alpha
-    query: int = -1  # Q, query examples a class; -1: as many as K
-    other_data_set: str | None = None  # tasks are drawn from this one, not from the one of the training
-    data_folder: str | None = None  # of a user's own images; None: the data set's name says it
-    class_split: str | None = None  # "64,16,20" where the folders do not say which classes are which
+    query: int = -1  # Q, query examples per class; -1: K
+    other_data_set: str | None = None  # draw tasks from this data set instead of the training's
+    data_folder: str | None = None  # of a user's own images; None: the data set's own folder
+    class_split: str | None = None  # such as "64,16,20", if the folders do not define the splits
     tasks: int = 600  # the paper's
     task_seed: int = 0
-    query_norm: str = "batch"  # with what a query image is normalised: see maml.adaptation_curve
-    updates: int = -1  # inner steps; -1: TEST_UPDATES, or as many as in training where those are more
-    query_shares: str = "balanced"  # how the queries are shared among the classes: see ImageTasks
+    query_norm: str = "batch"  # see maml.adaptation_curve
+    updates: int = -1  # inner steps; -1: as many as in training, at least TEST_UPDATES
+    query_shares: str = "balanced"  # see data_generator.ImageTasks
 
     def name(self, recipe: Recipe) -> str:
-        """Makes the name of a test's files: the original's, with suffixes for what that leaves out.
+        """Return the name of the test's files: the original's, plus a suffix for each other value not at its default.
 
-        A suffix stands only where a value is not at its default. Where the names of folders of images make the name too
-        long for a file system, they are cut.
+        Image folder names are truncated if the result is too long for a file system.
         """
         name = self._name(recipe, None)
-        return name if len(fsencode(name)) <= MOST_NAME else self._name(recipe, 10)
+        return name if len(fsencode(name)) <= MAX_NAME_BYTES else self._name(recipe, 10)
 
-    def _name(self, recipe, letters):
+    def _name(self, recipe, max_folder_name):
         name = f"{self.split}_ubs{self.shot}_stepsize{self.inner_lr}"
         if self.other_data_set:
-            name += f"_{self.other_data_set}{_folder_suffix(self.data_folder, letters)}"
+            name += f"_{self.other_data_set}{_folder_suffix(self.data_folder, max_folder_name)}"
             if self.class_split:
                 name += f"_split{self.class_split}"
-            if recipe.data_path:  # runs on two folders of images have one name, and may share a --results_dir
-                name += f"_trained{_folder_suffix(recipe.data_path, letters)}"
+            if recipe.data_path:  # runs trained on different folders can have the same name and --results_dir
+                name += f"_trained{_folder_suffix(recipe.data_path, max_folder_name)}"
         suffixes = {"query": "query", "tasks": "tasks", "task_seed": "evalseed", "query_norm": "querynorm"}
         for field, suffix in (suffixes | {"updates": "updates", "query_shares": "queryshares"}).items():
             if getattr(self, field) != self._field_defaults[field]:
@@ -68,9 +67,9 @@ class Protocol(NamedTuple):
         return name
 
 
-def _folder_suffix(folder, letters):
-    """Makes the part of a name that stands for a folder; it has a checksum of the path, as many are named "images"."""
-    return f"-{Path(folder).name[:letters]}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
+def _folder_suffix(folder, max_length):
+    """Return the part of a name that identifies a folder. A checksum of its path tells folders of one name apart."""
+    return f"-{Path(folder).name[:max_length]}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
 
 
 def evaluate(
@@ -84,46 +83,45 @@ def evaluate(
     query_norm: str = "batch",
     workers: Cluster | None = None,
 ) -> Curve | None:
-    """Evaluates tasks 0 .. count - 1 of a split, some at a time.
+    """Return the curves of tasks 0 .. count - 1 of a split, or None if stopped. The model does not change.
 
     Args:
-        maml: the model. Nothing of it is changed.
-        data: where its tasks are drawn from.
+        maml: the model.
+        data: the data set to draw tasks from.
         split: "val" or "test".
         count: number of tasks, 1 or more.
         updates: inner steps.
         seed: of the tasks.
-        stopped: asked before every chunk of tasks whether to stop.
-        query_norm: with what a query image is normalised, see maml.adaptation_curve.
-        workers: the processes that take turns in evaluating chunks, if there are several.
-    Returns a Curve of arrays: losses [count, 1 + updates] and accuracies alike, or [count, 0] where there are no
-    classes. None where it was stopped.
+        stopped: called before every chunk of tasks; True stops the evaluation.
+        query_norm: see maml.adaptation_curve.
+        workers: the processes that share the chunks; None: only this one.
+    Return a Curve of arrays: losses [count, 1 + updates], and accuracies of that shape, or [count, 0] for regression.
     """
     workers, chunks = workers or Cluster(), []
     size = _chunk_size(maml, count, -(-count // workers.size))
-    size = int(max(workers.gathered([float(size)])))  # hosts may have different numbers of cores
+    size = int(max(workers.gathered([float(size)])))  # hosts may differ in their numbers of cores
     for first in range(0, count, size * workers.size):
         if stopped():
             return None
         tasks = data.draw(seed, split, first + size * workers.rank, size)
         chunks.append(tf.nest.map_structure(workers.gathered, maml.evaluate(tasks, updates, query_norm)))
-    # The last chunks are whole, so that one traced graph serves all; what exceeds count is dropped.
+    # Every chunk has the same size, so one traced graph is enough. Drop the tasks beyond count.
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts)[:count], *chunks)
 
 
 def _chunk_size(maml, count, share):
-    """Finds how many tasks are evaluated in one call: whole groups, so that one traced graph serves all.
+    """Return how many tasks one call evaluates: a whole number of groups, so one traced graph is enough.
 
-    count: of all tasks. share: of those that this process computes.
+    count: all tasks. share: the tasks of this process.
     """
     cores, group, *_ = maml.layout
     if group == 0:
-        return min(count, GROUP)  # whatever the share: groups of other sizes have other roundings
-    return group * min(CHUNK * cores, -(-share // group))
+        return min(count, WHOLE_BATCH_GROUP)  # not the share: the size of a group changes the rounding
+    return group * min(GROUPS_PER_CORE * cores, -(-share // group))
 
 
 def check_same_start(maml: MAML, data: SinusoidTasks | ImageTasks, workers: Cluster) -> None:
-    """Raise InputError if processes differ in the model, Adam's state, the step, or the classes of the data."""
+    """Raise InputError if processes differ in weights, Adam's moments, step, or the classes of the data."""
     if workers.size > 1:
         weights = functools.reduce(lambda crc, array: zlib.crc32(array.numpy().tobytes(), crc), maml.state.values(), 0)
         classes = int(data.checksum(), 16) if isinstance(data, ImageTasks) else 0
@@ -131,15 +129,15 @@ def check_same_start(maml: MAML, data: SinusoidTasks | ImageTasks, workers: Clus
 
 
 def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterable[str]) -> int:
-    """Counts the classes of a split that were trained on, by their names. A line tells of them where there are any."""
+    """Count the classes of a split whose names are among those trained on. Warn if there are any."""
     if not isinstance(data, ImageTasks) or split not in data.classes:
         return 0
     trained, names = set(trained), data.classes[split].names
     known = [name for name in names if name in trained]
     if known:
         say(
-            f"WARNING: {len(known):,} of the {len(names):,} classes of the {split} split have names of classes that "
-            f"are trained on, such as {known[0]}: if they are the same classes, this is no test on new ones.",
+            f"WARNING: {len(known):,} of the {len(names):,} {split} classes have the names of training classes, such "
+            f"as {known[0]}. If they are the same classes, the accuracy does not measure learning of new ones.",
             sys.stderr,
         )
     return len(known)
@@ -155,18 +153,18 @@ def test(
     results: Path,
     workers: Cluster,
 ) -> None:
-    """Tests a model, prints its numbers, and writes the original's files and results.json.
+    """Test a model, print the results, and write the original's files and results.json.
 
     Args:
         maml: the model, with the weights of the checkpoint.
-        data: where the tasks are drawn from.
+        data: the data set to draw tasks from.
         recipe: of the model's training.
-        protocol: how it is tested, and on what.
-        run: the folder of the training.
-        prefix: path of the checkpoint in it, such as <run folder>/model59000.
-        results: folder of the results.
-        workers: the processes that do it. The chief alone prints and writes.
-    Raises InputError where a file cannot be written.
+        protocol: how to test the model.
+        run: the run that trained the model.
+        prefix: path of the checkpoint, such as <run folder>/model59000.
+        results: folder to write the results to.
+        workers: the processes that share the tasks. Only the chief prints and writes.
+    Raise InputError if a file cannot be written.
     """
     also_trained = known_classes(data, protocol.split, run.trained_classes()) if workers.chief else 0
     updates = max(recipe.inner_steps, TEST_UPDATES) if protocol.updates == -1 else protocol.updates
@@ -213,7 +211,7 @@ def test(
         "tasks": protocol.tasks,
         "task_seed": protocol.task_seed,
         "norm": recipe.norm,
-        # A task's query examples are normalised together.
+        # Batch norm normalizes the query examples of a task together.
         "transductive": recipe.norm == "batch_norm" and protocol.query_norm == "batch",
     }
     if protocol.query_norm != "batch":
@@ -243,22 +241,22 @@ def test(
     name = protocol.name(recipe)
     write_results(results, name, values, entry, known, paper)
     means, _, ci95 = statistics(values)
-    usual = protocol.split == "test" and protocol.shot == recipe.shot
-    usual &= (protocol.query_norm, protocol.updates, protocol.query_shares) == ("batch", -1, "balanced")
-    logged = any(run.folder.glob("events.out.tfevents.*"))  # else it was trained without TensorBoard's events
+    standard = protocol.split == "test" and protocol.shot == recipe.shot
+    standard &= (protocol.query_norm, protocol.updates, protocol.query_shares) == ("batch", -1, "balanced")
+    logged = any(run.folder.glob("events.out.tfevents.*"))  # False after training with --log=False
     for update in paper:
-        shown = f"{means[update]:.4f} +- {ci95[update]:.4f}"
+        result = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:
-            shown = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
-        print(f"The paper's column, update{update}: {metric} {shown} over {protocol.tasks} {protocol.split} tasks.")
+            result = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
+        print(f"The paper's column, update{update}: {metric} {result} over {protocol.tasks} {protocol.split} tasks.")
     say(f"Written: {results / name}.csv, .pkl and results.json.")
-    if results == run.folder and logged and usual and not protocol.other_data_set:
+    if results == run.folder and logged and standard and not protocol.other_data_set:
         column = paper[-1] if paper else recipe.inner_steps
         test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
 
 
 def _print_table(values, metric, protocol):
-    """Prints a line for every number of updates, for people. values: [tasks, 1 + updates]."""
+    """Print a readable table, one line per number of updates. values: [tasks, 1 + updates]."""
     means, _, ci95 = statistics(values)
     medians = np.median(np.nan_to_num(values, nan=np.inf), axis=0)
     print(f"\n{metric}, {protocol.tasks} {protocol.split} tasks\n")

@@ -18,7 +18,7 @@ except ImportError:  # Windows
 
 
 class InputError(Exception):
-    """An error that the user can fix, in one line: `<flag or path>: <what is wrong>; <what to do>`."""
+    """A one-line error that the user can fix: `<flag or path>: <what is wrong>; <what to do>`."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
@@ -42,13 +42,13 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Print one line, to stdout unless `file` is given, with the names in it escaped."""
+    """Print one line to `file` (default: stdout), with unprintable characters escaped."""
     print(printable(line), file=file, flush=True)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write at or below `path`, such as a full disk, into an InputError."""
+    """Turn a failed write at or below `path`, such as on a full disk, into an InputError."""
     try:
         yield
         return
@@ -58,17 +58,17 @@ def writing(path: Path) -> Iterator[None]:
         tensorflow = sys.modules.get("tensorflow")
         if not (tensorflow and isinstance(error, tensorflow.errors.OpError)):
             raise
-        # "...<file>; No space left on device [Op:...]", sometimes with more lines
+        # "...<file>; No space left on device [Op:...]", sometimes followed by more lines
         cause, reason = error, error.message.splitlines()[0].rpartition("; ")[2].partition(" [Op:")[0]
     raise InputError(f"{path}: cannot write ({reason}); free space there, then run the same command again") from cause
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a hidden name and move it into place, so that `path` is never half a file.
+    """Write a file under a hidden name, then move it into place, so `path` is never partially written.
 
-    A process that is killed here may leave the hidden file.
+    A process that is killed meanwhile may leave the hidden file behind.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp, whose files only the owner reads
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp: only the owner can read its files
     try:
         with open(temporary, "xb") as file:
             fill(file)
@@ -78,7 +78,7 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def move_in(temporary: Path, path: Path) -> None:
-    """Move a finished file into place, so that even a power cut leaves the old file or the new one, whole."""
+    """Move a finished file into place. Even a power cut leaves either the old file or the new one, complete."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -87,29 +87,29 @@ def move_in(temporary: Path, path: Path) -> None:
 def read_json(path: Path, kind: type, fix: str, items: type = dict) -> list | dict:
     """Return the dict, or the list of `items`, in a JSON file.
 
-    Raise FileNotFoundError, or InputError with the way to fix a damaged file.
+    Raise FileNotFoundError, or InputError, ending in `fix`, if the file is damaged.
     """
     try:
-        found = json.loads(path.read_bytes())
-        if not (isinstance(found, kind) and all(isinstance(item, items) for item in found if kind is list)):
+        value = json.loads(path.read_bytes())
+        if not (isinstance(value, kind) and all(isinstance(item, items) for item in value if kind is list)):
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is damaged ({error}); {fix}") from None
-    return found
+    return value
 
 
 def lock(file: BinaryIO | int, wait: bool = False) -> None:
-    """Lock an open file for this process. Raise BlockingIOError if another has it, OSError if there are no locks."""
+    """Lock an open file. Raise BlockingIOError if another process holds the lock, OSError if locks are unsupported."""
     if fcntl is None:
-        raise OSError(errno.ENOSYS, "this system has no file locks")
+        raise OSError(errno.ENOSYS, "file locks are not supported on this system")
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, waiting: str = "") -> Iterator[None]:
-    """Lock a folder, or do nothing if the system has no locks. Print `waiting` before waiting for another process."""
+    """Lock a folder, if locks are supported. Print `waiting` before waiting for another process."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)

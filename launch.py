@@ -1,13 +1,13 @@
-"""Start several processes on this host that compute one run together, one per GPU.
+"""Run main.py as several processes on this host, one per GPU.
 
-    python launch.py main.py --datasource=omniglot ...                  as many processes as there are GPUs
+    python launch.py main.py --datasource=omniglot ...                  one process per GPU
     python launch.py --processes=2 main.py --datasource=omniglot ...    two; without GPUs they share the cores
 
-Each printed line starts with the number of its process. Process 0 is the chief, which prints the run's lines and writes
-its folder. Ctrl-C, SIGTERM and SIGHUP are passed on: all processes stop after the same step and the run is saved. If a
-process dies, the others exit too. The same command resumes from the last checkpoint; --restarts=K repeats it up to K
-times. Nothing is repeated if a process reports an error, such as a wrong flag or a full disk. The exit code is that of
-the first process that failed by itself, or 75 if all failures were caused by another process that died.
+Each printed line starts with the number of its process. Process 0 is the chief: it prints the run's lines and writes
+its folder. Ctrl-C, SIGTERM and SIGHUP are passed on; all processes then stop after the same step, and the run is saved.
+If a process dies, the others exit. The same command resumes from the last checkpoint; --restarts=K repeats it up to K
+times, but not after an error such as a wrong flag or a full disk. The exit code is that of the first process that
+failed on its own, or 75 if the death of another process caused every failure.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import threading
 import time
 from typing import BinaryIO
 
-GRACE = 90  # seconds for the other processes to exit by themselves, with a line that says why
-EXIT_PEER_LOST = 75  # as in cluster.py, which needs TensorFlow
+GRACE = 90  # seconds for the other processes to report the failure and exit
+EXIT_PEER_LOST = 75  # as in cluster.py, which imports TensorFlow
 WRITING = threading.Lock()
 
 
 def gpus() -> list[str]:
-    """Return the GPUs of this host as CUDA_VISIBLE_DEVICES names them."""
+    """Return the host's GPUs, by their names in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1"]
@@ -36,11 +36,11 @@ def gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)  # the parts of a GPU (MIG) have their own lines
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)  # MIG partitions have other lines
 
 
 def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
-    """Return the environment of each process. names: of the GPUs."""
+    """Return the environment of each process. names: the GPUs, one per process, or an empty list."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(processes)]
     addresses = [f"127.0.0.1:{server.getsockname()[1]}" for server in sockets]
     for server in sockets:
@@ -59,8 +59,8 @@ def environments(processes: int, names: list[str]) -> list[dict[str, str]]:
 
 
 def forward(pipe: BinaryIO, number: int, to: BinaryIO) -> None:
-    """Copy the lines of a pipe, each with the number of its process in front."""
-    with pipe:  # once it is closed, the process cannot print, and so does not wait to be read
+    """Copy the lines of a pipe, each prefixed with the number of its process."""
+    with pipe:  # closing it keeps the process from blocking on a pipe that is no longer read
         for line in pipe:
             try:
                 with WRITING:
@@ -68,8 +68,8 @@ def forward(pipe: BinaryIO, number: int, to: BinaryIO) -> None:
                     to.flush()
             except OSError as error:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())
-                if isinstance(error, BrokenPipeError):  # the reader, such as head, has enough
-                    return  # else the terminal was closed, and the process must be able to save
+                if isinstance(error, BrokenPipeError):  # the reader, such as head, has exited
+                    return  # otherwise the terminal was closed, and the process must still be able to save
 
 
 def say(line: str) -> None:
@@ -80,17 +80,17 @@ def say(line: str) -> None:
 
 def ending(code: int) -> str:
     """Describe how a process ended."""
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 def run_once(command: list[str], processes: int, names: list[str], stops: list[int]) -> list[int]:
     """Run the processes. Return their exit codes, negative for signals, in the order in which they ended.
 
-    stops: the signals that this program receives; they are passed on.
+    stops: handlers append signals to this list; they are passed on.
     """
     running, threads = [], []
     for number, environment in enumerate(environments(processes, names)):
-        # In its own session, so that a terminal's Ctrl-C comes from here only, and not twice.
+        # In its own session, so that a terminal's Ctrl-C reaches it only once, from here.
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
@@ -98,7 +98,7 @@ def run_once(command: list[str], processes: int, names: list[str], stops: list[i
         for pipe, to in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
             threads.append(threading.Thread(target=forward, args=(pipe, number, to), daemon=True))
             threads[-1].start()
-    passed_on, ended, until = 0, [], None
+    passed_on, ended, deadline = 0, [], None
     try:
         while any(process.poll() is None for process in running):
             time.sleep(0.05)
@@ -110,11 +110,11 @@ def run_once(command: list[str], processes: int, names: list[str], stops: list[i
             for number, process in enumerate(running):
                 if process.poll() is not None and number not in ended:
                     ended.append(number)
-                    if process.returncode and until is None and not stops:
-                        until = time.monotonic() + GRACE
+                    if process.returncode and deadline is None and not stops:
+                        deadline = time.monotonic() + GRACE
                         if processes > 1:
                             say(f"process {number} {ending(process.returncode)}; stopping the others")
-            if until and time.monotonic() > until:
+            if deadline and time.monotonic() > deadline:
                 break
     finally:
         for process in running:
@@ -127,22 +127,22 @@ def run_once(command: list[str], processes: int, names: list[str], stops: list[i
 
 
 def main() -> int:
-    """Run what the command line says. Return the exit code."""
+    """Run the command line. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, help="how many; by default one per GPU")
-    parser.add_argument("--restarts", type=int, default=0, metavar="K", help="start again up to K times (0)")
+    parser.add_argument("--processes", type=int, help="number of processes (default: one per GPU)")
+    parser.add_argument("--restarts", type=int, default=0, metavar="K", help="restart up to K times (default: 0)")
     parser.add_argument("program", help="main.py")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags, the same for all processes")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of main.py, the same for all processes")
     args = parser.parse_args()
     names = gpus()
     processes = len(names) if args.processes is None else args.processes
     if args.processes is None and not names:
-        parser.exit(1, "launch.py: --processes: is missing, and this host has no GPU; say how many\n")
+        parser.exit(1, "launch.py: --processes: is missing, and this host has no GPU; give a number\n")
     if processes < 1 or args.restarts < 0:
         name = "--processes" if processes < 1 else "--restarts"
-        parser.exit(1, f"launch.py: {name}: is too small; give {int(processes < 1)} or more\n")
+        parser.exit(1, f"launch.py: {name}: must be {int(processes < 1)} or more\n")
     if names and processes > len(names):
-        parser.exit(1, f"launch.py: --processes={processes}: is more than the {len(names)} GPUs here; lower it\n")
+        parser.exit(1, f"launch.py: --processes={processes}: exceeds the {len(names)} GPUs of this host; lower it\n")
     stops = []
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
@@ -156,7 +156,7 @@ def main() -> int:
         died = code < 0 or code == EXIT_PEER_LOST
         if not died or stops or restart == args.restarts:
             break
-        say(f"starting again, {restart + 1} of {args.restarts} times")
+        say(f"restarting ({restart + 1} of {args.restarts})")
     return 128 - code if code < 0 else code
 
 

@@ -1,6 +1,6 @@
-"""Everything a run reports: printed lines, a progress bar, and TensorBoard's event files.
+"""Everything a run reports: printed lines, a progress bar, and TensorBoard event files.
 
-The tags are the original's (metatrain_ and metaval_, its maml.py) and ours: the mean loss per example, the norm of the
+The tags are the original's (metatrain_ and metaval_, its maml.py), plus the mean loss per example, the norm of the
 meta-gradient, the milliseconds per step, the run's flags, and pictures of a validation task.
 """
 
@@ -28,13 +28,13 @@ from files import printable, say, writing
 from recipe import Recipe, to_flags
 from utils import Curve, Tasks
 
-PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000  # iterations; the original's (its main.py)
+PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000  # iterations (the original's main.py)
 FILES = "events.out.tfevents.*"  # TensorFlow's name for event files
-TEST_FOLDER = "test"  # in the run folder: the events of its tests
+TEST_FOLDER = "test"  # in the run folder, for the events of tests
 FIRST_COLUMNS = {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}  # of the HParams table
-MAX_PICTURED = 5  # examples per class in the support part and in the query part of a picture
-ENLARGE_TO = 84  # pixels; the side up to which small images are enlarged, by a whole factor
-LETTERS, GAP = 13, 12  # pixels in a picture: font size, and the space between support and query images
+MAX_PICTURED = 5  # support images per class, and query images per class, in a picture
+ENLARGE_TO = 84  # pixels; small images are enlarged up to this side, by an integer factor
+FONT_SIZE, GAP = 13, 12  # pixels; GAP separates support and query images
 RIGHT, WRONG, WHITE, BLACK = (40, 170, 60), (220, 50, 40), (255, 255, 255), (0, 0, 0)  # RGB
 
 
@@ -45,16 +45,16 @@ def tell(line: str) -> None:
 
 
 class Events:
-    """Appends TensorBoard events to a folder. Raises InputError if they cannot be written."""
+    """TensorBoard events of a folder. Its methods append, and raise InputError if they cannot write."""
 
     def __init__(self, folder: Path, start: int, log: bool = True):
         """Open a new event file.
 
         Args:
             folder: the run folder.
-            start: the first iteration that will be written. Readers, TensorBoard's too, drop what older files have from
-                there on.
-            log: False writes nothing.
+            start: the first iteration that will be written. Readers, including TensorBoard, drop the events that older
+                files have from there on.
+            log: False: write nothing.
         """
         self.folder, self.writer = folder, tf.summary.create_noop_writer()
         if log:
@@ -78,7 +78,7 @@ class Events:
             yield
 
     def scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Write values by tag in one event, which is ten times as fast as one tf.summary.scalar per tag."""
+        """Write values by tag as one event: ten times as fast as one tf.summary.scalar per tag."""
         summary = Summary()
         for tag, value in values.items():
             summary.MergeFrom(scalar_pb(tag, value))
@@ -86,17 +86,13 @@ class Events:
             tf.summary.experimental.write_raw_pb(summary.SerializeToString())
 
     def flags(self, iteration: int, flags: Mapping) -> None:
-        """Write the flags of a run as a table of text."""
+        """Write the flags of a run as a text table."""
         rows = "".join(f"| --{name} | {printable(value)} |\n" for name, value in flags.items())
         with self._at(iteration):
             tf.summary.text("flags", f"| flag | value |\n| --- | --- |\n{rows}")
 
     def overview(self, iteration: int, recipe: Recipe) -> None:
-        """Write what TensorBoard shows of the run as a whole.
-
-        This is the flags as text, a row of the HParams table under the folder's name, and a Custom Scalars page with a
-        few charts.
-        """
+        """Write the run's flags as text, its row of the HParams table, and a Custom Scalars page with a few charts."""
         flags = to_flags(recipe)
         self.flags(iteration, flags)
         values = {name: value if isinstance(value, int | float) else printable(value) for name, value in flags.items()}
@@ -115,13 +111,13 @@ class Events:
 
 
 class Report(Events):
-    """Reports a training run: the original's printed lines, a progress bar, and TensorBoard's curves."""
+    """A training run's printed lines (the original's), progress bar, and TensorBoard curves."""
 
     def __init__(self, folder: Path, start: int, recipe: Recipe, log: bool = True, show_progress: bool = True):
         super().__init__(folder, start, log)
         self.recipe, self.images = recipe, recipe.dataset.images is not None
-        self.sampled = []  # (before, after) of each summary since the last printed line
-        disable = None if show_progress else True  # None: show it on a terminal only
+        self.unprinted = []  # (before, after) of each summary since the last printed line
+        disable = None if show_progress else True  # None: enable on terminals only
         self.progress = tqdm(total=recipe.steps, initial=start, unit=" iterations", disable=disable)
 
     def __exit__(self, *exception):
@@ -129,16 +125,16 @@ class Report(Events):
         super().__exit__(*exception)
 
     def training(self, iteration: int, curve: Curve, gradient_norm: float, milliseconds: float) -> None:
-        """Report the curve of an iteration's training tasks and what its step was like."""
+        """Report the curve of an iteration's training tasks, and its step's gradient norm and duration."""
         values = {"metatrain_gradient_norm": gradient_norm, "metatrain_step_milliseconds": milliseconds}
         self.scalars(iteration, self._curve_scalars("metatrain", curve) | values)
         self.progress.set_postfix_str("loss {:.4g} -> {:.4g}".format(*self._mean_losses(curve)), refresh=False)
-        self.sampled.append(before_and_after(curve, self.recipe.inner_steps))
+        self.unprinted.append(before_and_after(curve, self.recipe.inner_steps))
         if iteration and iteration % (PRINT_INTERVAL if self.images else SINUSOID_PRINT_INTERVAL) == 0:
             pretrain = self.recipe.pretrain_steps
             name = f"Iteration {iteration - pretrain}" if iteration >= pretrain else f"Pretrain Iteration {iteration}"
-            tell("{}: {:.6g}, {:.6g}".format(name, *np.mean(self.sampled, axis=0)))
-            self.sampled = []
+            tell("{}: {:.6g}, {:.6g}".format(name, *np.mean(self.unprinted, axis=0)))
+            self.unprinted = []
 
     def validation(self, iteration: int, curve: Curve) -> None:
         """Report the curve of the validation tasks."""
@@ -146,19 +142,19 @@ class Report(Events):
         tell("Validation results: {:.6g}, {:.6g}".format(*before_and_after(curve, self.recipe.inner_steps)))
 
     def _curve_scalars(self, prefix, curve):
-        """Name a curve's means over tasks by the original's tags."""
+        """Return a curve's means over tasks, by the original's tags."""
         values = {}
         for metric, columns in (("loss", curve.losses), ("accuracy", curve.accuracies)):
             for updates, mean in enumerate(np.mean(columns, axis=0)):
                 tag = f"Post-update_{metric}__step_{updates}" if updates else f"Pre-update_{metric}"
                 values[f"{prefix}_{tag}"] = float(mean)
-        if self.images:  # the mean squared error already is a mean over examples
+        if self.images:  # the sinusoid's loss is already a mean over examples
             tags = "Pre-update_mean_loss", f"Post-update_mean_loss__step_{self.recipe.inner_steps}"
             values |= {f"{prefix}_{tag}": mean for tag, mean in zip(tags, self._mean_losses(curve), strict=True)}
         return values
 
     def _mean_losses(self, curve):
-        """Compute the losses per example, before any update and after J."""
+        """Return the mean losses per example, before any update and after J."""
         before, after = (float(np.mean(curve.losses[:, j])) for j in (0, self.recipe.inner_steps))
         if self.images and self.recipe.loss == "sum_over_shot":  # a sum over examples, divided by K
             before /= self.recipe.way
@@ -167,7 +163,7 @@ class Report(Events):
 
 
 def before_and_after(curve: Curve, updates: int) -> tuple[float, float]:
-    """Return the means over tasks before any update and after `updates`: accuracies, or losses in regression."""
+    """Return the mean accuracies, or losses in regression, before any update and after `updates`."""
     values = curve.accuracies if curve.accuracies.shape[1] else curve.losses
     return float(np.mean(values[:, 0])), float(np.mean(values[:, updates]))
 
@@ -175,7 +171,7 @@ def before_and_after(curve: Curve, updates: int) -> tuple[float, float]:
 def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None:
     """Write a test's result, "accuracy" or "loss", for the HParams table.
 
-    It goes into a folder of its own: TensorBoard stops reading an event file when a newer one appears in its folder,
+    It is written to a separate folder, because TensorBoard stops reading an event file once its folder has a newer one,
     and training may still append to the older one.
     """
     with Events(folder / TEST_FOLDER, iteration) as events:
@@ -183,9 +179,9 @@ def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None
 
 
 def read(folder: Path) -> list[list[Event]]:
-    """Read a folder's event files, one list of events per file, oldest file first.
+    """Return the events of each event file in a folder, oldest file first.
 
-    Drop the events that a later file replaces. A truncated or damaged record ends its file.
+    Events that a later file replaces are left out. A file is read up to its first truncated or damaged record.
     """
     files = filter(None, (list(EventFileLoader(str(path)).Load()) for path in folder.glob(FILES)))
     kept = []
@@ -197,17 +193,17 @@ def read(folder: Path) -> list[list[Event]]:
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Read the numbers in a folder's event files: tag -> iteration -> its last value."""
-    found = {}
+    """Return the numbers in a folder's event files: tag -> iteration -> latest value."""
+    by_tag = {}
     for event in chain(*read(folder)):
         for value in event.summary.value:
             if value.metadata.plugin_data.plugin_name == "scalars" and not value.tensor.tensor_shape.dim:
-                found.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor).item()
-    return found
+                by_tag.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor).item()
+    return by_tag
 
 
 def _table(flags, updates):
-    """Make the columns of the HParams table, the same for all runs: TensorBoard reads them from any one of them."""
+    """Return the columns of the HParams table. All runs have the same ones: TensorBoard reads them from any run."""
     metrics = [
         hparams.Metric("accuracy", group=TEST_FOLDER, display_name="test accuracy"),
         hparams.Metric(f"metaval_Post-update_accuracy__step_{updates}", display_name="validation accuracy"),
@@ -219,13 +215,13 @@ def _table(flags, updates):
     plugin = summary.value[0].metadata.plugin_data
     columns = HParamsPluginData.FromString(plugin.content)
     for column in columns.experiment.hparam_infos:
-        column.differs = column.name in FIRST_COLUMNS  # TensorBoard shows these first, and only five to begin with
+        column.differs = column.name in FIRST_COLUMNS  # TensorBoard shows these first, and five by default
     plugin.content = columns.SerializeToString()
     return summary
 
 
 def _layout(updates, images):
-    """Make the Custom Scalars page: at most four charts."""
+    """Return the Custom Scalars page: at most four charts."""
     curves = {"Accuracy": "accuracy", "Loss per example": "mean_loss"} if images else {"Training loss": "loss"}
     charts = {
         f"{name} before any update and after {updates}": (
@@ -247,39 +243,39 @@ def _layout(updates, images):
 def task_picture(task: Tasks, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
     """Draw a task: for each class its name, its support images, and the query images classified as it.
 
-    A query image has a green frame if that is right, and a red one if it is wrong.
-    Args: one task of images, the names of its classes, scores [N * Q, N]. Returns uint8 [height, width, 3].
+    Right query images have a green frame, wrong ones a red one.
+    Args: one task of images, the names of its classes, scores [N * Q, N]. Return uint8 [height, width, 3].
     """
     support_row, query_row, guesses = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))
-    shown = MAX_PICTURED * scores.shape[1]  # the first examples of every class come first
+    count = MAX_PICTURED * scores.shape[1]  # examples are ordered so that these are MAX_PICTURED of each class
     rows = []
     for label in range(scores.shape[1]):
         row = [_framed(image, WHITE) for image in task.support_x[support_row == label][:MAX_PICTURED]]
         row.append(np.full_like(row[0][:, :GAP], 255))
-        query = zip(task.query_x[:shown], query_row, guesses, strict=False)
+        query = zip(task.query_x[:count], query_row, guesses, strict=False)
         row += [_framed(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label]
         rows.append(np.concatenate(row, 1))
 
-    font = ImageFont.load_default(LETTERS)
+    font = ImageFont.load_default(FONT_SIZE)
     legend = [("support, then queries classified as it:", BLACK), ("right", RIGHT), ("wrong", WRONG)]
     legend_width = round(font.getlength(" ".join(text for text, _ in legend)))
-    width, high, line = max(legend_width, *(row.shape[1] for row in rows)), len(rows[0]), 2 * LETTERS
+    width, high, line = max(legend_width, *(row.shape[1] for row in rows)), len(rows[0]), 2 * FONT_SIZE
     picture = Image.new("RGB", (width, line + (line + high) * len(rows)), WHITE)
     draw, x = ImageDraw.Draw(picture), 0
     for text, color in legend:
-        draw.text((x, LETTERS), text, color, font, "lm")
+        draw.text((x, FONT_SIZE), text, color, font, "lm")
         x += font.getlength(f"{text} ")
     for number, (name, row) in enumerate(zip(names, rows, strict=True)):
         top, name = line + (line + high) * number, printable(name)
         while font.getlength(name) > width:
-            name = f"…{name[2:]}"  # the end of a folder's name says more than its beginning
-        draw.text((0, top + LETTERS), name, BLACK, font, "lm")
+            name = f"…{name[2:]}"  # the end of a folder's name identifies it better
+        draw.text((0, top + FONT_SIZE), name, BLACK, font, "lm")
         picture.paste(Image.fromarray(row), (0, top + line))
     return np.asarray(picture)
 
 
 def _framed(image, color):
-    """Turn pixels of 0 to 1 with 1 or 3 channels into a framed RGB image. Enlarge small ones."""
+    """Return an image (pixels 0 to 1, 1 or 3 channels) as framed RGB, enlarged if small."""
     times = max(1, ENLARGE_TO // len(image))
     pixels = np.uint8(255 * image.repeat(times, 0).repeat(times, 1) + 0.5)
     framed = np.empty((pixels.shape[0] + 4, pixels.shape[1] + 4, 3), np.uint8)

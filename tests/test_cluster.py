@@ -1,4 +1,4 @@
-"""Several processes: equal weights on any number of them, whatever ends one; mismatches; launch.py."""
+"""Several processes: equal weights on any number of them, signals, killed processes, mismatches, launch.py."""
 
 import json
 import os
@@ -37,13 +37,13 @@ from tests.helpers import (
 
 ROOT = Path(main.__file__).parent
 STEPS = "--metatrain_iterations=45"
-OFTEN = """
+SHORT_INTERVALS = """
 import main, report, train
 train.SUMMARY_INTERVAL = report.PRINT_INTERVAL = 20
 train.VALIDATION_INTERVAL = 10
 main.DATASETS["omniglot"] = main.DATASETS["omniglot"]._replace(curve_steps=1)
 """
-# Imports TensorFlow once and forks the processes, each of which starts TensorFlow itself.
+# Import TensorFlow once, then fork the processes. Each starts TensorFlow itself.
 SERVER = """
 import json, os, signal, sys, traceback
 for line in sys.stdin:
@@ -58,7 +58,7 @@ for line in sys.stdin:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(order["environment"])
     os.chdir(order["cwd"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the tests run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore SIGINT
     code = 0
     try:
         main.run(main.parse(["main.py", *order["flags"]]))
@@ -73,12 +73,12 @@ for line in sys.stdin:
 
 
 class Server:
-    """Starts processes of main.py, each as one of a cluster."""
+    """A process that forks main.py processes, which form a cluster."""
 
     def __init__(self, folder: Path):
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-c", OFTEN + SERVER]
+        command = [sys.executable, "-c", SHORT_INTERVALS + SERVER]
         self.folder, self.process = folder, subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
     def ask(self, **order: object) -> int:
@@ -124,16 +124,16 @@ class Processes(NamedTuple):
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
     return ports
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("output"))
-    with server.process:  # which closes its pipes, so that it ends
+    with server.process:  # closes its pipes at the end, so that it exits
         yield server
     assert server.process.returncode == 0
 
@@ -144,16 +144,16 @@ def flags(omniglot) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(server, flags, tmp_path_factory) -> Path:
-    """The folder of a run in one process."""
-    logdir = tmp_path_factory.mktemp("whole")
+def single(server, flags, tmp_path_factory) -> Path:
+    """The folder of the run in a single process."""
+    logdir = tmp_path_factory.mktemp("single")
     (ended,) = server.start([[*flags, f"--logdir={logdir}"]]).end()
     assert (ended.code, ended.err) == (0, "")
     return only_run(logdir)
 
 
 def train_on(server: Server, count: int, flags: list[str]) -> list[Ended]:
-    """Run to a good end in `count` processes, each with a different number of threads. Only the chief prints."""
+    """Run in `count` processes with different numbers of threads. All must succeed, and only the chief print."""
     ended = server.start([[*flags, f"--threads={rank + 1}"] for rank in range(count)]).end()
     assert [(process.code, process.err) for process in ended] == [(0, "")] * count
     assert ["waiting for" in process.out for process in ended] == [count > 1] * count
@@ -162,11 +162,11 @@ def train_on(server: Server, count: int, flags: list[str]) -> list[Ended]:
 
 
 def wait_for(logdir: Path, iteration: int) -> runs.Run:
-    """Waits for a checkpoint."""
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
+    """Wait for a checkpoint at or after `iteration`. Return its run."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
         for folder in logdir.glob("cls_*"):
-            if (held := runs.Run(folder).iterations()) and held[-1] >= iteration:
+            if (saved := runs.Run(folder).iterations()) and saved[-1] >= iteration:
                 return runs.Run(folder)
         time.sleep(0.01)
     raise TimeoutError
@@ -175,28 +175,28 @@ def wait_for(logdir: Path, iteration: int) -> runs.Run:
 # -- equal weights ----------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_bitwise_identical_weights(server, flags, whole, tmp_path):
-    """With Adam's moments, the validation results and TensorBoard's events. Another test has four processes."""
+def test_two_processes_train_bitwise_identical_weights(server, flags, single, tmp_path):
+    """Adam's moments, validation results and TensorBoard events are identical too. Another test has four processes."""
     chief = train_on(server, 2, [*flags, f"--logdir={tmp_path}"])[0]
     folder = only_run(tmp_path)
     assert "Done: 45 iterations" in chief.out
-    assert_same_ending(folder, whole)
-    assert scalars(folder) == scalars(whole)
+    assert_same_ending(folder, single)
+    assert scalars(folder) == scalars(single)
     assert sorted(path.name for path in folder.iterdir() if "tfevents" not in path.name) == sorted(
-        path.name for path in whole.iterdir() if "tfevents" not in path.name
+        path.name for path in single.iterdir() if "tfevents" not in path.name
     )
 
 
 @pytest.mark.parametrize(("killed", "others"), [(1, [0]), (0, [1, 2])], ids=["worker", "chief"])
-def test_a_killed_process_ends_all_and_another_number_of_processes_resumes(
-    killed, others, server, flags, whole, tmp_path
+def test_if_a_process_is_killed_all_exit_and_a_different_number_resumes(
+    killed, others, server, flags, single, tmp_path
 ):
     flags = [*flags, f"--logdir={tmp_path}"]
     count = len(others) + 1
     if count == 3:
         flags.append("--meta_batch_size=6")
     processes = server.start([flags] * count)
-    held = wait_for(tmp_path, 4)
+    started = wait_for(tmp_path, 4)
     os.kill(processes.numbers[killed], signal.SIGKILL)
     ended = processes.end()
     assert ended[killed].code == -signal.SIGKILL
@@ -204,32 +204,32 @@ def test_a_killed_process_ends_all_and_another_number_of_processes_resumes(
         (line,) = ended[rank].err.splitlines()
         assert ended[rank].code == EXIT_PEER_LOST
         assert f"process {killed} at {processes.addresses[killed]}" in line or "another process" in line
-    assert held.iterations()[-1] < 44
+    assert started.iterations()[-1] < 44
     chief = train_on(server, 4 if count == 2 else 2, flags)[0]
     assert "Done: 45 iterations" in chief.out
-    if count == 2:  # the whole run has a different meta-batch than the three
-        assert_same_ending(held.folder, whole)
+    if count == 2:  # three processes have a different meta-batch size
+        assert_same_ending(started.folder, single)
 
 
 @pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGHUP)])
-def test_a_signal_to_one_process_stops_and_saves_all(rank, number, server, flags, whole, tmp_path):
-    """After the same step. Joining the others leaves the signal to us: TensorFlow would take SIGTERM."""
+def test_a_signal_to_one_process_stops_all_after_the_same_step(rank, number, server, flags, single, tmp_path):
+    """Joining must not leave TensorFlow's SIGTERM handler in place."""
     flags = [*flags, f"--logdir={tmp_path}"]
     processes = server.start([flags] * 2)
-    held = wait_for(tmp_path, 4)
+    started = wait_for(tmp_path, 4)
     os.kill(processes.numbers[rank], number)
     ended = processes.end()
     assert [(process.code, process.err) for process in ended] == [(128 + number, "")] * 2
     stopped = re.search(rf"Stopped by {number.name} after iteration (\d+), saved in ", ended[0].out)
-    assert int(stopped[1]) == held.iterations()[-1] < 44
+    assert int(stopped[1]) == started.iterations()[-1] < 44
     train_on(server, 1, flags)
-    assert_same_ending(held.folder, whole)
+    assert_same_ending(started.folder, single)
 
 
-def test_a_test_on_two_processes_writes_the_files_of_one(server, flags, whole, tmp_path):
+def test_a_test_on_two_processes_writes_the_same_files_as_on_one(server, flags, single, tmp_path):
     for count in (1, 2):
         test = "--train=False", "--test_set=True", "--test_tasks=13", f"--results_dir={tmp_path / str(count)}"
-        train_on(server, count, [*flags, f"--logdir={whole.parent}", *test])
+        train_on(server, count, [*flags, f"--logdir={single.parent}", *test])
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert len(names) == 3
     assert names == sorted(path.name for path in (tmp_path / "2").iterdir())
@@ -244,7 +244,7 @@ def test_a_test_on_two_processes_writes_the_files_of_one(server, flags, whole, t
 
 
 def assert_refused(ended: list[Ended], *words: str) -> None:
-    """All exit, and only the chief reports why, on one line."""
+    """All processes exit with code 1, and only the chief reports why, in one line."""
     assert [process.code for process in ended] == [1] * len(ended)
     (line,) = ended[0].err.splitlines()
     assert line.startswith("main.py: ") and all(word in line for word in words), line
@@ -259,7 +259,7 @@ def test_processes_with_different_flags_are_refused(server, flags, tmp_path):
 
 
 def test_processes_with_different_data_are_refused(server, flags, omniglot, tmp_path):
-    """In training and at test. Each host has its data on its own disk."""
+    """In training and at test, on hosts with separate disks."""
     hosts = [tmp_path / "a", tmp_path / "b"]
     for host in hosts:
         shutil.copytree(omniglot, host / "data", symlinks=True, ignore=shutil.ignore_patterns(".cache"))
@@ -268,16 +268,16 @@ def test_processes_with_different_data_are_refused(server, flags, omniglot, tmp_
     flags += ["--data_path=data", f"--logdir={tmp_path / 'logs'}", "--num_classes=2"]
     assert_refused(server.start([flags] * 2, cwd=hosts).end(), "process 1", "data")
     assert not any(tmp_path.rglob("model*.index"))
-    (alone,) = server.start([[*flags, "--metatrain_iterations=1"]], cwd=hosts[:1]).end()
-    assert alone.code == 0
+    (process,) = server.start([[*flags, "--metatrain_iterations=1"]], cwd=hosts[:1]).end()
+    assert process.code == 0
     flags += ["--metatrain_iterations=1", "--train=False", "--test_tasks=4"]
     assert_refused(server.start([flags] * 2, cwd=hosts).end(), "process 1", "data")
 
 
-def test_processes_with_different_weights_are_refused(server, flags, whole, tmp_path):
-    """Such as hosts whose --logdir is not shared: only the chief's has the checkpoints."""
+def test_processes_with_different_weights_are_refused(server, flags, single, tmp_path):
+    """For example, hosts that do not share --logdir: only the chief's has the checkpoints."""
     hosts = [tmp_path / "a", tmp_path / "b"]
-    shutil.copytree(whole, hosts[0] / "logs" / whole.name)
+    shutil.copytree(single, hosts[0] / "logs" / single.name)
     hosts[1].mkdir()
     processes = server.start([[*flags, "--logdir=logs", "--metatrain_iterations=50"]] * 2, cwd=hosts)
     assert_refused(processes.end(), f"process 1 at {processes.addresses[1]}", "weights")
@@ -292,13 +292,13 @@ def test_processes_with_different_weights_are_refused(server, flags, whole, tmp_
     ],
     ids=["uneven", "groups", "tiny network"],
 )
-def test_a_run_that_cannot_be_shared_is_refused(count, more, named, server, flags, tmp_path):
+def test_a_run_that_the_processes_cannot_share_is_refused(count, more, named, server, flags, tmp_path):
     assert_refused(server.start([[*flags, f"--logdir={tmp_path}", *more]] * count).end(), named)
     assert not any(tmp_path.rglob("model*"))
 
 
 def test_an_error_in_one_process_ends_all(server, flags, tmp_path):
-    """Here one host lacks the data. Its process says so, and the chief says which process it is."""
+    """One host lacks the data. Its process reports that; the chief names the process."""
     (tmp_path / "data").symlink_to(next(flag for flag in flags if "data_path" in flag).partition("=")[2])
     (tmp_path / "empty").mkdir()
     flags = [*flags, "--data_path=data", f"--logdir={tmp_path / 'logs'}"]
@@ -313,10 +313,10 @@ def test_an_error_in_one_process_ends_all(server, flags, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ctrl_c_ends_the_wait_for_other_processes(rank, server, flags, tmp_path):
     processes = server.start([[*flags, f"--logdir={tmp_path}"]] * 2, present=[rank])
-    until = time.monotonic() + 60
-    while "waiting for" not in Path(f"{processes.files[0]}.out").read_text() and time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while "waiting for" not in Path(f"{processes.files[0]}.out").read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(1)  # it goes on to wait
+    time.sleep(1)  # until TensorFlow waits
     os.kill(processes.numbers[0], signal.SIGINT)
     assert processes.end()[0].code == -signal.SIGINT
 
@@ -329,6 +329,15 @@ def test_a_port_in_use_is_refused(server, flags, tmp_path):
     assert ended.code == 1
     (line,) = ended.err.splitlines()
     assert processes.addresses[0] in line
+
+
+def test_unsaved_changes_in_an_editor_do_not_change_the_code_checksum(tmp_path, monkeypatch):
+    """Meanwhile Emacs keeps a dangling symlink next to the file."""
+    (tmp_path / "module.py").write_text("1")
+    monkeypatch.setattr(main, "ROOT", tmp_path)
+    before = main.identity()
+    (tmp_path / ".#module.py").symlink_to("me@here.42")
+    assert main.identity() == before
 
 
 WORKERS = {"worker": ["a:1", "b:2"]}
@@ -345,7 +354,7 @@ WORKERS = {"worker": ["a:1", "b:2"]}
         {"cluster": {**WORKERS, "ps": ["c:3"]}, "task": {"type": "worker", "index": 0}},
         {"cluster": {"worker": ["a:1", "a:1"]}, "task": {"type": "worker", "index": 0}},
     ],
-    ids=["no JSON", "list", "no task", "no such index", "no such type", "parameter server", "duplicate"],
+    ids=["not JSON", "list", "no task", "missing index", "missing type", "parameter server", "duplicate"],
 )
 def test_an_invalid_tf_config_is_refused(config, monkeypatch, tmp_path):
     monkeypatch.setenv("TF_CONFIG", config if isinstance(config, str) else json.dumps(config))
@@ -355,15 +364,15 @@ def test_an_invalid_tf_config_is_refused(config, monkeypatch, tmp_path):
 # -- the processes of the environment ---------------------------------------------------------------------------------
 
 
-def test_a_chief_and_workers(monkeypatch):
-    """As Kubernetes' training operator names them: the chief is process 0."""
+def test_a_chief_in_tf_config_is_process_0(monkeypatch):
+    """Kubernetes' training operator writes such a TF_CONFIG."""
     jobs = {"chief": ["a:1"], "worker": ["b:1", "b:2"]}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": jobs, "task": {"type": "worker", "index": 1}}))
     workers = cluster.of_environment()
     assert (workers.addresses, workers.rank, workers.chief, workers.place) == (("a:1", "b:1", "b:2"), 2, False, (1, 2))
 
 
-def test_the_processes_of_slurm(monkeypatch):
+def test_slurm_describes_the_processes(monkeypatch):
     slurm = {"PROCID": "3", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "n[1-2]", "STEP_TASKS_PER_NODE": "2(x2)"}
     for name, value in {**slurm, "JOB_ID": "70123"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -373,7 +382,7 @@ def test_the_processes_of_slurm(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[")
     with pytest.raises(InputError, match="SLURM"):
         cluster.of_environment()
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # one process, not several
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a single process
     assert cluster.of_environment().size == 1
 
 
@@ -382,13 +391,13 @@ def test_processes_of_a_host_share_its_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 8)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["GPU 0", "GPU 1"])
     monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, kind: seen.append((gpus, kind)))
-    for name in ("inter", "intra"):  # which TensorFlow takes once
+    for name in ("inter", "intra"):  # TensorFlow allows setting them once
         monkeypatch.setattr(tf.config.threading, f"set_{name}_op_parallelism_threads", lambda number: None)
     workers = Cluster(("a:1", "b:1", "b:2"), 2)
     assert main.side_by_side(workers) == 4
     assert main.layout(workers)[:2] == (4, 1)
-    monkeypatch.setattr(devices, "gpus", lambda: ["a kind"])
-    assert main.layout(workers)[:2] == (1, 0)  # one group at a time: a second one may not find memory
+    monkeypatch.setattr(devices, "gpus", lambda: ["a model"])
+    assert main.layout(workers)[:2] == (1, 0)  # one group at a time: two might not fit in memory
     devices.start(place=workers.place)
     assert seen == [(["GPU 1"], "GPU")]
 
@@ -396,7 +405,7 @@ def test_processes_of_a_host_share_its_cores_and_gpus(monkeypatch):
 # -- signals of one process -------------------------------------------------------------------------------------------
 
 
-def test_nohup_stays_in_force():
+def test_sighup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stopping_on_signals() as stop:
@@ -408,12 +417,12 @@ def test_nohup_stays_in_force():
 
 
 def test_a_closed_terminal_saves_the_run(tmp_path):
-    """What is printed to it fails, and SIGHUP may come twice."""
+    """Printing to it fails, and SIGHUP may arrive twice."""
     program = "import sys, main, report; report.SINUSOID_PRINT_INTERVAL = 100; main.run(main.parse(sys.argv))"
     flags = "--norm=None", "--metatrain_iterations=1000000", "--save_interval=1000000", f"--logdir={tmp_path}"
-    terminal, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=ROOT, stdout=theirs, stderr=theirs)
-    os.close(theirs)
+    terminal, far_end = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program, *flags], cwd=ROOT, stdout=far_end, stderr=far_end)
+    os.close(far_end)
     printed = b""
     while b"Iteration 100:" not in printed:
         printed += os.read(terminal, 1000)
@@ -427,18 +436,18 @@ def test_a_closed_terminal_saves_the_run(tmp_path):
 # -- a GPU ------------------------------------------------------------------------------------------------------------
 
 
-def test_tensor_float_32_is_off():
+def test_tensor_float_32_is_off_by_default():
     assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
-def test_determinism_can_be_asked_for(server, flags, tmp_path):
-    """It is recorded, since its kernels have their own rounding."""
+def test_deterministic_is_recorded(server, flags, tmp_path):
+    """Deterministic kernels round differently."""
     train_on(server, 1, [*flags, "--deterministic", "--metatrain_iterations=2", f"--logdir={tmp_path}"])
     (computed,) = json.loads((only_run(tmp_path) / "computed.json").read_text())
     assert computed["deterministic"] is True
 
 
-def test_memory_that_runs_out_names_the_flag_to_lower(monkeypatch, tmp_path):
+def test_out_of_memory_names_the_flag_to_lower(monkeypatch, tmp_path):
     def run_out(*_, **__):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[9]\nmore")
 
@@ -450,7 +459,7 @@ def test_memory_that_runs_out_names_the_flag_to_lower(monkeypatch, tmp_path):
 
 
 def launch(tmp_path: Path, program: str, *flags: str, meanwhile: Callable = lambda launcher: None, **more) -> Ended:
-    """Run launch.py on a small program in place of main.py."""
+    """Run launch.py on a small program instead of main.py."""
     path = tmp_path / "program.py"
     path.write_text(
         f"import json, os, signal, sys, time\nrank = 0\nif 'TF_CONFIG' in os.environ:\n"
@@ -465,7 +474,7 @@ def launch(tmp_path: Path, program: str, *flags: str, meanwhile: Callable = lamb
     return Ended(launcher.returncode, out, err)
 
 
-def test_launch_gives_each_process_its_place_flags_and_gpu(tmp_path):
+def test_launch_gives_each_process_its_rank_flags_and_gpu(tmp_path):
     program = (
         "config = json.loads(os.environ['TF_CONFIG'])\n"
         "print(config['task'], len(config['cluster']['worker']), os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:])"
@@ -477,9 +486,9 @@ def test_launch_gives_each_process_its_place_flags_and_gpu(tmp_path):
     ]
 
 
-def test_launch_counts_gpus_and_not_their_parts(tmp_path, monkeypatch):
-    """As nvidia-smi lists a host whose first GPU is divided (MIG)."""
-    lines = "GPU 0: A kind (UUID: GPU-1)", "  MIG 3g.40gb Device  0: (UUID: MIG-2)", "GPU 1: A kind (UUID: GPU-3)"
+def test_launch_does_not_count_mig_partitions_as_gpus(tmp_path, monkeypatch):
+    """nvidia-smi's output on a host whose first GPU is partitioned."""
+    lines = "GPU 0: Model (UUID: GPU-1)", "  MIG 3g.40gb Device  0: (UUID: MIG-2)", "GPU 1: Model (UUID: GPU-3)"
     (tmp_path / "nvidia-smi").write_text("\n".join(["#!/bin/sh", "cat <<end", *lines, "end", ""]))
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -495,9 +504,9 @@ def test_launch_counts_gpus_and_not_their_parts(tmp_path, monkeypatch):
         (["--processes=2"], "0", "--processes=2"),
         (["--restarts=-1"], "0", "--restarts"),
     ],
-    ids=["missing", "none", "more than GPUs", "negative"],
+    ids=["missing", "zero", "more than GPUs", "negative"],
 )
-def test_launch_refuses_wrong_numbers(flags, gpus, named, tmp_path):
+def test_launch_refuses_numbers_out_of_range(flags, gpus, named, tmp_path):
     ended = launch(tmp_path, "", *flags, CUDA_VISIBLE_DEVICES=gpus)
     assert ended.code == 1
     (line,) = ended.err.splitlines()
@@ -505,17 +514,17 @@ def test_launch_refuses_wrong_numbers(flags, gpus, named, tmp_path):
 
 
 def when_ready(number: signal.Signals, group: bool = False) -> Callable:
-    """Send a signal to the launcher, or to its group as a terminal does, once its two processes are ready."""
+    """Once both processes are ready, send a signal to the launcher, or to its group as a terminal does."""
 
-    def stop(launcher):
+    def send(launcher):
         assert {launcher.stdout.readline(), launcher.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
         (os.killpg if group else os.kill)(launcher.pid, number)
 
-    return stop
+    return send
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_launch_passes_a_signal_on_once_and_waits(number, tmp_path):
+def test_launch_forwards_a_signal_once_and_waits(number, tmp_path):
     program = (
         "def note(number, frame):\n    print('stopped by', number, flush=True)\n    time.sleep(0.5)\n"
         "    print('saved', flush=True)\n    sys.exit(128 + number)\n"
@@ -529,7 +538,7 @@ def test_launch_passes_a_signal_on_once_and_waits(number, tmp_path):
 
 
 def test_launch_does_not_restart_after_a_signal(tmp_path):
-    """Even if it comes before main.py handles signals."""
+    """Even if the signal arrives before main.py handles signals."""
     program = "print('ready', flush=True)\ntime.sleep(60)"
     ended = launch(tmp_path, program, "--processes=2", "--restarts=3", meanwhile=when_ready(signal.SIGTERM))
     assert (ended.code, ended.err) == (128 + signal.SIGTERM, "")
@@ -541,8 +550,7 @@ def test_launch_kills_a_process_that_does_not_exit(monkeypatch):
     assert launcher.run_once([sys.executable, "-c", program], 2, [], []) == [7, -signal.SIGKILL]
 
 
-def test_launch_restarts_all_if_one_process_is_killed(tmp_path):
-    """At most as often as --restarts says."""
+def test_launch_restarts_all_processes_if_one_is_killed(tmp_path):
     assert launcher.EXIT_PEER_LOST == EXIT_PEER_LOST
     program = (
         f"os.makedirs({str(tmp_path / 'started')!r}, exist_ok=True)\n"
@@ -556,8 +564,8 @@ def test_launch_restarts_all_if_one_process_is_killed(tmp_path):
     assert launch(tmp_path, program, "--processes=2", "--restarts=1").code == 0
 
 
-def test_launch_ends_if_nobody_reads_its_output(tmp_path):
-    """Behind `launch.py ... | head`: more than a pipe holds."""
+def test_launch_ends_when_its_output_pipe_is_closed(tmp_path):
+    """Like `launch.py ... | head`, with more output than a pipe holds."""
 
     def stop_reading(launcher):
         assert launcher.stdout.readline() == "[0] 0\n"
@@ -577,7 +585,7 @@ def test_launch_ends_if_nobody_reads_its_output(tmp_path):
     ],
     ids=["all", "chief first", "others first"],
 )
-def test_launch_does_not_repeat_an_error(chief, others, tmp_path):
+def test_launch_does_not_restart_after_an_error(chief, others, tmp_path):
     program = f"if rank == 0: {chief}\nprint('started')\n{others}"
     ended = launch(tmp_path, program, "--processes=2", "--restarts=3")
     assert ended.code == 1

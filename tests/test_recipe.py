@@ -1,4 +1,4 @@
-"""The recipe: to and from flags.json, and that nothing in the process remembers an earlier one."""
+"""Recipes: conversion to and from flags.json and run names, defaults, limits."""
 
 import json
 from pathlib import Path
@@ -39,19 +39,19 @@ recipes = st.builds(
 
 
 @given(recipes)
-def test_flags_json_holds_all_of_a_recipe(one):
-    assert recipe.from_flags(json.loads(json.dumps(recipe.to_flags(one)))) == one
+def test_a_recipe_survives_flags_json(example):
+    assert recipe.from_flags(json.loads(json.dumps(recipe.to_flags(example)))) == example
 
 
 def test_a_missing_key_means_the_flags_default():
-    """So a run that is older than a flag stays what it was."""
+    """A run that is older than a flag keeps its meaning."""
     assert recipe.from_flags({}) == Recipe()
     assert recipe.from_flags({"num_classes": 20, "a_flag_of_another_version": 1}) == Recipe(way=20)
     assert {flag: main.FLAGS[flag].default for flag in recipe.DEFAULTS} == recipe.DEFAULTS
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
-def test_a_published_models_flags_name_its_folder(path):
+def test_a_published_models_flags_give_its_folders_name(path):
     assert recipe.from_flags(json.loads(path.read_text())).run_name == path.parent.name
 
 
@@ -97,50 +97,50 @@ def test_a_published_models_flags_name_its_folder(path):
     ],
     ids=str,
 )
-def test_a_value_that_its_flag_cannot_have(wrong):
+def test_an_invalid_value_is_refused_by_flag(wrong):
     ((flag, _),) = wrong.items()
     with pytest.raises(InputError, match=flag):
         recipe.from_flags(wrong)
 
 
-def test_one_resolution_leaves_no_trace_in_the_next():
-    """The sinusoid's norm is None; an Omniglot command after it has the original's default again."""
+def test_a_data_sets_defaults_do_not_affect_the_next_command():
+    """The sinusoid's norm is None. An Omniglot command after it has the original's default again."""
     commands = ["--datasource=sinusoid"], ["--datasource=omniglot"], ["--datasource=cub"], ["--datasource=omniglot"]
-    found = [main.recipe_of(main.parsed(arguments)) for arguments in commands]
-    assert [one.norm for one in found] == [None, "batch_norm", "batch_norm", "batch_norm"]
-    assert [one.meta_batch for one in found] == [25, 25, 4, 25]
-    assert found[1] == found[3]
+    parsed = [main.recipe_of(main.parsed(arguments)) for arguments in commands]
+    assert [each.norm for each in parsed] == [None, "batch_norm", "batch_norm", "batch_norm"]
+    assert [each.meta_batch for each in parsed] == [25, 25, 4, 25]
+    assert parsed[1] == parsed[3]
     assert main.FLAGS["norm"].default == "batch_norm"
 
 
 @pytest.mark.parametrize("record", PUBLISHED, ids=lambda path: path.parent.name)
-def test_the_originals_folder_names_say_the_recipe(record):
-    """All that the name says is read back, so the name of what is read is the same again."""
-    one = recipe.from_flags(json.loads(record.read_text()))
-    name = one.run_name.removesuffix(".pretrain")
-    assert recipe.from_run_name(name, one.data_set).run_name == name
+def test_a_recipe_read_from_a_published_run_name_has_that_name(record):
+    published = recipe.from_flags(json.loads(record.read_text()))
+    name = published.run_name.removesuffix(".pretrain")
+    assert recipe.from_run_name(name, published.data_set).run_name == name
 
 
-def test_the_name_of_the_released_model():
+def test_the_released_models_name_is_read():
     name = "cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm"
-    one = recipe.from_run_name(name, "miniimagenet")
-    assert one.run_name == name
-    assert (one.way, one.shot, one.inner_steps, one.inner_lr, one.filters, one.max_pool) == (5, 1, 5, 0.01, 32, True)
+    released = recipe.from_run_name(name, "miniimagenet")
+    assert released == Recipe(
+        data_set="miniimagenet", way=5, meta_batch=4, shot=1, inner_steps=5, inner_lr=0.01, filters=32, max_pool=True
+    )
     with pytest.raises(InputError, match="my_model"):
         recipe.from_run_name("my_model", "miniimagenet")
 
 
 @pytest.mark.parametrize(
-    "one",
+    "example",
     [
         Recipe(data_set="omniglot", first_order=True, norm="layer_norm"),
         Recipe(baseline="oracle", norm=None, inner_lr=1e-05),
         Recipe(data_set="omniglot", way=20, meta_batch=16, shot=1, inner_lr=0.1, inner_steps=5, max_pool=True),
     ],
-    ids=lambda one: one.run_name,
+    ids=lambda example: example.run_name,
 )
-def test_a_name_says_every_value_that_the_original_has_in_it(one):
-    assert recipe.from_run_name(one.run_name, one.data_set) == one
+def test_a_run_name_holds_every_value_of_the_originals_names(example):
+    assert recipe.from_run_name(example.run_name, example.data_set) == example
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ def test_a_name_says_every_value_that_the_original_has_in_it(one):
         "cls_5.mbs_4.ubs_1.numstep5.updatelr0batchnorm",
     ],
 )
-def test_a_name_that_no_run_has_is_refused(name):
+def test_an_invalid_run_name_is_refused(name):
     with pytest.raises(InputError, match=name):
         recipe.from_run_name(name, "miniimagenet")
 
 
-def test_queries_a_class():
-    """As many as K; in the training on photographs and its validation 15, the original's; what is given wins."""
+def test_queries_per_class_default_to_k_or_to_15_when_training_on_photographs():
+    """15 is the original's number, and also holds for the validation in training. An explicit number wins."""
     for data_set, training, query in (
         *[("miniimagenet", True, 15), ("miniimagenet", False, 5), ("cub", True, 15), ("cub", False, 5)],
         *[("omniglot", True, 5), ("omniglot", False, 5), ("sinusoid", True, 5), ("sinusoid", False, 5)],
@@ -167,7 +167,7 @@ def test_queries_a_class():
         assert Recipe(data_set=data_set, query=2).query_examples(training) == 2
 
 
-def test_resnet12_that_fills_the_memory_is_refused():
+def test_resnet12_is_refused_if_it_does_not_fit_in_memory():
     resnet = Recipe(data_set="miniimagenet", network="resnet12", shot=5, inner_steps=5, meta_batch=4)
     recipe.check_memory(resnet, Layout(cores=4), 2**40)
     recipe.check_memory(Recipe(data_set="miniimagenet", max_pool=True), Layout(cores=64), 2**20)

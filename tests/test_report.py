@@ -1,4 +1,4 @@
-"""TensorBoard events: what readers see of a resumed run and of damaged files; the picture of a task."""
+"""TensorBoard events of resumed runs and in damaged files; pictures of tasks."""
 
 import os
 import pickle
@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 import report
-from report import ENLARGE_TO, GAP, LETTERS, RIGHT, WHITE, WRONG, Events, task_picture
+from report import ENLARGE_TO, FONT_SIZE, GAP, RIGHT, WHITE, WRONG, Events, task_picture
 from utils import Tasks
 
 
@@ -29,7 +29,7 @@ def write(folder, start, steps, value):
     ids=["resumed twice", "resumed and killed", "started over"],
 )
 def test_readers_see_the_newest_values_of_a_resumed_run(starts, newest, tmp_path):
-    """Our reader and TensorBoard's. TensorBoard's default loader, which is a program, drops the older ones as well."""
+    """With our reader and TensorBoard's. TensorBoard's default loader, a separate program, drops older values too."""
     for value, (start, steps) in enumerate(starts, 1):
         write(tmp_path / "run", start, steps, value)
     assert report.scalars(tmp_path / "run") == {"loss": newest}
@@ -39,8 +39,8 @@ def test_readers_see_the_newest_values_of_a_resumed_run(starts, newest, tmp_path
     assert points == list(newest.items())
 
 
-def test_values_of_the_original_are_read(tmp_path):
-    """TensorFlow 1 wrote simple values. Texts are not numbers."""
+def test_the_originals_values_are_read(tmp_path):
+    """TensorFlow 1 wrote simple values. Text is skipped."""
     summary = tf.compat.v1.Summary(value=[tf.compat.v1.Summary.Value(tag="metatrain_Pre-update_loss", simple_value=2)])
     event = tf.compat.v1.Event(step=100, summary=summary)
     with tf.io.TFRecordWriter(str(tmp_path / "events.out.tfevents.1500000000.host")) as writer:
@@ -51,7 +51,7 @@ def test_values_of_the_original_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 30])
-def test_a_killed_process_loses_no_value_before_its_last(cut, tmp_path):
+def test_a_killed_process_loses_only_its_last_value(cut, tmp_path):
     write(tmp_path, 0, [0, 100, 200], value=1)
     (path,) = tmp_path.iterdir()
     os.truncate(path, path.stat().st_size - cut)
@@ -59,42 +59,44 @@ def test_a_killed_process_loses_no_value_before_its_last(cut, tmp_path):
     assert report.scalars(tmp_path) == {"loss": {0: 1, 100: 1, 300: 1}}
 
 
-class Stranger:
-    def __init__(self, made):
-        self.made = made
+class Exploit:
+    """A pickle that creates a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
 
     def __reduce__(self):
-        return os.mkdir, (self.made,)
+        return os.mkdir, (self.folder,)
 
 
-def test_an_event_file_runs_no_code(tmp_path):
-    (tmp_path / "events.out.tfevents.1").write_bytes(pickle.dumps(Stranger(str(tmp_path / "made"))))
+def test_an_event_file_cannot_run_code(tmp_path):
+    (tmp_path / "events.out.tfevents.1").write_bytes(pickle.dumps(Exploit(str(tmp_path / "created"))))
     assert report.scalars(tmp_path) == {}
-    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "created").exists()
 
 
-def test_the_picture_of_a_task():
-    """Two gray classes of 42x42 images, 1-shot: one query image is right, the other classified as the first class."""
+def test_a_task_picture_sorts_and_frames_query_images_by_prediction():
+    """2-way 1-shot with gray 42x42 images. Both query images are classified as the first class."""
     support, query = (np.full((2, 42, 42, 1), [[[[0.2]]], [[[0.8]]]]) + shift for shift in (0, 0.1))
-    labels, names = np.eye(2), ["a\udcff", "b" * 500]  # the first has a byte that is not UTF-8
+    labels, names = np.eye(2), ["a\udcff", "b" * 500]  # the first contains a byte that is not UTF-8
     picture = task_picture(Tasks(support, labels, query, labels), names, scores=np.array([[1, 0], [0.7, 0.3]]))
-    side, line = ENLARGE_TO + 4, 2 * LETTERS  # a framed image; a line of text
+    side, line = ENLARGE_TO + 4, 2 * FONT_SIZE  # a framed image; a line of text
     height, width, _ = picture.shape
     assert height == line + 2 * (line + side)
     tops, lefts = [2 * line, 3 * line + side], [0, side + GAP, 2 * side + GAP]
-    assert lefts[-1] + side <= width < lefts[-1] + 2 * side  # as wide as the images or the legend, not as the name
+    assert lefts[-1] + side <= width < lefts[-1] + 2 * side  # the width of the images or the legend, not of the name
     colors = [[tuple(map(int, picture[y + side // 2, x + side // 2])) for x in lefts] for y in tops]
     assert colors == [
-        [(51,) * 3, (77,) * 3, (230,) * 3],  # class 0: its support image; the query images classified as it
+        [(51,) * 3, (77,) * 3, (230,) * 3],  # class 0: its support image, then the query images classified as it
         [(204,) * 3, WHITE, WHITE],
     ]
     assert tuple(picture[tops[0], lefts[1]]) == RIGHT
     assert tuple(picture[tops[0], lefts[2]]) == WRONG
     for top in tops:
-        assert (picture[top - line : top] < 128).any()  # a name
+        assert (picture[top - line : top] < 128).any()  # the class name
 
 
-def test_the_picture_of_a_task_has_five_examples_per_class():
+def test_a_task_picture_has_five_examples_per_class():
     images, labels = np.zeros((14, ENLARGE_TO, ENLARGE_TO, 1)), np.tile(np.eye(2), (7, 1))
     picture = task_picture(Tasks(images, labels, images, labels), ["a", "b"], scores=labels)
     assert picture.shape[1] == 2 * 5 * (ENLARGE_TO + 4) + GAP

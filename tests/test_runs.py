@@ -1,4 +1,4 @@
-"""The run folder: its name, its flags, whole checkpoints only, older and the original's checkpoints, results."""
+"""The run folder: name, flags, checkpoints (ours, older ones, the original's) and results."""
 
 import csv
 import json
@@ -60,8 +60,8 @@ def image_model(filters: int = 4, norm: str | None = "batch_norm") -> MAML:
     return maml_of(network, mse, accuracy, inner_lr=0.4, inner_steps=1)
 
 
-def filled(maml: MAML, seed: int, step: int) -> list[np.ndarray]:
-    """Random numbers in all that maml holds, which is returned."""
+def randomize(maml: MAML, seed: int, step: int) -> list[np.ndarray]:
+    """Set all variables to random values, and return these."""
     random = np.random.default_rng(seed)
     for variable in state(maml):
         if variable.dtype.is_floating:
@@ -73,20 +73,22 @@ def filled(maml: MAML, seed: int, step: int) -> list[np.ndarray]:
 
 
 def state(maml: MAML) -> list[tf.Variable]:
-    return list({id(variable): variable for variable in maml.variables}.values())  # the optimizers hold the weights too
+    return list(
+        {id(variable): variable for variable in maml.variables}.values()
+    )  # the optimizers also hold the weights
 
 
 def values(maml: MAML) -> list[np.ndarray]:
     return [variable.numpy() for variable in state(maml)]
 
 
-def assert_same(one: list[np.ndarray], other: list[np.ndarray]) -> None:
-    for a, b in zip(one, other, strict=True):
+def assert_same(actual: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def claim(run: runs.Run, flags: dict, resume: bool = True) -> None:
-    """As main does before it trains."""
+    """Prepare the folder as main does before training."""
     with run.locked():
         run.check(flags, recipe.DEFAULTS, resume)
         run.record(flags)
@@ -122,14 +124,17 @@ def run(tmp_path) -> runs.Run:
             FLAGS | {"baseline": "oracle", "pretrain_iterations": 70000, "metatrain_iterations": 0},
             "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001oraclenonorm",
         ),
-        # What the original leaves out, and so lets share one folder.
+        # The original omits these flags, so runs that differ in them share a folder.
         (
             FLAGS | {"pretrain_iterations": 70000, "metatrain_iterations": 0},
             "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.pretrain",
         ),
         (FLAGS | {"pretrain_iterations": 500}, "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.pretrain500"),
         (OMNIGLOT | {"conv": False}, "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm.fc"),
-        (FLAGS | {"conv": False}, "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm"),  # it has no other network
+        (
+            FLAGS | {"conv": False},
+            "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm",
+        ),  # the sinusoid has only this network
         (FLAGS | {"meta_lr": 0.01}, "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.metalr0.01"),
         (FLAGS | {"seed": 3}, "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.seed3"),
         (
@@ -140,7 +145,7 @@ def run(tmp_path) -> runs.Run:
             OMNIGLOT | {"image_size": 64, "image_channels": 3, "seed": 3},
             "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm.size64.channels3.seed3",
         ),
-        (FLAGS | {"update_lr": 1e-05}, "cls_5.mbs_25.ubs_10.numstep1.updatelr1e-05nonorm"),  # as Python prints it
+        (FLAGS | {"update_lr": 1e-05}, "cls_5.mbs_25.ubs_10.numstep1.updatelr1e-05nonorm"),  # Python's format
     ],
 )
 def test_run_name(flags, name):
@@ -150,20 +155,20 @@ def test_run_name(flags, name):
 # -- identity ---------------------------------------------------------------------------------------------------------
 
 
-def test_claim_makes_the_folder_and_records_the_flags(tmp_path):
+def test_a_new_run_creates_its_folder_and_records_its_flags(tmp_path):
     run = runs.Run(tmp_path / "logs" / "sine" / "run")
     claim(run, FLAGS)
     assert json.loads((run.folder / "flags.json").read_text()) == FLAGS
 
 
-def test_more_iterations_are_the_same_run(run):
+def test_a_run_may_be_extended(run):
     claim(run, FLAGS)
     run.save(line_model_at(70000))
     claim(run, FLAGS | {"metatrain_iterations": 90000})
     assert json.loads((run.folder / "flags.json").read_text())["metatrain_iterations"] == 90000
 
 
-def test_another_runs_folder_is_refused_and_the_flags_that_differ_are_listed(run):
+def test_the_folder_of_a_different_run_is_refused_and_its_flags_listed(run):
     claim(run, FLAGS)
     run.save(line_model_at(100))
     before = contents(run.folder)
@@ -179,8 +184,8 @@ def test_another_runs_folder_is_refused_and_the_flags_that_differ_are_listed(run
     assert contents(run.folder) == before
 
 
-def test_a_folder_without_checkpoints_may_change_its_flags(run):
-    claim(run, FLAGS)  # a run that was killed before its first checkpoint
+def test_a_run_without_checkpoints_may_change_its_flags(run):
+    claim(run, FLAGS)  # then killed before its first checkpoint
     claim(run, OMNIGLOT, resume=False)
     assert json.loads((run.folder / "flags.json").read_text()) == OMNIGLOT
 
@@ -189,7 +194,7 @@ def test_a_folder_without_checkpoints_may_change_its_flags(run):
     ("recorded", "done", "now", "allowed"),
     [
         ((500, 1000), 400, (450, 1000), True),  # not reached yet
-        ((500, 1000), 500, (600, 1000), True),  # reached, and nothing after it done
+        ((500, 1000), 500, (600, 1000), True),  # reached, but not passed
         ((500, 0), 500, (900, 0), True),
         ((500, 1000), 501, (600, 1000), False),
         ((500, 1000), 700, (600, 1000), False),
@@ -198,7 +203,7 @@ def test_a_folder_without_checkpoints_may_change_its_flags(run):
         ((500, 1000), 700, (500, 2000), True),
     ],
 )
-def test_the_end_of_a_past_pretraining_is_fixed(run, recorded, done, now, allowed):
+def test_a_finished_pretraining_cannot_be_extended_or_shortened(run, recorded, done, now, allowed):
     def flags(pair):
         return FLAGS | dict(zip(("pretrain_iterations", "metatrain_iterations"), pair, strict=True))
 
@@ -209,10 +214,10 @@ def test_the_end_of_a_past_pretraining_is_fixed(run, recorded, done, now, allowe
     else:
         with pytest.raises(InputError, match="--pretrain_iterations"):
             claim(run, flags(now))
-    run.check_flags(flags(now), recipe.DEFAULTS, training=False)  # a test changes nothing
+    run.check_flags(flags(now), recipe.DEFAULTS, training=False)  # testing is allowed
 
 
-def test_a_folder_without_a_record_is_tested_not_trained(run):
+def test_a_run_without_flags_json_can_be_tested_but_not_trained(run):
     run.save(line_model_at(60000))
     with pytest.raises(InputError, match="--logdir"):
         claim(run, FLAGS)
@@ -221,7 +226,7 @@ def test_a_folder_without_a_record_is_tested_not_trained(run):
 
 
 @pytest.mark.parametrize("record", [b"", b'{"datasource": ', b'["sinusoid"]', b"\xff\xfe\xfd", b"[" * 100_000])
-def test_a_damaged_record_is_named(run, record):
+def test_a_damaged_flags_json_is_reported(run, record):
     run.save(line_model_at(100))
     (run.folder / "flags.json").write_bytes(record)
     with pytest.raises(InputError, match=r"flags\.json") as error:
@@ -230,24 +235,24 @@ def test_a_damaged_record_is_named(run, record):
 
 
 @pytest.mark.parametrize("name", ["runs [1]", "back\\slash", "not text \udcff"])
-def test_a_folder_that_tensorflow_could_not_read_is_refused(name, tmp_path):
+def test_a_path_that_tensorflow_cannot_read_is_refused(name, tmp_path):
     with pytest.raises(InputError, match="--logdir"):
         runs.Run(tmp_path / name)
 
 
-def test_how_iterations_were_computed_is_recorded_and_repeated_ones_again(run, capsys):
-    """Another machine began at 500 and was killed before it saved anything."""
-    here, there = {"op_threads": 1}, {"op_threads": 2}
-    run.record_computed(0, here)
-    run.record_computed(500, there)
+def test_repeated_iterations_replace_the_record_of_how_they_were_computed(run, capsys):
+    """A second machine resumed at 500 and was killed before it saved anything."""
+    first, second = {"op_threads": 1}, {"op_threads": 2}
+    run.record_computed(0, first)
+    run.record_computed(500, second)
     assert "op_threads 1 there, 2 here" in capsys.readouterr().err
-    run.record_computed(500, here)
-    run.record_computed(1000, here)
+    run.record_computed(500, first)
+    run.record_computed(1000, first)
     assert capsys.readouterr().err == ""
-    assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 0, **here}]
+    assert json.loads((run.folder / "computed.json").read_text()) == [{"from_iteration": 0, **first}]
 
 
-def test_the_classes_trained_on_are_recorded_and_changes_reported(run, capsys):
+def test_training_classes_are_recorded_and_changes_reported(run, capsys):
     run.record_classes(["b", "a"])
     run.save(line_model_at(100))
     run.record_classes(["a", "b"])
@@ -260,18 +265,18 @@ def test_the_classes_trained_on_are_recorded_and_changes_reported(run, capsys):
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_everything(run):
+def test_a_checkpoint_restores_every_variable(run):
     saved = line_model("batch_norm")
-    expected = filled(saved, seed=1, step=700)
+    expected = randomize(saved, seed=1, step=700)
     prefix = run.save(saved)
     assert prefix == run.checkpoint() == str(run.folder / "model699")
     restored = line_model("batch_norm")
     run.restore(restored, prefix)
-    assert len(expected) == 5 * 5 + 3  # w1 b1 w2 b2 beta1 with m and v twice; two counts of updates, and the step
+    assert len(expected) == 5 * 5 + 3  # w1 b1 w2 b2 beta1 with m and v twice; two update counts; the step
     assert_same(values(restored), expected)
 
 
-def test_the_latest_checkpoints_and_the_best_stay(run, monkeypatch):
+def test_the_latest_checkpoints_and_the_best_are_kept(run, monkeypatch):
     assert runs.KEPT_CHECKPOINTS == 10
     monkeypatch.setattr(runs, "KEPT_CHECKPOINTS", 3)
     (run.folder / "modelled.index").write_text("not ours")
@@ -283,18 +288,17 @@ def test_the_latest_checkpoints_and_the_best_stay(run, monkeypatch):
     names = {f"model{i}{ending}" for i in saved for ending in (".index", ".data-00000-of-00001")}
     assert {path.name for path in run.folder.iterdir()} == names | {"modelled.index"}
     assert run.checkpoint("best") == str(run.folder / "model2")
-    again = runs.Run(run.folder)
-    assert again.best() == run.validation == (4999, 2, 0.9, 200)
-    again.restore_newest(line_model())
-    assert again.validation == run.validation
+    reopened = runs.Run(run.folder)
+    assert reopened.best() == run.validation == (4999, 2, 0.9, 200)
+    reopened.restore_newest(line_model())
+    assert reopened.validation == run.validation
 
 
-def test_which_validation_is_best():
-    """The first of equals; and accuracies on different numbers of tasks are not compared."""
-    found = runs.Validation().then(500, 0.3, 200).then(1000, 0.5, 200).then(1500, 0.5, 200).then(2000, 0.4, 200)
-    assert found == (2000, 1000, 0.5, 200)
-    assert found.then(2500, 0.45, 20) == (2500, 2500, 0.45, 20)
-    assert found.then(2500, -math.inf, 20) == (2500, 1000, 0.5, 200)
+def test_the_best_validation_is_the_first_of_ties_on_the_same_number_of_tasks():
+    best = runs.Validation().then(500, 0.3, 200).then(1000, 0.5, 200).then(1500, 0.5, 200).then(2000, 0.4, 200)
+    assert best == (2000, 1000, 0.5, 200)
+    assert best.then(2500, 0.45, 20) == (2500, 2500, 0.45, 20)
+    assert best.then(2500, -math.inf, 20) == (2500, 1000, 0.5, 200)
 
 
 def test_a_checkpoint_is_chosen_by_its_iteration(run):
@@ -304,18 +308,18 @@ def test_a_checkpoint_is_chosen_by_its_iteration(run):
     for missing in (98, "best"):
         with pytest.raises(InputError, match=f"--test_iter={missing}"):
             run.checkpoint(missing)
-    (run.folder / "model4999.data-00000-of-00001").unlink()  # as in a folder that was copied halfway
+    (run.folder / "model4999.data-00000-of-00001").unlink()  # an interrupted copy
     assert run.checkpoint() == run.prefix(99)
 
 
-def test_a_folder_without_checkpoint_is_named_and_so_are_those_beside_it_and_in_it(run):
+def test_a_folder_without_checkpoints_is_reported_with_run_folders_nearby(run):
     with pytest.raises(InputError, match=str(run.folder)):
         run.checkpoint()
-    other = runs.Run(run.folder.with_name("other"))
-    other.folder.mkdir()
-    other.save(line_model_at(1))
+    sibling = runs.Run(run.folder.with_name("sibling"))
+    sibling.folder.mkdir()
+    sibling.save(line_model_at(1))
     for folder in (run.folder, run.folder.parent):
-        with pytest.raises(InputError, match=rf"{folder}: .*\bother\b"):
+        with pytest.raises(InputError, match=rf"{folder}: .*\bsibling\b"):
             runs.load(folder)
 
 
@@ -324,27 +328,27 @@ class Crash(Exception):
 
 
 @pytest.mark.parametrize(("function", "calls"), [("replace", 0), ("replace", 1), ("unlink", 0), ("unlink", 1)])
-def test_a_save_cut_short_leaves_whole_checkpoints_only(run, monkeypatch, function, calls):
-    """The process ends before the data, or the index, is moved in; or before either file of the oldest is removed."""
+def test_an_interrupted_save_leaves_only_complete_checkpoints(run, monkeypatch, function, calls):
+    """The process dies before the data or index file is moved into place, or before either old file is deleted."""
     monkeypatch.setattr(runs, "KEPT_CHECKPOINTS", 2)
     expected = {}
     for step in (1, 2):
         maml = line_model()
-        expected[step - 1] = filled(maml, seed=step, step=step)
+        expected[step - 1] = randomize(maml, seed=step, step=step)
         run.save(maml)
 
-    original, done = getattr(os, function), []
+    original, completed = getattr(os, function), []
 
-    def cut_short(*arguments):
-        if len(done) == calls:
+    def crash(*arguments):
+        if len(completed) == calls:
             raise Crash
-        done.append(arguments)
+        completed.append(arguments)
         original(*arguments)
 
     maml = line_model()
-    expected[2] = filled(maml, seed=3, step=3)
+    expected[2] = randomize(maml, seed=3, step=3)
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(runs.os, function, cut_short)
+        patch.setattr(runs.os, function, crash)
         run.save(maml)
 
     saved = run.iterations()
@@ -354,7 +358,7 @@ def test_a_save_cut_short_leaves_whole_checkpoints_only(run, monkeypatch, functi
         restored = line_model()
         run.restore(restored, run.checkpoint(iteration))
         assert_same(values(restored), expected[iteration])
-    run.save(maml)  # and the next attempt succeeds
+    run.save(maml)  # the next attempt succeeds
     restored = line_model()
     run.restore(restored, run.checkpoint())
     assert_same(values(restored), expected[2])
@@ -372,13 +376,13 @@ def test_a_save_cut_short_leaves_whole_checkpoints_only(run, monkeypatch, functi
         (line_model(), line_model(hidden=(3, 3))),
     ],
 )
-def test_the_checkpoint_of_another_network_is_refused(run, saved, here):
+def test_a_checkpoint_of_a_different_network_is_refused(run, saved, here):
     saved.step.assign(1)
     prefix = run.save(saved)
     before = values(here)
     with pytest.raises(InputError, match=re.escape(prefix)) as error:
         run.restore(here, prefix)
-    assert not isinstance(error.value, runs.DamagedError)  # an earlier checkpoint would not help
+    assert not isinstance(error.value, runs.DamagedError)  # so no earlier checkpoint is tried
     assert_same(values(here), before)
 
 
@@ -389,7 +393,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def rewritten(**changes: tf.Tensor) -> Callable[[Path], None]:
-    """Write a checkpoint again, with right checksums, with other values for some keys."""
+    """Rewrite a checkpoint with different values for some keys, and valid checksums."""
 
     def rewrite(path):
         prefix = path.with_suffix("")
@@ -413,16 +417,16 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("ending", "spoil"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_if_the_newest_checkpoint_is_damaged_the_previous_one_is_used(run, ending, spoil, capfd):
-    """With one line, and none of TensorFlow's. A damaged one that was asked for is an error, and leaves the model."""
+@pytest.mark.parametrize(("ending", "damage"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_if_the_newest_checkpoint_is_damaged_the_previous_one_is_used(run, ending, damage, capfd):
+    """This prints one line, without TensorFlow's. Restoring a damaged checkpoint by name fails and changes nothing."""
     before = line_model()
-    expected = filled(before, seed=1, step=100)
+    expected = randomize(before, seed=1, step=100)
     run.validation = runs.Validation(50, 40, 0.5, 200)
     earlier = run.save(before)
     run.validation = runs.Validation(150, 150, 0.7, 200)
     prefix = run.save(line_model_at(200))
-    spoil(Path(prefix + ending))
+    damage(Path(prefix + ending))
 
     restored = line_model_at(7)
     with pytest.raises(runs.DamagedError, match=re.escape(prefix)):
@@ -435,7 +439,7 @@ def test_if_the_newest_checkpoint_is_damaged_the_previous_one_is_used(run, endin
     assert line.startswith("WARNING: ") and prefix in line
 
 
-def test_a_folder_of_damaged_checkpoints_is_named(run):
+def test_a_folder_with_only_damaged_checkpoints_is_reported(run):
     for step in (1, 2):
         os.truncate(run.save(line_model_at(step)) + ".index", 40)
     with pytest.raises(InputError, match=str(run.folder)):
@@ -443,20 +447,20 @@ def test_a_folder_of_damaged_checkpoints_is_named(run):
     assert run.best() == runs.Validation()
 
 
-@pytest.mark.parametrize(("spoilt", "value"), [("weights", np.nan), ("meta_optimizer", -np.inf)])
-def test_what_is_not_finite_is_never_saved(run, spoilt, value):
+@pytest.mark.parametrize(("part", "value"), [("weights", np.nan), ("meta_optimizer", -np.inf)])
+def test_nan_and_infinity_are_never_saved(run, part, value):
     maml = line_model_at(100)
     prefix = run.save(maml)
     maml.step.assign(200)
-    (maml.weights if spoilt == "weights" else maml.meta_optimizer.v)["b2"].assign([value])
+    (maml.weights if part == "weights" else maml.meta_optimizer.v)["b2"].assign([value])
     with pytest.raises(InputError, match=re.escape(prefix)):
         run.save(maml)
     assert run.iterations() == [99]
 
 
 def test_a_full_disk_loses_no_checkpoint(run):
-    """The system refuses to let files grow. Earlier checkpoints stay, and with room again the save succeeds."""
-    expected = filled(maml := line_model(hidden=(40, 40)), seed=1, step=100)
+    """A file size limit acts as the full disk. Once it is lifted, the save succeeds."""
+    expected = randomize(maml := line_model(hidden=(40, 40)), seed=1, step=100)
     run.save(maml)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -473,8 +477,8 @@ def test_a_full_disk_loses_no_checkpoint(run):
     assert not list(run.folder.glob(".*"))
 
 
-def write_as_before(maml: MAML, run: runs.Run, **more: tf.Variable) -> None:
-    """Write a checkpoint as our program did until November 2026, with tf.train.Checkpoint."""
+def write_old_format(maml: MAML, run: runs.Run, **more: tf.Variable) -> None:
+    """Write a checkpoint with tf.train.Checkpoint, as the program did until November 2026."""
     tf.train.Checkpoint(
         weights=maml.weights,
         meta_optimizer=maml.meta_optimizer,
@@ -484,10 +488,10 @@ def write_as_before(maml: MAML, run: runs.Run, **more: tf.Variable) -> None:
     ).write(run.prefix(int(maml.step) - 1))
 
 
-def test_an_older_checkpoint_restores_to_the_same_bits(run):
+def test_a_checkpoint_in_the_old_format_restores_to_the_same_bits(run):
     maml = line_model("batch_norm")
-    expected = filled(maml, seed=1, step=1001)
-    write_as_before(maml, run, validation=tf.Variable(runs.Validation(1000, 500, 0.5, 20), dtype=tf.float64))
+    expected = randomize(maml, seed=1, step=1001)
+    write_old_format(maml, run, validation=tf.Variable(runs.Validation(1000, 500, 0.5, 20), dtype=tf.float64))
     restored = line_model("batch_norm")
     assert run.restore_newest(restored) == run.prefix(1000)
     assert_same(values(restored), expected)
@@ -496,19 +500,19 @@ def test_an_older_checkpoint_restores_to_the_same_bits(run):
         run.restore(line_model("layer_norm"), run.prefix(1000))
 
 
-def test_the_oldest_checkpoints_have_no_validation(run):
+def test_an_old_checkpoint_without_validations_is_restored(run):
     maml = line_model()
-    filled(maml, seed=1, step=1001)
-    write_as_before(maml, run)
+    randomize(maml, seed=1, step=1001)
+    write_old_format(maml, run)
     run.restore_newest(line_model())
-    assert run.validation == runs.Validation(last=1000)  # that of iteration 1000 was done
+    assert run.validation == runs.Validation(last=1000)  # iteration 1000 was validated
 
 
 # -- the original's checkpoints ---------------------------------------------------------------------------------------
 
 CONV = ("conv1", "conv2", "conv3", "conv4", "w5", "b5")
 VARIABLES = ("Variable", *(f"Variable_{i}" for i in range(1, 10)))
-# Our name -> that of the original's released checkpoint.
+# Our name -> the name in the original's released checkpoint.
 CONV_NAMES = {name: f"model/{name}" for name in CONV} | {f"b{i + 1}": f"model/{VARIABLES[i]}" for i in range(4)}
 FC_NAMES = {f"{'wb'[i % 2]}{i // 2 + 1}": f"model/{VARIABLES[i]}" for i in range(10)}
 LINE_NAMES = {"w1": "model/Variable", "b1": "model/Variable_1", "w2": "model/Variable_2", "b2": "model/Variable_3"}
@@ -536,7 +540,7 @@ ORIGINALS = {
 
 
 def save_as_the_original(run: runs.Run, iteration: int, tensors: dict[str, np.ndarray]) -> str:
-    """Writes model<iteration> with these variables and nothing else, as TensorFlow 1's Saver does."""
+    """Write model<iteration> with only these variables, as TensorFlow 1's Saver does."""
     prefix = str(run.folder / f"model{iteration}")
     names = list(tensors)
     tf.raw_ops.SaveV2(
@@ -550,7 +554,7 @@ def save_as_the_original(run: runs.Run, iteration: int, tensors: dict[str, np.nd
 
 @pytest.fixture(params=ORIGINALS)
 def original(request):
-    """A model, and random weights for it under our names and under the original's."""
+    """Return a model, and random weights for it by our names and by the original's."""
     build, norm, names = ORIGINALS[request.param]
     maml = build(norm=norm)
     assert names.keys() == maml.weights.keys()
@@ -559,22 +563,22 @@ def original(request):
     return maml, weights, {names[name]: value for name, value in weights.items()}
 
 
-def test_the_originals_checkpoint(run, original):
+def test_the_originals_checkpoint_is_restored(run, original):
     maml, weights, tensors = original
     save_as_the_original(run, 59000, tensors)
-    assert run.iterations() == [59000]  # found by its file name: there is no `checkpoint` file
+    assert run.iterations() == [59000]  # by file name: there is no `checkpoint` file
     run.restore(maml, run.checkpoint(59000))
     for name, value in weights.items():
         np.testing.assert_array_equal(maml.weights[name], value)
 
 
-@pytest.mark.parametrize("fault", ["missing", "too many", "shape"])
-def test_a_checkpoint_of_the_original_that_is_not_of_this_network(run, fault):
+@pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
+def test_an_originals_checkpoint_of_a_different_network_is_refused(run, fault):
     tensors = {key: np.zeros(line_model().weights[name].shape) for name, key in LINE_NAMES.items()}
     if fault == "missing":
         del tensors["model/Variable_2"]
     else:
-        tensors["model/more" if fault == "too many" else "model/Variable_2"] = np.zeros([7, 7])
+        tensors["model/extra" if fault == "extra" else "model/Variable_2"] = np.zeros([7, 7])
     maml, prefix = line_model(), save_as_the_original(run, 59000, tensors)
     before = values(maml)
     with pytest.raises(InputError, match=re.escape(prefix)):
@@ -588,7 +592,7 @@ ENTRY = {"data_set": "omniglot", "split": "test", "support_examples_a_class_K": 
 ACCURACIES = np.array([[0.2, 0.4, 0.6], [0.2, 0.8, 1.0], [0.2, 0.6, 0.2], [0.2, 0.2, 0.8]])
 
 
-def test_the_originals_files(tmp_path):
+def test_the_csv_and_pickle_have_the_originals_format(tmp_path):
     runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, {}, (2,))
     header, *rows = csv.reader((tmp_path / "test_ubs1_stepsize0.4.csv").read_text().splitlines())
     assert header == ["update0", "update1", "update2"]
@@ -602,7 +606,7 @@ def test_the_originals_files(tmp_path):
     np.testing.assert_array_equal(pickled["mses"], ACCURACIES)
 
 
-def test_results_in_plain_words(tmp_path):
+def test_results_json_describes_every_update(tmp_path):
     runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, {}, (1,))
     (entry,) = json.loads((tmp_path / "results.json").read_text())
     results = entry.pop("results")
@@ -616,7 +620,7 @@ def test_results_in_plain_words(tmp_path):
     assert results[2]["ci95"] == pytest.approx(0.98 * np.sqrt(0.0875))
 
 
-def test_a_diverged_task_leaves_json_that_any_reader_takes(tmp_path):
+def test_a_diverged_task_is_written_as_valid_json(tmp_path):
     values = ACCURACIES.copy()
     values[0, 2] = np.inf
     runs.write_results(tmp_path, "test_ubs1_stepsize0.4", values, ENTRY, {}, ())
@@ -626,17 +630,17 @@ def test_a_diverged_task_leaves_json_that_any_reader_takes(tmp_path):
     assert entry["results"][1]["mean"] == pytest.approx(0.5)
 
 
-def test_results_replace_their_own_entry_alone(tmp_path):
+def test_results_replace_only_the_entry_of_the_same_test(tmp_path):
     others = [ENTRY | {"split": "val"}, ENTRY | {"checkpoint": "model999"}, ENTRY | {"support_examples_a_class_K": 5}]
-    # A test at its defaults has none of these keys, and is another test all the same.
+    # An entry without these keys is of a test at their defaults, so it is a different test.
     others += [ENTRY | {"updates_at_test": 5}, ENTRY | {"query_shares": "dirichlet"}]
     others += [ENTRY | {"query_normalised_with": "support"}]
     for entry in (others[0], ENTRY, *others[1:]):
         runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, entry, {}, ())
     runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES / 2, ENTRY, {}, ())
-    found = json.loads((tmp_path / "results.json").read_text())
-    means = [entry.pop("results")[2]["mean"] for entry in found]
-    assert found == [*others, ENTRY]
+    entries = json.loads((tmp_path / "results.json").read_text())
+    means = [entry.pop("results")[2]["mean"] for entry in entries]
+    assert entries == [*others, ENTRY]
     assert means == pytest.approx([0.65] * 6 + [0.325])
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json",
@@ -651,10 +655,10 @@ def test_damaged_results_are_not_overwritten(tmp_path, damaged):
     with pytest.raises(InputError, match=r"results\.json: .*--results_dir"):
         runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, {}, ())
     assert (tmp_path / "results.json").read_text() == damaged
-    assert (tmp_path / "test_ubs1_stepsize0.4.csv").exists()  # the test was not in vain
+    assert (tmp_path / "test_ubs1_stepsize0.4.csv").exists()  # the results are not lost
 
 
-def test_what_more_training_changes_tells_no_entries_apart(tmp_path):
+def test_values_that_more_training_changes_do_not_identify_an_entry(tmp_path):
     for best in (True, False):
         known = {"best_on_validation": best}
         runs.write_results(tmp_path, "test_ubs1_stepsize0.4", ACCURACIES, ENTRY, known, ())
@@ -662,8 +666,7 @@ def test_what_more_training_changes_tells_no_entries_apart(tmp_path):
     assert entry["best_on_validation"] is False
 
 
-def test_results_of_two_tests_at_once(tmp_path):
-    """Each process adds its entry to what the other wrote."""
+def test_concurrent_tests_keep_each_others_results(tmp_path):
 
     def write(process):
         for i in range(10):

@@ -1,4 +1,4 @@
-"""The training loop's schedule, and training as a library calls it."""
+"""The training loop: its schedule, its steps, and its use as a library."""
 
 import functools
 import threading
@@ -22,7 +22,7 @@ from utils import Curve, mean_xent, xent
 
 @given(st.integers(0, 30), st.integers(1, 12), st.integers(0, 60), st.integers(-3, 70))
 def test_a_clock_finds_its_next_iteration(first, interval, end, iteration):
-    """As the obvious list of all that is due."""
+    """Compare with a list of all due iterations."""
     clock = train.Clock(first, interval, end)
     due = list(range(first, end, interval))
     assert [i for i in range(-3, 70) if clock.due(i)] == due
@@ -30,7 +30,7 @@ def test_a_clock_finds_its_next_iteration(first, interval, end, iteration):
 
 
 def test_the_schedule_is_the_originals():
-    """Summaries with iteration 0, validation and checkpoints without; the sinusoid has no validation."""
+    """Summaries include iteration 0; validation and checkpoints do not. The sinusoid has no validation."""
     schedule = train.Schedule.of(2001, save_interval=1000, validates=True)
     at = {name: [i for i in range(2001) if clock.due(i)] for name, clock in schedule._asdict().items()}
     assert at["summary"] == list(range(0, 2001, 100))
@@ -40,9 +40,9 @@ def test_the_schedule_is_the_originals():
 
 
 @pytest.mark.parametrize("block", [1, 10])
-def test_each_step_is_of_its_kind_on_its_own_tasks(block):
-    """Step t is on tasks t * T to t * T + T - 1, in whatever calls; pretraining comes first and ends where asked."""
-    one = Recipe(norm=None, pretrain_steps=15, metatrain_steps=10, meta_batch=4)
+def test_each_step_has_its_own_tasks_and_pretraining_comes_first(block):
+    """Step t takes tasks t * T to t * T + T - 1, however the steps are divided among calls."""
+    example = Recipe(norm=None, pretrain_steps=15, metatrain_steps=10, meta_batch=4)
     data, taken = SinusoidTasks(5, 5), []
 
     def many_steps(tasks, first, count, pretrain):
@@ -61,34 +61,34 @@ def test_each_step_is_of_its_kind_on_its_own_tasks(block):
         train_step=functools.partial(one_step, pretrain=False),
         pretrain_step=functools.partial(one_step, pretrain=True),
     )
-    with train.Steps(maml, data, one, Stop()) as steps:
+    with train.Steps(maml, data, example, Stop()) as steps:
         for end in (3, 17, 25):
             steps.advance(end)
             assert steps.done == len(taken) == end
     assert [pretrain for pretrain, _ in taken] == [True] * 15 + [False] * 10
     for t, (_, query_x) in enumerate(taken):
-        np.testing.assert_array_equal(query_x, data.draw(one.seed, "train", 4 * t, 4).query_x)
+        np.testing.assert_array_equal(query_x, data.draw(example.seed, "train", 4 * t, 4).query_x)
 
 
 @pytest.mark.parametrize(
     ("loss", "function"), [("sum_over_shot", functools.partial(xent, shot=2)), ("mean", mean_xent)]
 )
-def test_the_mean_losses_are_of_an_example(loss, function, tmp_path, capsys):
-    """Whatever the loss that is minimised, and however many queries there are: ln 5 where all is as likely."""
-    one = Recipe(data_set="cub", shot=2, query=3, loss=loss)
+def test_mean_losses_are_per_example(loss, function, tmp_path, capsys):
+    """For any loss and number of queries: ln 5 if all five classes are equally likely."""
+    example = Recipe(data_set="cub", shot=2, query=3, loss=loss)
     losses = [function(np.zeros((5 * n, 5), np.float32), np.tile(np.eye(5, dtype=np.float32), (n, 1))) for n in (2, 3)]
-    with report.Report(tmp_path, 0, one) as kept:
-        kept.validation(500, Curve(np.array([losses]), np.array([[0.25, 0.5]])))
+    with report.Report(tmp_path, 0, example) as reporter:
+        reporter.validation(500, Curve(np.array([losses]), np.array([[0.25, 0.5]])))
     for tag in ("metaval_Pre-update_mean_loss", "metaval_Post-update_mean_loss__step_1"):
         assert report.scalars(tmp_path)[tag] == {500: pytest.approx(np.log(5), rel=1e-6)}
     assert capsys.readouterr().out == "Validation results: 0.25, 0.5\n"
 
 
 @pytest.mark.parametrize("from_thread", [False, True])
-def test_training_is_called_without_main_and_stopped_from_outside(from_thread, tmp_path, capsys):
-    """By a notebook, say, in any thread: no signal handler, no flag, and it is saved."""
-    one = Recipe(norm=None, metatrain_steps=10**8, shot=5)
-    maml, run, stop = recipe.build(one), runs.Run(tmp_path / one.run_name), Stop()
+def test_training_as_a_library_can_be_stopped_and_saves(from_thread, tmp_path, capsys):
+    """A notebook can do this in any thread, without main.py, signal handlers or flags."""
+    example = Recipe(norm=None, metatrain_steps=10**8, shot=5)
+    maml, run, stop = recipe.build(example), runs.Run(tmp_path / example.run_name), Stop()
     finished = []
 
     def stop_after_some_steps():
@@ -101,7 +101,7 @@ def test_training_is_called_without_main_and_stopped_from_outside(from_thread, t
     def call():
         with run.locked():
             settings = train.Settings(save_interval=1000, log=False)
-            finished.append(train.train(one, run, maml, SinusoidTasks(5, 5), settings, stop))
+            finished.append(train.train(example, run, maml, SinusoidTasks(5, 5), settings, stop))
 
     if from_thread:
         thread = threading.Thread(target=call)
@@ -114,15 +114,15 @@ def test_training_is_called_without_main_and_stopped_from_outside(from_thread, t
     assert "Stopped by the user after iteration " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["an object of the caller's", "images of one split alone"])
-def test_data_that_are_not_mains(own, omniglot_like, tmp_path):
-    """Whatever draws tasks will do, and what a short training does not need may be missing."""
-    one = Recipe(data_set="omniglot", filters=2, metatrain_steps=2, meta_batch=1, way=5, shot=1)
+@pytest.mark.parametrize("custom", [True, False], ids=["custom object", "train split only"])
+def test_training_needs_only_an_object_that_draws_tasks(custom, omniglot_like, tmp_path):
+    """A training too short for a validation also runs without validation classes."""
+    example = Recipe(data_set="omniglot", filters=2, metatrain_steps=2, meta_batch=1, way=5, shot=1)
     images = DATASETS["omniglot"].images._replace(split_list=None, split_sizes=(20, 10, 10))
     data = ImageTasks.from_folder(images, omniglot_like, ("train",), 5, 1, 1)
-    if own:
+    if custom:
         data = types.SimpleNamespace(draw=data.draw, way=5, shot=1, query=1)
-    run = runs.Run(tmp_path / one.run_name)
+    run = runs.Run(tmp_path / example.run_name)
     with run.locked():
-        assert train.train(one, run, recipe.build(one), data, train.Settings(log=False))
-    assert len(run.trained_classes()) == (0 if own else 20)
+        assert train.train(example, run, recipe.build(example), data, train.Settings(log=False))
+    assert len(run.trained_classes()) == (0 if custom else 20)

@@ -1,4 +1,4 @@
-"""Damaged files of events, limits of memory and cores, and odd surroundings."""
+"""The machine's limits, terminals and environment variables."""
 
 import os
 import shutil
@@ -12,12 +12,10 @@ from tests.helpers import PROGRAM, end, spawn
 
 ROOT = Path(main.__file__).parent
 
-# -- flags ------------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("group", ["/", "/pod/one"], ids=["container", "group"])
-def test_cgroup_limits_count_as_the_memory_and_cores(group, monkeypatch, tmp_path):
-    """Those of version 2, of the process's group and of the groups around it."""
+def test_cgroup_limits_bound_memory_and_cores(group, monkeypatch, tmp_path):
+    """cgroup v2's limits of the process's group and of the groups that contain it."""
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     inner, outer = tmp_path / f"sys/fs/cgroup{group}", tmp_path / "sys/fs/cgroup"
     for folder in (tmp_path / "proc/self", inner):
@@ -32,8 +30,8 @@ def test_cgroup_limits_count_as_the_memory_and_cores(group, monkeypatch, tmp_pat
     assert devices.cores(tmp_path) == 8
 
 
-def test_surroundings_that_have_no_code_for_a_letter(tmp_path):
-    """An old terminal; and file names are read by another code than UTF-8."""
+def test_names_that_the_terminal_cannot_encode_cause_no_traceback(tmp_path):
+    """An ASCII terminal, and a file system encoding other than UTF-8."""
     environment = os.environ | {
         "PYTHONIOENCODING": "ascii",
         "PYTHONUTF8": "0",
@@ -46,23 +44,11 @@ def test_surroundings_that_have_no_code_for_a_letter(tmp_path):
     assert "Traceback" not in ended.err
 
 
-# -- surroundings, and the programs beside main.py ---------------------------------------------------------------------
-
-
 def test_a_matplotlib_backend_that_is_not_installed_is_ignored():
-    """Jupyter sets one for its subprocesses. TensorFlow imports matplotlib, which may refuse it."""
+    """Jupyter sets one for its subprocesses, and matplotlib, which TensorFlow imports, may refuse it."""
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
     ended = end(spawn("-c", "import devices, os; print(os.environ.get('MPLBACKEND'))", cwd=ROOT, env=environment))
     assert (ended.code, ended.err, ended.out) == (0, "", "None\n")
-
-
-def test_a_link_of_an_editor_beside_the_programs(tmp_path, monkeypatch):
-    """Emacs leaves one that leads nowhere while a file has changes that are not saved."""
-    (tmp_path / "some.py").write_text("1")
-    monkeypatch.setattr(main, "ROOT", tmp_path)
-    before = main.identity()
-    (tmp_path / ".#some.py").symlink_to("me@here.42")
-    assert main.identity() == before
 
 
 def test_importing_devices_starts_neither_a_process_nor_tensorflow():
