@@ -335,7 +335,7 @@ def _cut_short(row, record):
 
 
 def returns(results: Path) -> list[str]:
-    """Return the lines of MAML in reinforcement learning, the authors' returns and ours. docs/rl.md has all policies."""
+    """Return the lines of MAML in reinforcement learning: the authors' returns, then ours."""
     lines = []
     for environment, title in RETURNS.items():
         records = [json.loads(path.read_text()) for path in sorted(results.glob(f"rl_{environment}_maml*.json"))]
