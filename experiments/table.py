@@ -408,7 +408,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
 }
 
 
-def written(page: str, text: str, results: Path) -> str:
+def with_tables(page: str, text: str, results: Path) -> str:
     """Return the text of a page with its tables made from the results."""
     for name, make_table in PAGES[page].items():
         begin = f"<!-- {name}: written by experiments/table.py -->"
@@ -422,5 +422,5 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page in PAGES:
         path = ROOT / page
-        path.write_text(written(page, path.read_text(), ROOT / "results"))
+        path.write_text(with_tables(page, path.read_text(), ROOT / "results"))
         print("Written:", page)

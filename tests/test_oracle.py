@@ -41,7 +41,7 @@ FACTOR, ROUNDING = 10, 1e-5  # for ours: FACTOR times the larger of the record's
 
 
 def tolerances(flags: dict) -> tuple[float, float]:
-    """Return the maximum relative L2 distances from the record: of the meta-gradient, and of the outer steps' change."""
+    """Return the allowed relative L2 distances from the record: meta-gradient, and change by the outer steps."""
     if flags["datasource"] == "sinusoid":
         return 1e-5, 1e-4
     if flags["datasource"] == "omniglot" and flags["num_updates"] < 5:

@@ -161,7 +161,7 @@ def generated(original, name, stock):
     defaults = {flag: original.FLAGS[flag].default for flag in FLAGS}
     flags = dict(defaults, **dict({"meta_batch_size": TASKS}, **RECORDS[name]))
     flags["test_num_updates"] = TEST_UPDATES[flags["datasource"]]
-    random = np.random.default_rng(zlib.crc32(name.encode()))  # per record, so that a new record leaves others unchanged
+    random = np.random.default_rng(zlib.crc32(name.encode()))  # per record, so a new record changes no other
     draw = sinusoid_task if flags["datasource"] == "sinusoid" else image_task
     with contextlib.closing(Graph(original, flags, stock)) as graph:
         weights, drawn = initial_weights(random, flags, graph.shapes), 0
