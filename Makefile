@@ -1,5 +1,5 @@
-# Needs make (GNU 3.81 or newer) and Python 3.10 to 3.13; all else is installed into $(VENV).
-# $(VENV) is emptied when it is remade and removed by `make clean`: do not name an environment of your own.
+# Needs GNU make 3.81 or newer and Python 3.10 to 3.13; everything else is installed into $(VENV).
+# make may empty $(VENV), and `make clean` removes it: do not set it to an environment of your own.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,14 +13,14 @@ published_omniglot = logs/published/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batch
 .PHONY: help sinusoid figures docs test verify-bits clean
 
 help:
-	@echo 'make sinusoid  train and test the 10-shot sinusoid, and compare its errors with the original'
-	@echo 'make figures   draw the figures of README.md and docs/, but for rl and a screenshot'
-	@echo 'make docs      write the tables of README.md and docs/ from results/'
-	@echo 'make test      lint, and run all tests'
-	@echo 'make verify-bits  train each network for a few steps and compare the bits of its weights with the record'
-	@echo 'make clean     remove the environment and the caches of the tools; runs and data stay'
+	@echo 'make sinusoid     train and test the 10-shot sinusoid, and compare its errors with the original'
+	@echo 'make figures      draw the figures of README.md and docs/, except those of docs/rl.md and a screenshot'
+	@echo 'make docs         write the tables of README.md and docs/ from results/'
+	@echo 'make test         lint and run all tests'
+	@echo 'make verify-bits  train each network for a few steps and compare its weights bit for bit with the record'
+	@echo 'make clean        remove the environment and tool caches; keep runs and data'
 	@echo
-	@echo 'make PYTHON=python3.12 sinusoid  names the Python that $(VENV) is made with'
+	@echo 'make PYTHON=python3.12 sinusoid  create $(VENV) with this Python'
 
 sinusoid: $(VENV)/installed
 	$(VENV)/bin/python main.py $(sinusoid_flags)
@@ -51,18 +51,18 @@ test: $(VENV)/installed-dev
 verify-bits: $(VENV)/installed
 	$(VENV)/bin/python experiments/verify_bits.py
 
-# The stamps are written last, so that an environment whose installation was cut short is made again from nothing.
+# The stamps are written last, so an interrupted installation starts again from scratch.
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null || { \
-	  found=$$($(PYTHON) --version 2>/dev/null || echo 'not there'); \
-	  echo "PYTHON=$(PYTHON) is $$found; 3.10 to 3.13 is needed: try make PYTHON=python3.12 ..." >&2; exit 1; }
+	  found=$$($(PYTHON) --version 2>/dev/null || echo 'not installed'); \
+	  echo "PYTHON=$(PYTHON): is $$found, but 3.10 to 3.13 is required; try make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { \
-	  echo "VENV=$(VENV) exists and is not a virtual environment: move it away, or try make VENV=.venv2 ..." >&2; exit 1; }
+	  echo "VENV=$(VENV): is not a virtual environment; move it away, or try make VENV=.venv2 ..." >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install -r requirements.txt
 	touch $@
 
-# Neither stamp holds while the test tools are being installed, for the same reason.
+# For the same reason, both stamps are absent while the test tools are installed.
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-plot.txt
 	rm -f $(VENV)/installed
 	$(VENV)/bin/python -m pip install -r requirements-dev.txt

@@ -1,6 +1,6 @@
-"""A MAML training step in PyTorch and in JAX, in the forms that people write; for peers.py and gpu.py.
+"""MAML training steps in PyTorch and JAX, as people usually write them, for peers.py and gpu.py.
 
-Nothing here imports TensorFlow. On a GPU all forms compute in full float32: TensorFloat-32 is off.
+This module does not import TensorFlow. On a GPU all forms run in full float32, without TensorFloat-32.
 """
 
 import os
@@ -11,21 +11,21 @@ import numpy as np
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 EPSILON = 0.001  # batch norm's (special_grads.py)
-BETA1 = 0.9  # Adam's: its first moment after one step is (1 - BETA1) * gradient
+BETA1 = 0.9  # Adam's; after one step its first moment is (1 - BETA1) * gradient
 
 
 class Problem(NamedTuple):
-    """The work, in NumPy: what ours hands to a peer."""
+    """The work that all forms do, in NumPy."""
 
-    weights: dict[str, np.ndarray]  # initial, with networks.py's names and layouts; no biases under batch norm
+    weights: dict[str, np.ndarray]  # initial weights, as in networks.py; no biases under batch norm
     batches: list[tuple]  # (support_x, support_y, query_x, query_y) of a step: [T, n, ...], labels one-hot
     inner_lr: float
     inner_steps: int
     meta_lr: float
     clip: float | None  # bound on each element of the meta-gradient
     shot: int | None  # divisor of the summed cross-entropy; None: mean squared error
-    max_pool: bool  # else stride 2
-    mean_head: bool  # the last layer sees the mean over height and width
+    max_pool: bool  # instead of stride 2
+    mean_head: bool  # average over height and width before the last layer
 
     @property
     def adapted(self) -> list[str]:
@@ -37,12 +37,12 @@ class Problem(NamedTuple):
 
     @property
     def watched(self) -> str:
-        """The weight whose meta-gradient is compared."""
+        """The name of the weight whose meta-gradient is compared."""
         return "conv2" if "conv2" in self.weights else "w2"
 
 
 def random_images(size, channels, tasks, way, shot, query):
-    """Tasks of a random image a class, each example under noise of its own."""
+    """Return tasks with a random image per class and noise per example."""
     rng = np.random.default_rng(0)
     classes = rng.random((tasks, 1, way, *size, channels), np.float32)
     x = (classes + rng.random((tasks, shot + query, way, *size, channels), np.float32)) / 2
@@ -51,14 +51,14 @@ def random_images(size, channels, tasks, way, shot, query):
     return x[:, : way * shot], y[:, : way * shot], x[:, way * shot :], y[:, way * shot :]
 
 
-# PyTorch.
+# PyTorch
 
 
 class Torch:
-    """What the PyTorch forms share: tensors, network, loss and Adam.
+    """Tensors, network, loss and Adam of the PyTorch forms.
 
-    A strided SAME convolution pads an even image at its far end only, PyTorch's padding=1 in effect at its near end.
-    So images and filters are laid out mirrored, which costs nothing in a step, where padding by hand would.
+    A strided SAME convolution pads an even image only at its far end; PyTorch's padding=1 in effect pads its near end.
+    So images and filters are mirrored. Unlike explicit padding, this costs nothing during a step.
     """
 
     def __init__(self, problem: Problem, threads: int | None):
@@ -79,7 +79,7 @@ class Torch:
         value = self.torch.tensor(self.problem.weights[name], device=self.device)
         if name.startswith("conv"):
             value = value.permute(3, 2, 0, 1).flip(self.mirrored)
-        elif name == "w5" and not self.problem.mean_head:  # rows by height, width, filter -> filter, height, width
+        elif name == "w5" and not self.problem.mean_head:  # row order: height, width, filter -> filter, height, width
             filters = len(self.problem.weights["beta4"])
             value = value.reshape(-1, filters, value.shape[1]).transpose(0, 1).reshape(value.shape)
         return value.contiguous()
@@ -114,7 +114,7 @@ class Torch:
         return x @ w["w5"] + w["b5"]
 
     def steps(self, backward):
-        """(step, moment), where backward(batch) leaves the meta-gradient in .grad and returns the loss."""
+        """Return (step, moment), given backward(batch), which sets .grad to the meta-gradient and returns the loss."""
 
         def step(count):
             for batch in self.batches[:count]:
@@ -134,7 +134,7 @@ class Torch:
 
 
 def torch_loop(problem, threads=None, cores=1):
-    """Plain autograd, task by task; with more cores than one, in as many Python threads."""
+    """Plain autograd, task by task, in as many Python threads as cores."""
     t = Torch(problem, threads)
     pool = ThreadPoolExecutor(cores, initializer=t.torch.set_num_threads, initargs=(1,)) if cores > 1 else None
 
@@ -152,14 +152,14 @@ def torch_loop(problem, threads=None, cores=1):
     def backward(batch):
         losses, gradients = zip(*(pool.map if pool else map)(task_gradient, zip(*batch, strict=True)), strict=True)
         for weight, *parts in zip(t.weights.values(), *gradients, strict=True):
-            weight.grad = (sum(parts) / len(parts)).contiguous()  # the fused Adam takes its strides for granted
+            weight.grad = (sum(parts) / len(parts)).contiguous()  # the fused Adam assumes matching strides
         return sum(losses) / len(losses)
 
     return t.steps(backward)
 
 
 def torch_func(problem, threads=None, compiled=False):
-    """torch.func: the gradient of the mean over a vmap of tasks, each with grad inside."""
+    """torch.func: the gradient of the mean loss over a vmap of tasks, with grad in the inner loop."""
     t = Torch(problem, threads)
     func = t.torch.func
 
@@ -190,7 +190,7 @@ def torch_func(problem, threads=None, compiled=False):
 
 
 def torch_module(t: Torch):
-    """The network as the libraries want it. The betas stay outside: what is inside, they adapt."""
+    """Return the network as a module for the libraries, without the betas, because they adapt every parameter of it."""
 
     class Network(t.torch.nn.Module):
         def __init__(self):
@@ -205,7 +205,7 @@ def torch_module(t: Torch):
 
 
 def higher_loop(problem, threads=None):
-    """higher's innerloop_ctx, as in its own MAML example."""
+    """higher's innerloop_ctx, as in its MAML example."""
     import higher
 
     t = Torch(problem, threads)
@@ -227,7 +227,7 @@ def higher_loop(problem, threads=None):
 
 
 def torchopt_loop(problem, threads=None):
-    """TorchOpt's MetaSGD, as in its own MAML example."""
+    """TorchOpt's MetaSGD, as in its MAML example."""
     import torchopt
 
     t = Torch(problem, threads)
@@ -250,14 +250,15 @@ def torchopt_loop(problem, threads=None):
     return t.steps(backward)
 
 
-# JAX.
+# JAX
 
 
 def jax_form(problem, over_tasks, threads=None):
     """A step compiled by JAX.
 
-    over_tasks: "vmap" or "map" inside one compiled step; "threads", a compiled task a core; or a program of somebody
-    else's, (weights, batch) -> (loss, gradient), that is compiled with Adam.
+    Args:
+      over_tasks: "vmap" or "map" within one compiled step; "threads" for one compiled task per core; or a function
+        (weights, batch) -> (loss, gradient), which is compiled together with Adam.
     """
     if threads:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
@@ -268,7 +269,7 @@ def jax_form(problem, over_tasks, threads=None):
     jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU the default is TensorFloat-32
     jax.config.update("jax_enable_x64", problem.weights[problem.watched].dtype == np.float64)
     if over_tasks == "threads":
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # a task runs in the thread that asks for it
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # a task runs in the calling thread
 
     def conv4(w, x):
         stride = 1 if problem.max_pool else 2
@@ -277,10 +278,10 @@ def jax_form(problem, over_tasks, threads=None):
             x = lax.conv_general_dilated(
                 x, filters, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            centred = x - x.mean((0, 1, 2))
-            x = centred * lax.rsqrt(jnp.square(centred).mean((0, 1, 2)) + EPSILON) + w[f"beta{layer}"]
+            centered = x - x.mean((0, 1, 2))
+            x = centered * lax.rsqrt(jnp.square(centered).mean((0, 1, 2)) + EPSILON) + w[f"beta{layer}"]
             if problem.max_pool:
-                # Faster than lax.reduce_window. A max over reshaped axes has a wrong second derivative once compiled.
+                # Faster than lax.reduce_window. A compiled max over reshaped axes has a wrong second derivative.
                 x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
                 x = jnp.maximum(x[:, ::2], x[:, 1::2])
                 x = jnp.maximum(x[:, :, ::2], x[:, :, 1::2])
@@ -333,7 +334,7 @@ def jax_form(problem, over_tasks, threads=None):
     def compiled(state, batches):
         if len(batches[0]) > 1:
             return lax.scan(one_step, state, batches)
-        return one_step(state, tuple(part[0] for part in batches))  # convolutions are slow inside XLA's loops
+        return one_step(state, tuple(part[0] for part in batches))  # convolutions are slow in XLA loops
 
     task_gradient = jax.jit(jax.value_and_grad(task_loss))
 
@@ -353,7 +354,7 @@ def jax_form(problem, over_tasks, threads=None):
     weights = jax.tree.map(jnp.asarray, problem.weights)
     zeros = jax.tree.map(jnp.zeros_like, weights)
     state = weights, zeros, zeros, jnp.zeros([])
-    calls = {}  # count -> the batches of a call, ready in memory
+    calls = {}  # count -> batches of a call, as JAX arrays
     for count in {1, len(problem.batches)}:
         if over_tasks == "threads":
             tasks = [list(zip(*batch, strict=True)) for batch in problem.batches[:count]]
@@ -371,15 +372,17 @@ def jax_form(problem, over_tasks, threads=None):
 
 
 class NoTime(Exception):
-    """Why a form has no time."""
+    """The reason why a form cannot be timed."""
 
 
 def check(losses, gradient, expected) -> None:
-    """Raises NoTime where a form does not do the same work.
+    """Raise NoTime if a form does not do the same work as ours.
 
-    Args: the form's first two losses and its first meta-gradient of the watched weight, and ours, all in float64.
+    Args:
+      losses, gradient: the form's first two losses and first meta-gradient of the watched weight, in float64.
+      expected: (losses, gradient) of ours.
     """
     our_losses, our_gradient = expected
     cosine = np.vdot(gradient, our_gradient) / np.linalg.norm(gradient) / np.linalg.norm(our_gradient)
     if not np.allclose(losses, our_losses, rtol=1e-3) or not cosine > 0.999:
-        raise NoTime(f"differs: losses {losses}, ours {our_losses}; cosine of the meta-gradients {cosine:.5f}")
+        raise NoTime(f"differs from ours: losses {losses} and {our_losses}; cosine of meta-gradients {cosine:.5f}")

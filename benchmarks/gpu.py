@@ -1,19 +1,19 @@
-"""Runs our compiled meta-gradient on a GPU that may have no TensorFlow, beside PyTorch and JAX.
+"""Time our compiled meta-gradient against PyTorch and JAX on a GPU, which does not need TensorFlow.
 
     python benchmarks/gpu.py export FOLDER [--configs omniglot_5way ...] [--tasks 64] [--platform cpu]
     python benchmarks/gpu.py run FOLDER [--json gpu.json]
 
-`export` needs TensorFlow and JAX, but no GPU. It writes each configuration's meta-gradient of a whole meta-batch, all
-tasks in one group, as a JAX program, once for each form of a group's convolution (networks.py). It also
-writes the initial weights and, as the reference, losses and meta-gradients in float64.
+`export` needs TensorFlow and JAX, but no GPU. For each configuration it writes the meta-gradient of a meta-batch, all
+tasks in one group, as a JAX program, once per form of a group's convolution (networks.py). It also writes the initial
+weights and reference losses and meta-gradients in float64.
 
-`run` needs JAX and NumPy, and PyTorch if that is to be timed. It first compares our programs with the reference, task
-by task, and the other forms in float64, with their first two losses and first meta-gradient (forms.py). Then it times
-them in turns: the meta-gradient of a meta-batch and a step of Adam, with the tasks in the GPU's memory. The TFLOP/s are
-those of the convolutions and matrix products of one task at a time, without what a form does beyond them; the peak is
-what JAX's product of two 8192 x 8192 float32 matrices reaches in the same run. TensorFloat-32 is off everywhere.
+`run` needs JAX and NumPy, and PyTorch to time it. It first compares our programs with the reference, task by task, and
+the first two losses and the first meta-gradient of the other forms in float64 (forms.py). Then it times all forms in
+turns: the meta-gradient of a meta-batch and an Adam step, with the tasks in GPU memory. TFLOP/s count the convolutions
+and matrix products of one task at a time, without a form's extra work. The peak is what JAX's product of two
+8192 x 8192 float32 matrices reaches in the same run. TensorFloat-32 is off everywhere.
 
-No GPU has run it yet (2026-11-21): its two halves were run on a CPU, with --platform=cpu and few tasks.
+It has not run on a GPU yet (2026-11-21). Both commands ran on a CPU, with --platform=cpu and few tasks.
 """
 
 import argparse
@@ -37,15 +37,15 @@ PEERS = {
     "torch_func": ("PyTorch, torch.func vmap", torch_func, {}),
     "torch_loop": ("PyTorch, loop over tasks", torch_loop, {}),
 }
-COMPARED = 4  # tasks whose meta-gradients are compared with float64, each alone
-ROUNDS, STEPS, SECONDS = 5, 10, 2.0  # turns; in each so many timed steps, or fewer where they take that long
+COMPARED = 4  # tasks whose meta-gradients are compared with float64
+ROUNDS, STEPS, SECONDS = 5, 10, 2.0  # turns; timed steps in each; seconds after which a turn ends early
 
 
-# With TensorFlow.
+# With TensorFlow
 
 
 def export(folder: Path, configs: list[str], tasks: int | None, target: str, forms: list[str]) -> None:
-    """Writes <configuration>.npz and <configuration>.<form>.jaxexport into the folder."""
+    """Write <configuration>.npz and <configuration>.<form>.jaxexport to the folder."""
     from peers import built, reference, task_gradients
     from step_time import CONFIGS as FLAGS
     from step_time import product_flops
@@ -93,7 +93,7 @@ def specs(problem: Problem):
 
 
 def compiled(maml, problem: Problem, form: str, target: str) -> bytes:
-    """The program (weights, support_x, support_y, query_x, query_y) -> (loss, meta-gradient), for JAX."""
+    """Return the program (weights, support_x, support_y, query_x, query_y) -> (loss, meta-gradient), for JAX."""
     import jax
     import tensorflow as tf
     from jax.experimental import jax2tf
@@ -112,19 +112,19 @@ def compiled(maml, problem: Problem, form: str, target: str) -> bytes:
     fixed = {name: w.numpy() for name, w in maml.weights.items() if name not in problem.weights}
     networks.GROUPED_CONV = form == "grouped"
     try:
-        call = jax2tf.call_tf(gradient_and_loss, has_side_effects=False)  # else the program cannot be read back
-        given = problem.weights, *problem.batches[0]
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+        call = jax2tf.call_tf(gradient_and_loss, has_side_effects=False)  # the default cannot be deserialized
+        arguments = problem.weights, *problem.batches[0]
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         return jax.export.export(jax.jit(call), platforms=[target])(*shapes).serialize()
     finally:
         networks.GROUPED_CONV = False
 
 
-# Without TensorFlow.
+# Without TensorFlow
 
 
 def run(folder: Path, peers: list[str], json_path: Path | None) -> None:
-    """Compares, times and prints a row for each form of each configuration in the folder."""
+    """Compare, time and print each form of each configuration in the folder."""
     import jax
 
     device = jax.devices()[0].device_kind
@@ -142,13 +142,13 @@ def run(folder: Path, peers: list[str], json_path: Path | None) -> None:
         with np.load(path) as arrays:
             rows += configuration(path, dict(arrays), peers, peak)
     if not rows:
-        sys.exit(f"{folder} has no programs: write them with `gpu.py export {folder}`, where TensorFlow is")
+        sys.exit(f"{folder}: has no programs; run `gpu.py export {folder}` on a machine with TensorFlow")
     if json_path:
         json_path.write_text(json.dumps(machine | {"rows": rows}, indent=1))
 
 
 def configuration(path: Path, arrays: dict, peers: list[str], peak: float) -> list[dict]:
-    """The rows of one configuration."""
+    """Return the rows of one configuration."""
     problem, header = problem_of(arrays)
     expected = header["losses"], arrays["gradient"]
     forms, steps = {}, {}
@@ -166,7 +166,7 @@ def configuration(path: Path, arrays: dict, peers: list[str], peak: float) -> li
             step, row["agreement"] = start()
             step(1)
             steps[words] = step
-        except Exception as error:  # a missing package, too little memory: the others go on
+        except Exception as error:  # e.g. a missing package or too little memory; continue with the other forms
             row["why"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         rows.append(row)
     times = {words: [] for words in steps}
@@ -180,8 +180,8 @@ def configuration(path: Path, arrays: dict, peers: list[str], peak: float) -> li
                 if time.perf_counter() - began > SECONDS:
                     break
     for row in rows:
-        shown = row.get("why")
-        if not shown:
+        printed = row.get("why")
+        if not printed:
             median = float(np.median(times[row["form"]]))
             row |= {
                 "ms": 1e3 * median,
@@ -189,13 +189,13 @@ def configuration(path: Path, arrays: dict, peers: list[str], peak: float) -> li
                 "tflop_per_s": header["flop"] / median / 1e12,
             }
             row["share_of_peak"] = 1e12 * row["tflop_per_s"] / peak
-            shown = "{ms:9.3f} {tasks_per_s:9.0f} {tflop_per_s:8.2f} {share_of_peak:8.1%}  {agreement}".format(**row)
-        print(f"{row['configuration']:19} {row['form']:35} {shown}", flush=True)
+            printed = "{ms:9.3f} {tasks_per_s:9.0f} {tflop_per_s:8.2f} {share_of_peak:8.1%}  {agreement}".format(**row)
+        print(f"{row['configuration']:19} {row['form']:35} {printed}", flush=True)
     return rows
 
 
 def problem_of(arrays: dict) -> tuple[Problem, dict]:
-    """What `export` wrote, with its tasks drawn again from the same seed."""
+    """Return the exported problem, with its tasks drawn again from the same seed, and its header."""
     from forms import random_images
 
     header = json.loads(str(arrays["header"]))
@@ -209,9 +209,9 @@ def problem_of(arrays: dict) -> tuple[Problem, dict]:
 
 
 def ours(path: Path, problem: Problem, arrays: dict):
-    """(step, agreement) of an exported program.
+    """Return (step, agreement) of an exported program.
 
-    It computes the mean over a whole meta-batch; of one task, repeated, the mean is that task's meta-gradient.
+    The program averages over a meta-batch, so a meta-batch of one repeated task gives that task's meta-gradient.
     """
     import jax
 
@@ -219,20 +219,20 @@ def ours(path: Path, problem: Problem, arrays: dict):
     distances = []
     for i, loss in enumerate(arrays["task_losses"]):
         task = [np.repeat(part[i : i + 1], len(part), 0) for part in problem.batches[0]]
-        found, gradient = program(problem.weights, *task)
-        found_all, exact = (
+        our_loss, gradient = program(problem.weights, *task)
+        flat, exact = (
             np.concatenate([np.ravel(values[name]).astype(float) for name in problem.weights])
             for values in (gradient, {name: arrays[f"task_gradient/{name}"][i] for name in problem.weights})
         )
-        apart = np.linalg.norm(found_all - exact) / np.linalg.norm(exact)
-        distances.append((abs(float(found) / loss - 1), apart))
+        distance = np.linalg.norm(flat - exact) / np.linalg.norm(exact)
+        distances.append((abs(float(our_loss) / loss - 1), distance))
     loss, gradient = np.median(distances, 0)
     step, _ = jax_form(problem, lambda weights, batch: program(weights, *batch))
-    return step, f"from float64, median of {len(distances)} tasks: loss {loss:.1e}, meta-gradient {gradient:.1e}"
+    return step, f"distance from float64, median of {len(distances)} tasks: loss {loss:.1e}, gradient {gradient:.1e}"
 
 
 def theirs(make, options, problem: Problem, expected):
-    """(step, agreement) of a peer, after its code agreed with ours in float64."""
+    """Return (step, agreement) of a peer. Raise NoTime if it disagrees with ours in float64."""
     precise, moment = make(problem.in_float64(), **options)
     losses = [precise(1)]
     gradient = moment() / (1 - BETA1)
@@ -243,7 +243,7 @@ def theirs(make, options, problem: Problem, expected):
 
 
 def matmul_peak() -> float:
-    """FLOP/s of JAX's product of two float32 matrices, without TensorFloat-32, the best of ten."""
+    """Return the FLOP/s of JAX's product of two float32 matrices without TensorFloat-32, the best of ten."""
     import jax
     from jax import numpy as jnp
 
@@ -261,16 +261,16 @@ def matmul_peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["export", "run"])
-    parser.add_argument("folder", type=Path, help="where the programs lie")
+    parser.add_argument("folder", type=Path, help="folder of the exported programs")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=CONFIGS, metavar="NAME", help=str(CONFIGS))
-    parser.add_argument("--tasks", type=int, help="tasks of a meta-batch (the configuration's own)")
+    parser.add_argument("--tasks", type=int, help="tasks per meta-batch (default: the configuration's)")
     parser.add_argument(
-        "--platform", choices=["cuda", "rocm", "cpu"], default="cuda", help="where they will run (cuda)"
+        "--platform", choices=["cuda", "rocm", "cpu"], default="cuda", help="target of export (default: cuda)"
     )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of a group's convolution (all)")
-    listed = "; ".join(f"{name}: {peer[0]}" for name, peer in PEERS.items())
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="NAME", help=listed)
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    peers = "; ".join(f"{name}: {peer[0]}" for name, peer in PEERS.items())
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="NAME", help=peers)
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     if args.what == "export":
         export(args.folder, args.configs, args.tasks, args.platform, args.forms)

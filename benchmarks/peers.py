@@ -1,16 +1,16 @@
-"""Times a MAML training step beside the same step in PyTorch, higher, TorchOpt and JAX.
+"""Time a MAML training step against the same step in PyTorch, higher, TorchOpt and JAX.
 
     python benchmarks/peers.py [--configs omniglot_5way ...] [--peers torch_func jax_map ...] [--json peers.json]
 
-The same inner loops, second-order meta-gradient and Adam, from the same initial weights on the same generated tasks,
-which lie in memory as each framework's own tensors: drawing tasks is left out on all sides. Every form runs in a
-process of its own, in turns with ours; a ratio above 1 says that ours is faster.
+All forms compute the same inner loops, second-order meta-gradient and Adam steps, from the same initial weights on the
+same generated tasks. The tasks are in memory as each framework's tensors, so drawing them is not timed. Each form runs
+in its own process, in turns with ours. A ratio above 1 means that ours is faster.
 
-Before a form is timed, its own code runs in float64: its first two losses and its first meta-gradient must agree with
-ours, computed in float64 by maml.query_loss. The last column is how far apart the first losses of the timed float32
-programs are: five inner steps from untrained weights amplify rounding to percents, in every framework.
+Before a form is timed, it runs in float64: its first two losses and its first meta-gradient must agree with ours in
+float64 (maml.query_loss). The last column is the relative difference between the first losses of the float32 programs.
+It reaches percents in every framework, because five inner steps from untrained weights amplify rounding.
 
-Needs benchmarks/requirements-peers.txt; nothing else should run.
+Install benchmarks/requirements-peers.txt, and run nothing else meanwhile.
 """
 
 import argparse
@@ -44,17 +44,16 @@ from forms import (
 from step_time import CONFIGS
 
 COMPARED = tuple(name for name in CONFIGS if name != "omniglot_fc")
-BLOCK = 100  # steps of the sinusoid in one call, as main.py takes them
-ROUNDS, STEPS = 5, 4  # turns, and timed calls in each
-SLOW = 2.0  # seconds; of longer calls one is timed in each turn
+BLOCK = 100  # sinusoid steps per call, as in main.py
+ROUNDS, STEPS = 5, 4  # turns; timed calls in each
+SLOW = 2.0  # seconds; only one longer call is timed per turn
 
 
-# Ours: MAML as main.py builds it, with main.py's threads.
+# Ours: MAML and threads as in main.py
 
 
 def built(flags: str):
-    """(maml, problem) of a command of main.py."""
-
+    """Return (maml, problem) for flags of main.py."""
     import main
 
     main.FLAGS(["main.py", *flags.split()])
@@ -71,9 +70,9 @@ def built(flags: str):
     else:
         drawn = SinusoidTasks(shot, shot).draw(0, "train", 0, BLOCK * tasks)
         batches = list(zip(*(part.reshape(BLOCK, tasks, *part.shape[1:]) for part in drawn), strict=True))
-    cancelled = [f"b{layer}" for layer in range(1, 5)] if dataset.images else []  # by batch norm
+    canceled = [f"b{layer}" for layer in range(1, 5)] if dataset.images else []  # by batch norm
     return maml, Problem(
-        weights={name: value.numpy() for name, value in maml.weights.items() if name not in cancelled},
+        weights={name: value.numpy() for name, value in maml.weights.items() if name not in canceled},
         batches=batches,
         inner_lr=recipe.inner_lr,
         inner_steps=recipe.inner_steps,
@@ -86,7 +85,7 @@ def built(flags: str):
 
 
 def ours(flags: str):
-    """(step, problem, reference) of a command of main.py."""
+    """Return (step, problem, reference) for flags of main.py."""
     maml, problem = built(flags)
     import tensorflow as tf
 
@@ -106,20 +105,20 @@ def ours(flags: str):
 
 
 def reference(maml, problem: Problem):
-    """In float64: the first two losses, and the first meta-gradient to the watched weight."""
+    """Return the first two losses and the first meta-gradient of the watched weight, in float64."""
     weights, losses, gradients = {name: value.numpy().astype(float) for name, value in maml.weights.items()}, [], []
     for _ in range(2):
         each = task_gradients(maml, weights, problem.in_float64().batches[0])
         losses.append(float(np.mean([loss for _, loss in each])))
         gradients.append({name: np.mean([gradient[name] for gradient, _ in each], 0) for name in weights})
-        # Adam's first step: the gradient over its absolute value.
+        # Adam's first step is meta_lr times the sign of the gradient.
         weights = {name: value - problem.meta_lr * np.sign(gradients[0][name]) for name, value in weights.items()}
     gradient, bound = gradients[0][problem.watched], problem.clip or np.inf
     return losses, np.clip(gradient, -bound, bound)
 
 
 def task_gradients(maml, weights: dict[str, np.ndarray], batch) -> list[tuple]:
-    """(meta-gradient by name, loss) of each task alone, in the dtype of what is given."""
+    """Return (meta-gradient by name, loss) of each task, in the dtype of the arguments."""
     import tensorflow as tf
 
     from maml import query_loss
@@ -136,12 +135,12 @@ def task_gradients(maml, weights: dict[str, np.ndarray], batch) -> list[tuple]:
     return [gradient_and_loss(weights, Tasks(*map(tf.constant, task))) for task in zip(*batch, strict=True)]
 
 
-# name -> (words, make, options). make(problem, **options) returns (step, moment): step(count) takes the steps of the
-# first `count` batches and returns the last one's loss; moment() is Adam's first moment of problem.watched, as ours.
+# name -> (words, make, options). make(problem, **options) returns (step, moment). step(count) takes a step on each of
+# the first `count` batches and returns the last loss. moment() is Adam's first moment of problem.watched in our layout.
 FORMS = {
     "torch_loop": ("PyTorch, loop over tasks", torch_loop, {}),
     "torch_loop_1": ("PyTorch, loop over tasks, 1 thread", torch_loop, {"threads": 1}),
-    "torch_tasks": ("PyTorch, a task a core in Python threads", torch_loop, {"threads": 1, "cores": CORES}),
+    "torch_tasks": ("PyTorch, one task per core in Python threads", torch_loop, {"threads": 1, "cores": CORES}),
     "torch_func": ("PyTorch, torch.func vmap", torch_func, {}),
     "torch_func_1": ("PyTorch, torch.func vmap, 1 thread", torch_func, {"threads": 1}),
     "torch_compile": ("PyTorch, torch.func vmap, torch.compile", torch_func, {"compiled": True}),
@@ -152,47 +151,51 @@ FORMS = {
     "jax_vmap": ("JAX, jit and vmap", jax_form, {"over_tasks": "vmap"}),
     "jax_vmap_1": ("JAX, jit and vmap, 1 thread", jax_form, {"over_tasks": "vmap", "threads": 1}),
     "jax_map": ("JAX, jit and lax.map", jax_form, {"over_tasks": "map"}),
-    "jax_tasks": ("JAX, a jitted task a core in threads", jax_form, {"over_tasks": "threads", "threads": 1}),
+    "jax_tasks": ("JAX, one jitted task per core in threads", jax_form, {"over_tasks": "threads", "threads": 1}),
 }
 
 
-# Processes, turns and the table.
+# Processes, turns and the table
 
 
-def serve(pipe, form: str, given) -> None:
-    """A form's process: what there is to compare, then times as they are asked for."""
+def serve(pipe, form: str, work) -> None:
+    """Run a form in its process: send what check() needs, then times for each requested number of calls.
+
+    Args:
+      work: flags of main.py for "ours", else a Problem.
+    """
     try:
         if form == "ours":
-            step, problem, expected = ours(given)
+            step, problem, expected = ours(work)
             pipe.send((problem, expected, step(1), devices.onednn()))
         else:
             _, make, options = FORMS[form]
-            step, moment = make(given, **options)
-            problem, first, gradient = given, step(1), moment() / (1 - BETA1)
+            step, moment = make(work, **options)
+            problem, first, gradient = work, step(1), moment() / (1 - BETA1)
             pipe.send(([first, step(1)], gradient))
         block = len(problem.batches)
         while True:
             calls = pipe.recv()
-            step(block)  # the caches were another process's
+            step(block)  # fills the caches, which another process used
             times = []
             for _ in range(calls):
                 start = time.perf_counter()
                 step(block)
                 times.append((time.perf_counter() - start) / block)
             pipe.send(times)
-    except EOFError:  # no more questions
+    except EOFError:  # the other end is closed
         pass
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
 
 
 class Worker:
-    """A form in a process of its own, ended with the `with`."""
+    """A context manager that runs a form in its own process."""
 
-    def __init__(self, form: str, given, limit: float):
+    def __init__(self, form: str, work, limit: float):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process, self.limit = context.Process(target=serve, args=(theirs, form, given)), limit
+        self.process, self.limit = context.Process(target=serve, args=(theirs, form, work)), limit
         self.process.start()
         theirs.close()
 
@@ -205,48 +208,48 @@ class Worker:
         self.process.join()
 
     def answer(self, calls: int = 1):
-        """The next thing that the process says. Raises NoTime."""
+        """Return the next message of the process. Raise NoTime if it fails, or exceeds the limit per call."""
         if not self.pipe.poll(calls * self.limit):
-            raise NoTime(f"given up: over {self.limit:.0f} s to compile or step")
+            raise NoTime(f"timeout: over {self.limit:.0f} s to compile or step")
         try:
             answer = self.pipe.recv()
         except EOFError:
-            raise NoTime("its process died (memory?)") from None
+            raise NoTime("its process died (out of memory?)") from None
         if isinstance(answer, str):
             raise NoTime(answer)
         return answer
 
     def times(self, calls: int) -> list[float]:
-        """Seconds a step, of each of so many calls."""
+        """Return the seconds per step of each of `calls` calls."""
         self.pipe.send(calls)
         return self.answer(1 + calls)
 
 
 def compare(configuration: str, peers: list[str], limit: float) -> list[dict]:
-    """A row for each peer, printed as it comes."""
+    """Time each peer against ours; print and return a row for each."""
     rows = []
-    with Worker("ours", CONFIGS[configuration], 10 * limit) as we:
-        problem, expected, our_loss, onednn = we.answer()
+    with Worker("ours", CONFIGS[configuration], 10 * limit) as our_worker:
+        problem, expected, our_loss, onednn = our_worker.answer()
         for peer in peers:
             row = {"configuration": configuration, "peer": peer, "form": FORMS[peer][0], "our_onednn": onednn}
             try:
                 with Worker(peer, problem, limit) as worker:
                     losses, _ = worker.answer()
-                    with Worker(peer, problem.in_float64(), 5 * limit) as precise:  # has slower kernels
+                    with Worker(peer, problem.in_float64(), 5 * limit) as precise:  # float64 kernels are slower
                         check(*precise.answer(), expected)
                     calls = 1 if worker.times(1)[0] * len(problem.batches) > SLOW else STEPS
                     theirs, our = [], []
                     for _ in range(ROUNDS):
-                        our += we.times(calls)
+                        our += our_worker.times(calls)
                         theirs += worker.times(calls)
                 row |= {"ms": 1e3 * float(np.median(theirs)), "ours_ms": 1e3 * float(np.median(our))}
                 row |= {"ratio": row["ms"] / row["ours_ms"], "steps": len(theirs) * len(problem.batches)}
                 row |= {"float32_loss": losses[0], "our_float32_loss": our_loss, "float64_loss": expected[0][0]}
-                apart = abs(losses[0] / our_loss - 1)
-                shown = "{ms:10.3f} {ours_ms:10.3f} {ratio:7.2f} {steps:6} {apart:9.5%}".format(**row, apart=apart)
+                loss = abs(losses[0] / our_loss - 1)
+                printed = "{ms:10.3f} {ours_ms:10.3f} {ratio:7.2f} {steps:6} {loss:9.5%}".format(**row, loss=loss)
             except NoTime as reason:
-                row["why"] = shown = str(reason)
-            print(f"{configuration:19} {row['form']:41} {shown}", flush=True)
+                row["why"] = printed = str(reason)
+            print(f"{configuration:19} {row['form']:44} {printed}", flush=True)
             rows.append(row)
     timed = [row for row in rows if "ratio" in row]
     if timed:
@@ -262,23 +265,23 @@ def compare(configuration: str, peers: list[str], limit: float) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", choices=COMPARED, default=COMPARED, metavar="NAME", help=str(COMPARED))
-    listed = "; ".join(f"{name}: {form[0]}" for name, form in FORMS.items())
-    parser.add_argument("--peers", nargs="+", choices=FORMS, default=list(FORMS), metavar="NAME", help=listed)
-    parser.add_argument("--limit", type=float, default=60, help="seconds until a peer's start or step is given up (60)")
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    peers = "; ".join(f"{name}: {form[0]}" for name, form in FORMS.items())
+    parser.add_argument("--peers", nargs="+", choices=FORMS, default=list(FORMS), metavar="NAME", help=peers)
+    parser.add_argument("--limit", type=float, default=60, help="timeout in seconds for a peer's start or step (60)")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     packages = ("tensorflow", "torch", "higher", "torchopt", "jax")
     try:
         versions = {name: version(name) for name in packages}
     except PackageNotFoundError as error:
-        sys.exit(f"peers.py: {error.name} is not installed: pip install -r benchmarks/requirements-peers.txt")
+        sys.exit(f"peers.py: {error.name} is not installed; run pip install -r benchmarks/requirements-peers.txt")
     machine = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{devices.instruction_set()}, {CORES} cores, Python {platform.python_version()}",
         "versions": versions,
     }
     print(machine["date"], machine["machine"], ", ".join(f"{k} {v}" for k, v in machine["versions"].items()), sep=", ")
-    print(f"{'configuration':19} {'form':41} {'ms/step':>10} {'ours':>10} {'ratio':>7} {'steps':>6} {'loss':>9}")
+    print(f"{'configuration':19} {'form':44} {'ms/step':>10} {'ours':>10} {'ratio':>7} {'steps':>6} {'loss':>9}")
     rows = [row for name in args.configs for row in compare(name, args.peers, args.limit)]
     if args.json:
         args.json.write_text(json.dumps(machine | {"rows": rows}, indent=1))

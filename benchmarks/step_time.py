@@ -1,12 +1,15 @@
-"""Times the training loop's own steps: tasks drawn, inner loops, meta-gradient, Adam.
+"""Time steps of the training loop: drawing tasks, inner loops, meta-gradient, Adam.
 
     python benchmarks/step_time.py [--configs omniglot_5way ...] [--first_order] [--steps 30] [--json times.json]
     python benchmarks/step_time.py --configs omniglot_5way --flags="--meta_batch_size=64"
 
-Beside each time stand the floating-point operations of the step's convolutions and matrix products, counted in the
-traced graph, and the floor: those at the peak that NumPy's float32 matrix product reaches in the same run; and the
-memory of the process, after warm-up, at the end and at its peak (the first two on Linux). Images come from the prepared
-data folders, or are random where there are none. Every configuration runs in a process of its own.
+For each time the table also has:
+  - the floating-point operations of the step's convolutions and matrix products, counted in the traced graph;
+  - the time relative to the floor, which is what these operations take at the rate of NumPy's float32 matrix product
+    in the same run;
+  - the memory of the process after warm-up and at the end (both only on Linux), and its peak.
+
+Images come from the prepared data folders, or are random if there are none. Each configuration runs in its own process.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import devices  # isort: skip  before TensorFlow, which reads what it sets
+import devices  # isort: skip  sets TensorFlow's environment before the import
 
 import numpy as np
 
@@ -31,8 +34,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-# The paper's commands (README.md).
-CONFIGS = {
+CONFIGS = {  # the paper's commands
     "sinusoid_10shot": "--datasource=sinusoid --norm=None --update_batch_size=10",
     "omniglot_5way": "--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4",
     "omniglot_20way": "--datasource=omniglot --meta_batch_size=16 --update_batch_size=1 --num_classes=20 "
@@ -49,7 +51,7 @@ PRODUCTS = {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "MatMul", "
 
 
 def matmul_peak() -> float:
-    """FLOP/s of NumPy's 1024 x 1024 float32 product, the best of ten."""
+    """Return the FLOP/s of NumPy's 1024 x 1024 float32 product, the best of ten."""
     a = np.random.default_rng(0).random((1024, 1024), np.float32)
     times = []
     for _ in range(11):
@@ -60,7 +62,7 @@ def matmul_peak() -> float:
 
 
 def product_flops(graph, tasks: int) -> int:
-    """FLOP of the products that the outputs of a traced function need; a loop over tasks counts `tasks` times."""
+    """Count the FLOP of all products that a traced function's outputs need; a loop over tasks counts `tasks` times."""
     needed, queue = set(), [tensor.op for tensor in graph.outputs] + list(graph.control_outputs)
     while queue:
         op = queue.pop()
@@ -80,11 +82,11 @@ def product_flops(graph, tasks: int) -> int:
 
 
 def _multiplications(op) -> int:
-    """Of one product: outputs times the length of the sum behind each."""
+    """Count the multiplications of a product: its outputs times the length of the sum for each."""
     import tensorflow as tf
 
     if op.type.startswith("Conv2D"):
-        images = op.outputs[0] if op.type == "Conv2D" else op.inputs[2]  # the side that the stride has made small
+        images = op.outputs[0] if op.type == "Conv2D" else op.inputs[2]  # the smaller side of the stride
         filters = op.inputs[1].shape
         if op.type == "Conv2DBackpropFilter":
             filters = op.outputs[0].shape
@@ -95,13 +97,13 @@ def _multiplications(op) -> int:
 
 
 def resident_mb() -> float:
-    """Memory of this process at this moment, where the system says."""
+    """Return the current memory of this process in MiB, or NaN if the system does not report it."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if status.exists() else math.nan
 
 
 def random_images(recipe, count: int = 100, per_class: int = 40):
-    """Tasks of random images, for a data set that is not prepared."""
+    """Return tasks of random images, for a data set that is not prepared."""
     from data_generator import ImageTasks
     from images import Classes
 
@@ -119,7 +121,7 @@ def random_images(recipe, count: int = 100, per_class: int = 40):
 
 
 def measure(name: str, flags: str, steps: int) -> dict:
-    """One configuration, in this process."""
+    """Time a configuration in this process."""
     import main
 
     main.FLAGS(["main.py", *flags.split()])
@@ -141,7 +143,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
     maml = recipes.build(recipe, main.layout())
     with train.Steps(maml, data, recipe, Stop()) as stepper:
         size, batch = stepper.block, recipe.meta_batch
-        stepper.advance(2 * size)  # traced and warm
+        stepper.advance(2 * size)  # traces and warms up
         resident, times = resident_mb(), []
         for done in range(2 * size, (2 + steps) * size, size):
             start = time.perf_counter()
@@ -151,7 +153,7 @@ def measure(name: str, flags: str, steps: int) -> dict:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MAXRSS_PER_MB if resource else math.nan
         memory = [resident, resident_mb(), peak]
         tasks = stepper.meta_batch(stepper.done)
-    # The products that inner_apply writes as sums count, too.
+    # Without inner_apply, which writes products as sums, so that they count as products.
     plain = maml.inner._replace(network=maml.inner.network._replace(inner_apply=None))
     graph = MAML(plain).train_step.get_concrete_function(tasks).graph
     flops, matmul = product_flops(graph, batch), matmul_peak()
@@ -175,10 +177,10 @@ def measure(name: str, flags: str, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--first_order", action="store_true", help="time --stop_grad beside each")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps; of the sinusoid, blocks of 100 (30)")
-    parser.add_argument("--json", type=Path, help="write the table there too")
-    parser.add_argument("--flags", default="", help="more flags of main.py, for all configurations")
+    parser.add_argument("--first_order", action="store_true", help="also time each with --stop_grad")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps; for the sinusoid, blocks of 100 (30)")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--flags", default="", help="additional flags of main.py for all configurations")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a child's name and flags
     args = parser.parse_args()
     if args.one:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# CIFAR-FS 5-way 1-shot with 100 of the 600 images of each training class, those of CIFAR-100's test part. Tested are the
-# best on validation, with one query a class and with 15, and the last checkpoint, with 15. In data/cifar_fs/reduced the
-# folders val and test are whole, and train holds only those images:
+# CIFAR-FS 5-way 1-shot, trained on 100 of the 600 images per class: those of CIFAR-100's test part. The tests use the best
+# checkpoint on validation, with 1 and 15 queries per class, and the last one, with 15. In data/cifar_fs/reduced only train
+# is reduced; val and test are complete. To create it:
 # python data/cifar_fs/prepare.py --archive <a folder of these images> --out data/cifar_fs/reduced --allow_missing
 exec "${PYTHON:-python}" "$(dirname "$0")/row.py" "$0" \
     --datasource=cifarfs --metatrain_iterations=20000 --update_batch_size=1 --data_path=data/cifar_fs/reduced \

@@ -1,9 +1,9 @@
-"""Prints a 10-shot sinusoid test beside the original's, update by update.
+"""Compare a 10-shot sinusoid test with the original's, update by update.
 
     python experiments/compare_sinusoid.py logs/sine/<run>/results.json
 
-Both are mean squared errors over 600 test tasks; the line of 0 updates is of the support set. A pretrained network and
-an oracle are beside the original's. Its numbers, and how they were made, are in results/published.json.
+The table has mean squared errors over 600 test tasks; at 0 updates, on the support set. A pretrained network or an
+oracle is compared with the original's. results/published.json has the original's numbers and their source.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "published.json"
 TEST = {"support_examples_a_class_K": 10, "query_examples_a_class_Q": 10, "inner_step_size_alpha": 0.001}
-# The row of published.json for what the name of a run folder has.
+# Part of a run folder's name -> row of published.json.
 BASELINES = {r"oracle": "sinusoid_oracle", r"\.pretrain(?!\d)": "sinusoid_pretrained"}
 
 
@@ -22,14 +22,14 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results.json of a run folder")
     path = parser.parse_args().results
     if not path.is_file():
-        parser.exit(1, f"{path}: no such file; test the run with --train=False --test_set=True first\n")
+        parser.exit(1, f"{path}: does not exist; test the run with --train=False --test_set=True first\n")
     protocol = TEST | {"data_set": "sinusoid", "split": "test", "tasks": 600, "task_seed": 0}
     try:
         tested = [entry for entry in json.loads(path.read_text()) if protocol.items() <= entry.items()]
     except (ValueError, TypeError, AttributeError):
-        parser.exit(1, f"{path} is no results.json of a run: test the run with --train=False --test_set=True\n")
+        parser.exit(1, f"{path}: is not a run's results.json; test the run with --train=False --test_set=True first\n")
     if not tested:
-        parser.exit(1, f"{path} has no 10-shot test; test the run with --train=False --test_set=True first\n")
+        parser.exit(1, f"{path}: has no 10-shot test; test the run with --train=False --test_set=True first\n")
     run = str(tested[-1].get("run"))
     row = next((row for name, row in BASELINES.items() if re.search(name, run)), "sinusoid_maml")
     known = TEST | {"row": row, "reported_by": "original code"}

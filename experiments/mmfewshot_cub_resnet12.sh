@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# mmfewshot's MAML on CUB-200-2011 with resnet12: trained 5-shot, tested 5-shot and 1-shot (docs/fidelity.md says what differs).
+# mmfewshot's MAML on CUB-200-2011 with resnet12: trained 5-shot, tested 5-shot and 1-shot (differences: docs/fidelity.md).
 exec "${PYTHON:-python}" "$(dirname "$0")/row.py" "$0" \
     --datasource=cub --data_path=data/cub_photographs --augment --network=resnet12 --loss=mean \
     --metatrain_iterations=12500 --meta_batch_size=8 --update_batch_size=5 --num_query=16 --update_lr=0.01 \

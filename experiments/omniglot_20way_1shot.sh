@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Omniglot 20-way 1-shot (paper, table 1), and the same model tested 5-shot, with 5 queries a class and with 1.
+# Omniglot 20-way 1-shot (paper, table 1). The same model is also tested 5-shot, with 5 queries per class and with 1.
 exec "${PYTHON:-python}" "$(dirname "$0")/row.py" "$0" \
     --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=16 --update_batch_size=1 --num_classes=20 \
     --update_lr=0.1 --num_updates=5 --logdir=logs/omniglot20way/ "$@" \

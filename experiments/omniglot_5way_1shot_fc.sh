@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Omniglot 5-way 1-shot without convolutions (paper, table 1), and the same model tested 5-shot,
-# with 5 queries a class and with 1. Both tests are also made of the checkpoint that is best on validation.
+# Omniglot 5-way 1-shot without convolutions (paper, table 1). The same model is also tested 5-shot, with 5 queries per class
+# and with 1. The tests with K queries per class are repeated for the best checkpoint on validation.
 exec "${PYTHON:-python}" "$(dirname "$0")/row.py" "$0" \
     --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 \
     --num_updates=1 --logdir=logs/omniglot5way/ --conv=False "$@" \

@@ -1,9 +1,9 @@
-"""Publishes a trained model: its weights alone, in the original's layout, with flags, results and thinned events.
+"""Publish a trained model: its weights in the original's layout, flags, results and thinned events.
 
     python experiments/publish.py <run folder> [--iteration 59999] [--to logs/published]
 
-The copy is tested as any run, e.g. with --train=False --test_set=True --logdir=logs/published/. Of the events stay the
-curves, every 1,000 iterations, the flags, the layout of the charts, the last pictures and the number of the test.
+Test the copy like any run, e.g. with --train=False --test_set=True --logdir=logs/published/. The events keep the curves
+(every 1,000 iterations), the flags, the layout of the charts, the last pictures and the test result.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import devices  # noqa: F401, isort: skip (before TensorFlow, which reads what it sets)
+import devices  # noqa: F401, isort: skip (sets TensorFlow's environment before the import)
 
 import tensorflow as tf
 
@@ -29,25 +29,28 @@ EVENTS = "events.out.tfevents.0.published"
 
 
 def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
-    """Writes the model of a run folder to a folder of the same name below `to`, and returns that."""
+    """Publish the model of a run folder as a folder of the same name in `to`; return the new folder.
+
+    Raise InputError if the run was not tested at this iteration, or `to` holds the run or another checkpoint of it.
+    """
     run, copy = runs.Run(folder), to / Path(os.path.abspath(folder)).name
     if copy.resolve() == folder.resolve():
-        raise InputError(f"{folder} lies in {to} already: give another --to")
+        raise InputError(f"--to: {folder} is already in {to}; choose another folder")
     prefix = Path(run.checkpoint(iteration, "--iteration"))
     for name in ("flags.json", "results.json"):
         if not (folder / name).is_file():
-            raise InputError(f"no {name} in {folder}: train and test the run first")
+            raise InputError(f"{folder / name}: does not exist; train and test the run first")
     tests = runs.read_json(folder / "results.json", list, "test the run again")
     if all(test.get("checkpoint") != prefix.name for test in tests):
-        raise InputError(f"{folder / 'results.json'} has no test of {prefix.name}: test it first")
+        raise InputError(f"{folder / 'results.json'}: has no test of {prefix.name}; test it first")
     others = [other for other in runs.Run(copy).iterations() if f"model{other}" != prefix.name]
-    if others:  # the latest of them would be tested, beside results that are not its own
-        raise InputError(f"{copy} has another checkpoint, model{others[-1]}: remove it, or give another --to")
+    if others:  # a test would use the latest checkpoint, which the published results may not describe
+        raise InputError(f"--to: {copy} has another checkpoint, model{others[-1]}; remove it or choose another folder")
     _, maml, _ = runs.load(folder, iteration)
     with writing(copy):
         copy.mkdir(parents=True, exist_ok=True)
         for name in ("flags.json", "results.json", "classes.json"):
-            if (folder / name).is_file():  # there is no list of classes where there are none
+            if (folder / name).is_file():  # a sinusoid run has no classes.json
                 shutil.copyfile(folder / name, copy / name)
         runs.write_checkpoint(copy / prefix.name, {maml.keys[name]: weight for name, weight in maml.weights.items()})
         write_events(folder, copy)
@@ -57,10 +60,7 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
 
 
 def write_events(folder: Path, copy: Path) -> None:
-    """Write one event file: the curves of every 1,000th iteration, and the last event of every other tag.
-
-    The others are the flags, the layout of the charts, pictures, and the result of a test.
-    """
+    """Write one event file: the curves at every EVENT_INTERVAL-th iteration, and the last event of every other tag."""
     kept = {}  # the last event of each key
     for event in itertools.chain(*report.read(folder)):
         tags = tuple(value.tag for value in event.summary.value)
@@ -75,9 +75,9 @@ def write_events(folder: Path, copy: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="run folder, trained and tested")
-    parser.add_argument("--iteration", type=int, default=-1, help="of the checkpoint; -1: the latest")
-    parser.add_argument("--to", type=Path, default=ROOT / "logs" / "published")
+    parser.add_argument("folder", type=Path, help="a run folder, trained and tested")
+    parser.add_argument("--iteration", type=int, default=-1, help="checkpoint to publish (-1: the latest)")
+    parser.add_argument("--to", type=Path, default=ROOT / "logs" / "published", help="parent folder of the copy")
     args = parser.parse_args()
     try:
         say(f"Published: {publish(args.folder, args.to, args.iteration)}")

@@ -1,14 +1,14 @@
-"""Trains, tests and records one row of the tables in docs/results.md. The scripts beside it call it:
+"""Train, test and record one row of the tables in docs/results.md. The scripts in experiments/ call this program:
 
-    python experiments/row.py <script> flags of training ... -- [flags at test ...] [-- [flags at test ...]] ...
+    python experiments/row.py <script> <training flags> -- [test flags] [-- [test flags]] ...
 
-Every `--` begins a test of the trained model on the test classes. The test takes the flags that follow, and those of
-training. A run that was stopped goes on; a finished one is tested again. The program works in the project's root, so a
-path that a flag gives begins there.
+Each `--` starts a test of the trained model on the test classes, with the training flags and the flags that follow. A
+stopped run continues; a finished run is tested again. The program works in the project's root, so relative paths in
+flags start there.
 
-Writes results/<script>.json: the run's flags, iterations, hours, machine, versions and commit, and its tests as they
-stand in the run's results.json. Another seed than 0 has .seed<n> in the name, and another method than MAML
-(--adapt, --learn_update_lr) its part of the run folder's name. With --results_dir it is written there.
+The record results/<script>.json holds the run's flags, iterations, hours, machine, versions and commit, and its tests
+from the run's results.json. A seed other than 0 adds .seed<n> to the name, and a method other than MAML (--adapt,
+--learn_update_lr) adds its part of the run folder's name. --results_dir sets another folder.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import devices  # isort: skip  before TensorFlow, which reads what it sets
+import devices  # isort: skip  sets TensorFlow's environment before the import
 
 import numpy as np
 import tensorflow as tf
@@ -38,9 +38,9 @@ from files import write_whole
 
 
 def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
-    """Does all of the above; returns the path of what it wrote. Ends the program where main.py fails or is stopped.
+    """Train and test, and return the path of the record. Exit if main.py fails or is stopped.
 
-    All flags are read before anything is trained. Those that main.py takes for wrong, or for a question, it answers.
+    Check all flags before training. If main.py rejects them, or they ask for help, it runs once to print its answer.
     """
     for flags in (training, *([*training, *more] for more in tests)):
         try:
@@ -55,7 +55,8 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     entries = []
     for more in tests:
         run_program("main.py", [*training, *more, "--train=False", "--test_set=True"])
-        entries.append([one for one in json.loads(tested.read_text()) if one.get("run") == run.folder.name][-1])
+        results = json.loads(tested.read_text())
+        entries.append([entry for entry in results if entry.get("run") == run.folder.name][-1])
     row = {
         "row": script.stem,
         "flags": flags,
@@ -71,23 +72,23 @@ def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     return path
 
 
-def parts(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
-    """The flags of training, and those of each test, which a `--` begins."""
-    found = [[]]
+def split_flags(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Split arguments at each `--`; return the flags of training, and those of each test."""
+    groups = [[]]
     for argument in arguments:
         if argument == "--":
-            found.append([])
+            groups.append([])
         else:
-            found[-1].append(argument)
-    return found[0], found[1:]
+            groups[-1].append(argument)
+    return groups[0], groups[1:]
 
 
 def run_program(name: str, flags: list[str]) -> None:
-    """Runs main.py or another program of the project. Ends this one where that fails or is stopped."""
+    """Run a program of the project, such as main.py. Exit if it fails or is stopped."""
     program = subprocess.Popen([sys.executable, name, *flags])
     try:
         code = program.wait()
-    except SystemExit:  # by SIGTERM
+    except SystemExit:  # SIGTERM
         program.terminate()
         program.wait()
         raise
@@ -96,16 +97,16 @@ def run_program(name: str, flags: list[str]) -> None:
 
 
 def leave_stops_to_programs() -> None:
-    """A stop is that of the program that runs, which saves and ends, and this one with it.
+    """Let the running child save and exit on a stop, and then exit.
 
-    Ctrl-C reaches it by itself, SIGTERM does not.
+    The terminal sends Ctrl-C to the child too. run_program forwards SIGTERM.
     """
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def circumstances(folder: Path) -> dict:
-    """How long the training of this run folder took, and where, when and with what it was recorded."""
+    """Return the training hours of a run folder, and the machine, versions, commit and date of the record."""
     return {
         "hours": round(training_hours(folder), 4),
         "machine": machine(),
@@ -116,24 +117,26 @@ def circumstances(folder: Path) -> dict:
 
 
 def training_hours(folder: Path) -> float:
-    """Return the hours for which the run was at work, by the times of its events.
+    """Return the hours that a run spent training, from the times of its events.
 
-    Every start of main.py begins a file, with an event before the graph is traced, so the time between a stop and the
-    next start does not count. Nor do iterations that a later start repeats. Nor does a gap between two iterations with
-    events that is longer than a minute and than ten usual gaps of its file: the machine slept, or the program was
-    suspended.
+    Excluded are:
+      - the time between a stop and the next start, because each start of main.py begins an event file, with an event
+        before the graph is traced;
+      - iterations that a later start repeats;
+      - gaps between events that exceed both a minute and ten median gaps of the file: the machine slept, or the program
+        was suspended.
     """
     seconds = 0.0
     for events in report.read(folder):
-        times = {event.step: event.wall_time for event in events}  # the last of each: its others come in one moment
+        times = {event.step: event.wall_time for event in events}  # the last event of each step
         gaps = np.diff(sorted([*(event.wall_time for event in events[:1]), *times.values()]))
-        if gaps.size:  # none where the disk was full
+        if gaps.size:  # a full disk leaves an empty file
             seconds += gaps[gaps <= max(60, 10 * np.median(gaps))].sum()
     return float(seconds) / 3600
 
 
 def machine() -> dict:
-    """What the tests ran on; the training too, unless the run folder came from elsewhere."""
+    """Describe this machine. It ran the tests, and the training unless the run folder came from elsewhere."""
     return {
         "processor": devices.processor(),
         "cores": devices.cores(),
@@ -143,9 +146,9 @@ def machine() -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the code, with +changes where a tracked .py file differs from it.
+    """Return the commit of the code, plus "+changes" if a tracked .py file differs from it.
 
-    None outside a git clone, and where git is not installed.
+    Return None outside a git clone or without git.
     """
     if not shutil.which("git"):
         return None
@@ -161,23 +164,22 @@ def commit() -> str | None:
 
 
 def parse(arguments: list[str]) -> tuple[Path, list[str], list[list[str]]]:
-    """Reads the command line, and ends the program where it is wrong, before anything is trained.
+    """Parse the command line; return the script, the training flags, and the flags of each test.
 
-    Returns:
-      The script, the flags of training, and those of each test.
+    Exit with status 2 if it is invalid.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", type=Path, help="a script of experiments/, which gives the row its name")
+    parser.add_argument("script", type=Path, help="script in experiments/ that names the row")
     parser.add_argument("flags", nargs="*", help="flags of main.py, as above")
-    script = parser.parse_args(arguments[:1]).script.resolve()  # what follows is main.py's, a --help too
+    script = parser.parse_args(arguments[:1]).script.resolve()  # the rest, even --help, goes to main.py
     scripts = ROOT / "experiments"
-    known = sorted(set(scripts.glob("*.sh")) - set(scripts.glob("rl_*")))  # which rl/row.py records
+    known = sorted(set(scripts.glob("*.sh")) - set(scripts.glob("rl_*")))  # rl/row.py records the latter
     if script not in known:
         names = ", ".join(path.name for path in known)
-        parser.error(f"{arguments[0]} is no script of experiments/ for main.py: call one of those, {names}")
-    training, tests = parts(arguments[1:])
+        parser.error(f"{arguments[0]}: is not a script of main.py in experiments/; choose one of {names}")
+    training, tests = split_flags(arguments[1:])
     if not tests:
-        parser.error("no test, so there is nothing to record: begin one with --")
+        parser.error(f"{arguments[0]}: has no test to record; start a test with --")
     return script, training, tests
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sinusoid, the oracle, which is told amplitude and phase (paper section 5.1); tests as the pretrained baseline.
+# Sinusoid, the oracle, whose input includes amplitude and phase (paper, section 5.1), tested 5-, 10- and 20-shot with
+# alpha 0.001 and 0.01.
 exec "${PYTHON:-python}" "$(dirname "$0")/row.py" "$0" \
     --datasource=sinusoid --logdir=logs/sine/ --pretrain_iterations=70000 --metatrain_iterations=0 --norm=None \
     --update_batch_size=10 --baseline=oracle "$@" \

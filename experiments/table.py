@@ -1,10 +1,9 @@
-"""Writes the tables of README.md and docs/ from results/*.json, each between its two comment marks.
+"""Write the tables of README.md and docs/ from results/*.json, each between its two comment marks.
 
     python experiments/table.py
 
-Our numbers come from results/<script>.json and, for other methods and seeds, <script>.<...>.json, which row.py writes.
-What others report comes from published.json, and the times of a step from speed.json. Both say who measured what, and
-how.
+Our numbers come from results/<script>.json and, for other methods and seeds, results/<script>.<...>.json; row.py writes
+both. Published numbers come from published.json, and step times from speed.json. Both name their sources.
 """
 
 import argparse
@@ -20,33 +19,33 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "<!-- end of table -->"
-TASKS, TASK_SEED = 600, 0  # of a test, unless its flags say otherwise
-BEST = "best on validation"  # the checkpoint that was tested; else the last
-TABLE_UPDATES = (1, 5, 10)  # of the sinusoid: paper, table 2
+TASKS, TASK_SEED = 600, 0  # the defaults of a test
+BEST = "best on validation"  # the tested checkpoint, if not the last
+TABLE_UPDATES = (1, 5, 10)  # of the sinusoid (paper, table 2)
 
 Json = Mapping[str, Any]
 
 
 class Row(NamedTuple):
-    """A test of the model that experiments/<script>.sh trains: one line of a table, or one for each protocol."""
+    """A test of the model that experiments/<script>.sh trains: one line of a table per protocol and seed."""
 
     test: str
     model: str
     script: str
     shot: int  # K at test
     alpha: float  # at test
-    flags: Mapping[str, str] = MappingProxyType({})  # that the script is given
-    released: str = ""  # where others' weights are, which are only tested here; then no script trained the record
+    flags: Mapping[str, str] = MappingProxyType({})  # passed to the script
+    released: str = ""  # where to find weights that others trained and we only tested
 
     @property
     def source(self) -> str:
-        """The command that trained the model, or where its weights are."""
+        """The command that trains the model, or where its weights are."""
         command = " ".join([f"{self.script}.sh", *(f"--{flag}={value}" for flag, value in self.flags.items())])
         return self.released or f"`{command}`"
 
     @property
-    def trained_by(self) -> str:
-        """The script whose published numbers are this row's, too."""
+    def published_row(self) -> str:
+        """The row of published.json with the published numbers of this model."""
         return self.script.removesuffix("_released")
 
 
@@ -81,12 +80,12 @@ IMAGES = [
     Row("MiniImagenet 5-way 5-shot", "MAML", "miniimagenet_5shot", 5, 0.01),
     Row("MiniImagenet 5-way 5-shot", "first order", "miniimagenet_5shot_first_order", 5, 0.01),
     Row("CIFAR-FS 5-way 1-shot", "MAML", "cifarfs_1shot", 1, 0.01),
-    Row("CIFAR-FS 5-way 1-shot", "trained on 100 images a class", "cifarfs_1shot_reduced", 1, 0.01),
+    Row("CIFAR-FS 5-way 1-shot", "trained on 100 images per class", "cifarfs_1shot_reduced", 1, 0.01),
 ]
-METHOD = {"adapt": "all", "learn_update_lr": "none"}  # the flags that make another method of MAML, as MAML has them
+METHOD = {"adapt": "all", "learn_update_lr": "none"}  # the flags that select a method, with MAML's values
 ANIL, SIZES, META_SGD = {"adapt": "head"}, {"learn_update_lr": "step"}, {"learn_update_lr": "weight"}
 BOIL = {"adapt": "body"}
-# As Oh et al. 2021: a step of 0.5 on the mean loss is 0.1 on ours, which is 5 times the mean in a 5-way task.
+# Oh et al. 2021 use alpha 0.5 with the mean loss. In a 5-way task our loss is 5 times the mean, so alpha is 0.1.
 BOIL_PUBLISHED = BOIL | {"num_updates": "1", "update_lr": "0.1", "num_filters": "64", "metatrain_iterations": "30000"}
 META_SGD_PUBLISHED = META_SGD | {"num_updates": "1"}  # Li et al. 2017
 FAMILY = [
@@ -138,16 +137,17 @@ SPEED = {
 }
 
 
-# Ours and others' numbers.
+# Our numbers and published numbers.
 
 
 def ours(row: Row, results: Path) -> dict[str, list[tuple[Json, Json]]]:
-    """The recorded tests of a row, by protocol, the original's first.
+    """Return the recorded tests of a row by protocol, the original's protocol first.
 
     Returns:
-      protocol -> (record, test) of each seed. The protocol is the queries a class, and what else is not the original's.
+      protocol -> (record, test) of each seed. A protocol is the number of queries per class, then everything that
+      differs from the original's test.
     """
-    found = []
+    tested = []
     for path in sorted([*results.glob(f"{row.script}.json"), *results.glob(f"{row.script}.*.json")]):
         record = json.loads(path.read_text())
         flags = METHOD | record.get("flags", {})
@@ -155,17 +155,17 @@ def ours(row: Row, results: Path) -> dict[str, list[tuple[Json, Json]]]:
             continue
         for test in record["tests"]:
             if (test["support_examples_a_class_K"], test["inner_step_size_alpha"]) == (row.shot, row.alpha):
-                found.append((record, test))
+                tested.append((record, test))
     by_protocol = defaultdict(list)
-    for record, test in sorted(found, key=lambda pair: _protocol_order(row, pair[1])):
+    for record, test in sorted(tested, key=lambda pair: _protocol_order(row, pair[1])):
         by_protocol[_protocol(test)].append((record, test))
     return dict(by_protocol)
 
 
 def _protocol_order(row, test):
     query = test["query_examples_a_class_Q"]
-    normalised = "query_normalised_with" in test
-    return query != row.shot, query, test["tasks"], test["task_seed"], normalised, test["best_on_validation"]
+    by_image = "query_normalised_with" in test
+    return query != row.shot, query, test["tasks"], test["task_seed"], by_image, test["best_on_validation"]
 
 
 def _protocol(test):
@@ -173,25 +173,25 @@ def _protocol(test):
     if test.get("query_shares"):
         parts.append(f"on average, in {test['query_shares']} shares")
     if test.get("query_normalised_with"):
-        parts.append(f"each normalised with the {test['query_normalised_with']} set")
+        parts.append(f"each normalized with the {test['query_normalised_with']} set")
     if (test["tasks"], test["task_seed"]) != (TASKS, TASK_SEED):
         parts.append(f"{test['tasks']:,} tasks of seed {test['task_seed']}")
     if test.get("updates_at_test"):
-        parts.append(f"{test['updates_at_test']} updates at most")
+        parts.append(f"at most {test['updates_at_test']} updates")
     if test["best_on_validation"]:
         parts.append(BEST)
     return ", ".join(parts)
 
 
 def published(row: Row, reported_by: str, results: Path, protocol: str = "") -> str:
-    """What others report for a row, with the digits that they give; empty where they report nothing.
+    """Return the published numbers of a row to their published digits, or an empty string.
 
-    A number that is known to be of another count of queries a class than the protocol's is left out.
+    Leaves out a number whose query count is known and differs from the protocol's.
     """
     for entry in json.loads((results / "published.json").read_text(), parse_float=str):
         of_row = entry["row"], entry["support_examples_a_class_K"], float(entry["inner_step_size_alpha"])
         query = entry["query_examples_a_class_Q"]
-        if of_row != (row.trained_by, row.shot, row.alpha) or entry["reported_by"] != reported_by:
+        if of_row != (row.published_row, row.shot, row.alpha) or entry["reported_by"] != reported_by:
             continue
         if METHOD | entry.get("flags", {}) != {flag: row.flags.get(flag, usual) for flag, usual in METHOD.items()}:
             continue
@@ -209,54 +209,99 @@ def published(row: Row, reported_by: str, results: Path, protocol: str = "") -> 
 
 
 def _reported(test):
-    """The columns of a test that the paper reports, as text."""
-    columns = [column for column in test["results"] if column["the_papers_number"]]
+    """Return the columns that the paper reports, as text."""
+    columns = _paper_columns(test)
     if not _is_error(test):
         return ", ".join(f"{100 * column['mean']:.1f} +- {100 * column['ci95']:.1f}" for column in columns)
     means, ci95, medians = ([column[key] for column in columns] for key in ("mean", "ci95", "median"))
-    if any(mean is None or mean > 10 * median for mean, median in zip(means, medians, strict=True)):
-        return f"{_joined(means)}, medians {_joined(medians)}"  # a few tasks diverge, and the means with them
-    return f"{_joined(means)} +- {_joined(ci95)}"
+    return (
+        f"{_joined(means)}, medians {_joined(medians)}" if _diverges(test) else f"{_joined(means)} +- {_joined(ci95)}"
+    )
+
+
+def _paper_columns(test):
+    return [column for column in test["results"] if column["the_papers_number"]]
 
 
 def _is_error(test):
     return test["metric"] == "mean squared error"
 
 
+def _diverges(test):
+    """Return whether diverging tasks dominate a mean, so that medians are needed."""
+    return any(column["mean"] is None or column["mean"] > 10 * column["median"] for column in _paper_columns(test))
+
+
 def _joined(numbers):
-    return " / ".join("diverged" if n is None else f"{n:.3f}" if n < 1000 else f"{n:.0e}" for n in numbers)
+    return " / ".join(map(_error, numbers))
+
+
+def _error(number):
+    return "diverged" if number is None else f"{number:.3f}" if number < 1000 else f"{number:.0e}"
 
 
 # The tables.
 
 
-def table(rows: list[Row], queries: str, results: Path) -> str:
-    """Paper, the original's code, ours: a line for each protocol that a row was tested by.
-
-    Args:
-      queries: the heading of the column of protocols.
-      results: the folder of the records.
-    """
-    lines = [
-        f"| test | model | paper | original code | {queries} | ours | script |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    above = ""
+def accuracy_table(rows: list[Row], results: Path) -> str:
+    """Return a table of accuracies with a line for each protocol and seed that a row was tested with."""
+    lines = []
     for row in rows:
         for protocol, tests in (ours(row, results) or {"": []}).items():
-            others = [published(row, reported_by, results, protocol) for reported_by in ("paper", "original code")]
-            mine = "<br>".join(_seed(record, test) for record, test in tests) or "not run yet"
-            cells = ["" if row.test == above else row.test, row.model, *others, protocol, mine, row.source]
-            lines.append(f"| {' | '.join(cells)} |")
-            above = row.test
-    return "\n".join(lines)
+            shared = {"test": row.test, "model": row.model, "queries per class": protocol, "script": row.source}
+            for reported_by in ("paper", "original code"):
+                shared[reported_by] = published(row, reported_by, results, protocol).replace("+-", "±")
+            lines += [shared | _accuracy_cells(record, test) for record, test in tests] or [
+                shared | {"ours": "not run yet"}
+            ]
+    order = ("test", "model", "paper", "original code", "queries per class", "seed", "ours", "iterations", "hours")
+    return _markdown((*order, "script"), lines)
 
 
-def _seed(record, test):
-    if "hours" not in record:  # the weights are others'
-        return _reported(test)
-    cost = f" ({record['iterations']:,} iterations, {record['hours']:.1f} hours)"
-    return f"seed {test['training_seed']}: {_reported(test)}{'' if _is_error(test) else cost}"
+def _accuracy_cells(record, test):
+    cells = {"ours": _reported(test).replace("+-", "±")}
+    if "hours" not in record:  # others trained the weights
+        return cells
+    cost = {"iterations": f"{record['iterations']:,}", "hours": f"{record['hours']:.1f}"}
+    return cells | cost | {"seed": str(test["training_seed"])}
+
+
+def error_table(rows: list[Row], results: Path) -> str:
+    """Return a table of errors after TABLE_UPDATES, with a line for each publication and each seed of a row."""
+    columns = [f"after {updates}" for updates in TABLE_UPDATES]
+    lines = []
+    for row in rows:
+        for protocol, tests in (ours(row, results) or {"": []}).items():
+            shared = {"test": row.test, "model": row.model, "script": row.source}
+            for reported_by in ("paper", "original code"):
+                means = published(row, reported_by, results, protocol)
+                if means:
+                    lines.append(shared | {"source": reported_by} | dict(zip(columns, means.split(" / "), strict=True)))
+            for _, test in tests:
+                source = {"source": f"seed {test['training_seed']}", "query points": protocol}
+                lines.append(shared | source | dict(zip(columns, _error_cells(test), strict=True)))
+            if not tests:
+                lines.append(shared | {"source": "not run yet"})
+    return _markdown(("test", "model", "source", "query points", *columns, "script"), lines)
+
+
+def _error_cells(test):
+    second = "median" if _diverges(test) else "ci95"
+    separator = ", median " if _diverges(test) else " ± "
+    return [separator.join(_error(column[key]) for key in ("mean", second)) for column in _paper_columns(test)]
+
+
+def _markdown(columns, lines):
+    """Return a Markdown table without empty columns, in which a line does not repeat the row of the line above."""
+    columns = [name for name in columns if any(line.get(name) for line in lines)]
+    printed, above = [columns, ["---"] * len(columns)], {}
+    for line in lines:
+        same_test = line["test"] == above.get("test")
+        same_row = same_test and (line["model"], line["script"]) == (above["model"], above["script"])
+        hidden = ("test", "model", "script") if same_row else ("test",) if same_test else ()
+        printed.append(["" if name in hidden else line.get(name, "") for name in columns])
+        above = line
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in printed)
 
 
 def summary(results: Path) -> str:
@@ -297,7 +342,7 @@ def _spread(means, half, digits):
 
 
 def _cut_short(row, record):
-    """Says how far a run went that was not trained for all the iterations of its script."""
+    """Return a remark if a run stopped before the last iteration of its script, else an empty string."""
     if row.released:
         return ""
     script = (ROOT / "experiments" / f"{row.script}.sh").read_text()
@@ -323,7 +368,7 @@ def returns(results: Path) -> list[str]:
 
 
 def speed(results: Path) -> str:
-    """Milliseconds of a training step beside the floor, the original's and the best peer's; then who measured them."""
+    """Return a table of step times (ours, the floor, the original's, the best peer's), then their sources."""
     measured = json.loads((results / "speed.json").read_text())
     mine, original, peers = (measured[key] for key in ("ours", "original", "peers"))
     of_ours, of_original = ({row["configuration"]: row for row in part["rows"]} for part in (mine, original))
@@ -358,22 +403,22 @@ def _milliseconds(ms):
 PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"summary": summary},
     "docs/results.md": {
-        "sinusoid": partial(table, SINUSOID, "query points"),
-        "images": partial(table, IMAGES, "queries a class"),
-        "family": partial(table, FAMILY, "queries a class"),
-        "mmfewshot": partial(table, MMFEWSHOT, "queries a class"),
+        "sinusoid": partial(error_table, SINUSOID),
+        "images": partial(accuracy_table, IMAGES),
+        "family": partial(accuracy_table, FAMILY),
+        "mmfewshot": partial(accuracy_table, MMFEWSHOT),
     },
     "docs/design.md": {"speed": speed},
 }
 
 
-def written(page: str, text: str, results: Path) -> str:
-    """The text of a page with its tables as the results have them now."""
-    for name, made in PAGES[page].items():
+def with_tables(page: str, text: str, results: Path) -> str:
+    """Return the text of a page with its tables made from the results."""
+    for name, make_table in PAGES[page].items():
         begin = f"<!-- {name}: written by experiments/table.py -->"
         before, rest = text.split(begin)
         _, after = rest.split(END, 1)
-        text = f"{before}{begin}\n\n{made(results)}\n\n{END}{after}"
+        text = f"{before}{begin}\n\n{make_table(results)}\n\n{END}{after}"
     return text
 
 
@@ -381,5 +426,5 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page in PAGES:
         path = ROOT / page
-        path.write_text(written(page, path.read_text(), ROOT / "results"))
+        path.write_text(with_tables(page, path.read_text(), ROOT / "results"))
         print("Written:", page)

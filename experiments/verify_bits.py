@@ -1,13 +1,13 @@
-"""Check that a change leaves every bit of the trained weights as it was.
+"""Check that a change leaves every bit of the trained weights unchanged.
 
     make verify-bits                                            compare with the digests in results/bits.json
-    python experiments/verify_bits.py --against=<commit>        train at that commit, too, and compare
+    python experiments/verify_bits.py --against=<commit>        also train at that commit, and compare
     python experiments/verify_bits.py --record                  replace this machine's digests in results/bits.json
 
-Trains each network and variant for a few steps on generated data, by main.py and rl/main.py, and takes the SHA-256 of
-the weights and of Adam's moments in the last checkpoint. Digests depend on the TensorFlow version, the instruction set
-and oneDNN, so they are kept by these three. Without a record for this machine the program prints the digests and exits
-with 0; it exits with 1 if any digest differs.
+The program trains each network and variant for a few steps on generated data, with main.py and rl/main.py, and takes
+the SHA-256 of the weights and of Adam's moments in the last checkpoint. Records are keyed by what affects the digests:
+TensorFlow version, instruction set and oneDNN. The exit status is 1 if a digest differs. Without a record for this kind
+of machine, it is 0 and the program only prints the digests.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import devices  # isort: skip  it comes before TensorFlow
+import devices  # isort: skip  sets TensorFlow's environment before the import
 
 import numpy as np
 import tensorflow as tf
@@ -34,7 +34,7 @@ MINIIMAGENET = "--datasource=miniimagenet --meta_batch_size=4 --update_batch_siz
 MINIIMAGENET += " --num_filters=32 --max_pool=True --data_path={data}/photographs"
 SINUSOID = "--datasource=sinusoid --norm=None --update_batch_size=10"
 STEPS = "--metatrain_iterations"
-CASES = {  # name -> flags of main.py, or of rl/main.py
+CASES = {  # name -> flags of main.py, or rl/main.py with its flags
     "sinusoid": f"{SINUSOID} {STEPS}=300",
     "sinusoid, pretraining": f"{SINUSOID} --pretrain_iterations=3 {STEPS}=0",
     "sinusoid, batch norm": f"{SINUSOID} --norm=batch_norm {STEPS}=3",
@@ -56,7 +56,7 @@ CASES = {  # name -> flags of main.py, or of rl/main.py
 
 
 def generate(folder: Path) -> None:
-    """Write images of noise in the layouts of Omniglot (400 characters) and of MiniImagenet (6 classes per split)."""
+    """Write noise images in the layouts of Omniglot (400 characters) and MiniImagenet (6 classes per split)."""
     random = np.random.default_rng(0)
     for character in range(400):
         path = folder / "omniglot" / f"Alphabet_{character // 20:02}" / f"character{character % 20 + 1:02}"
@@ -72,7 +72,7 @@ def generate(folder: Path) -> None:
 
 
 def digest(prefix: str) -> str:
-    """Return the SHA-256 of all float32 arrays of a checkpoint, whatever their names and order."""
+    """Return the SHA-256 of all float32 arrays of a checkpoint, independent of their names and order."""
     reader = tf.train.load_checkpoint(prefix)
     dtypes = reader.get_variable_to_dtype_map()
     arrays = [reader.get_tensor(key) for key in dtypes if dtypes[key] == tf.float32]
@@ -81,7 +81,7 @@ def digest(prefix: str) -> str:
 
 
 def train(root: Path, data: Path, name: str) -> str:
-    """Train a case with the program at `root`, and return the digest of its last checkpoint."""
+    """Train a case with the code in `root`; return the digest of its last checkpoint."""
     program, *flags = CASES[name].format(data=data).split()
     if program != "rl/main.py":
         program, flags = "main.py", [program, *flags, "--log=False"]
@@ -89,7 +89,7 @@ def train(root: Path, data: Path, name: str) -> str:
         command = [sys.executable, program, *flags, f"--logdir={logdir}"]
         run = subprocess.run(command, cwd=root, capture_output=True, text=True)
         if run.returncode:
-            sys.exit(f"{name}: {' '.join(command)} failed\n{run.stdout}{run.stderr}")
+            sys.exit(f"{name}: {' '.join(command)} failed:\n{run.stdout}{run.stderr}")
         (folder,) = (path for path in Path(logdir).iterdir() if path.is_dir())
         last = max(folder.glob("model*.index"), key=lambda path: int(path.stem.removeprefix("model")))
         return digest(str(last.with_suffix("")))
@@ -99,13 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="COMMIT", help="compare with this commit instead of the record")
     parser.add_argument("--record", action="store_true", help="replace this machine's record")
-    parser.add_argument("--only", metavar="WORD", default="", help="only the cases whose name contains this")
+    parser.add_argument("--only", metavar="WORD", default="", help="run only cases whose name contains WORD")
     args = parser.parse_args()
     kind = f"TensorFlow {tf.__version__}, {devices.instruction_set()}, oneDNN {'on' if devices.onednn() else 'off'}"
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     known = {} if args.record else recorded.get(kind, {})
     print(kind)
-    found, differing = {}, []
+    digests, differing = {}, []
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
         if args.against:
@@ -113,13 +113,13 @@ def main() -> None:
             subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, other], check=True)
             subprocess.run(["git", "checkout", "--quiet", args.against], cwd=other, check=True)
         for name in (name for name in CASES if args.only in name):
-            found[name] = train(ROOT, folder, name)
+            digests[name] = train(ROOT, folder, name)
             expected = train(other, folder, name) if args.against else known.get(name)
-            verdict = "no record" if expected is None else "equal" if found[name] == expected else "DIFFERS"
+            verdict = "no record" if expected is None else "equal" if digests[name] == expected else "DIFFERS"
             differing += [name] * (verdict == "DIFFERS")
-            print(f"{name:34} {found[name][:16]}  {verdict}", flush=True)
+            print(f"{name:34} {digests[name][:16]}  {verdict}", flush=True)
     if args.record:
-        RECORD.write_text(json.dumps(recorded | {kind: recorded.get(kind, {}) | found}, indent=1) + "\n")
+        RECORD.write_text(json.dumps(recorded | {kind: recorded.get(kind, {}) | digests}, indent=1) + "\n")
     sys.exit(1 if differing else 0)
 
 

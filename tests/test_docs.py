@@ -1,4 +1,4 @@
-"""README.md and docs/: links lead somewhere, files and flags exist, commands are accepted by their programs."""
+"""README.md and docs/: links, files and flags exist, and programs accept the documented commands."""
 
 import argparse
 import copy
@@ -18,7 +18,7 @@ import rl.main
 
 ROOT = Path(main.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE = re.compile(r"^    (.+)$|`([^`\n]+)`", re.M)  # a line of a block, or a span
+CODE = re.compile(r"^    (.+)$|`([^`\n]+)`", re.M)  # a line of a code block, or a code span
 
 
 def code(page: Path) -> list[str]:
@@ -26,13 +26,13 @@ def code(page: Path) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Each `python ...` of the pages, with a word for every <placeholder>."""
-    found = (line for page in PAGES for line in code(page) if re.match(r"python3? ", line))
-    return sorted({re.sub(r"<[^>]+>", "placeholder", line) for line in found})
+    """Return each `python ...` command of the pages, with its <placeholders> filled in."""
+    lines = (line for page in PAGES for line in code(page) if re.match(r"python3? ", line))
+    return sorted({re.sub(r"<[^>]+>", "placeholder", line) for line in lines})
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that GitHub gives to the headings of a page."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -42,7 +42,7 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_link_targets_exist(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     assert targets
     for target in targets:
@@ -72,7 +72,7 @@ def test_flags_in_code_exist():
 
 
 class Accepted(Exception):
-    """A program has read its command line."""
+    """A program has parsed its command line."""
 
 
 @pytest.mark.parametrize("command", commands())
@@ -81,9 +81,9 @@ def test_commands_are_accepted(command, monkeypatch):
     if program == "-m":
         check_module(*arguments)
     elif program == "main.py":
-        given = [argument for argument in arguments if argument != "--help"]
+        flags = [argument for argument in arguments if argument != "--help"]
         with flagsaver.flagsaver():
-            assert main.FLAGS(["main.py", *given]) == ["main.py"]
+            assert main.FLAGS(["main.py", *flags]) == ["main.py"]
     elif program == "rl/main.py":
         assert copy.deepcopy(rl.main.FLAGS)([program, *arguments]) == [program]
     else:
@@ -100,24 +100,24 @@ def check_module(module: str, *arguments: str) -> None:
 
 
 def check_program(path: Path, arguments: list[str], monkeypatch) -> None:
-    """The program's own parser takes the arguments; it gets no further."""
+    """Run the program up to the point where its parser accepts the arguments."""
     parse = argparse.ArgumentParser.parse_known_args
 
-    def accept(*given):
-        parse(*given)
+    def accept(*positional):
+        parse(*positional)
         raise Accepted
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", accept)
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-    with pytest.raises((Accepted, SystemExit)) as ended:
+    with pytest.raises((Accepted, SystemExit)) as end:
         runpy.run_path(str(path), run_name="__main__")
-    if ended.type is SystemExit:
-        assert arguments == ["--help"] and not ended.value.code
+    if end.type is SystemExit:
+        assert arguments == ["--help"] and not end.value.code
 
 
-def test_the_map_has_every_module():
-    section = (ROOT / "README.md").read_text().split("\n## Map of files\n")[1].split("\n## ")[0]
+def test_the_readme_lists_every_module():
+    section = (ROOT / "README.md").read_text().split("\n## Layout\n")[1].split("\n## ")[0]
     mapped = set(re.findall(r"`(\w+\.py)`", section))
     assert mapped == {path.name for path in ROOT.glob("*.py")}
     folders = set(re.findall(r"`([\w/]+)/`", section))
@@ -125,27 +125,24 @@ def test_the_map_has_every_module():
 
 
 def test_the_readme_is_one_page():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
-def test_the_prose_quotes_what_was_measured():
+def test_numbers_in_prose_equal_the_records():
     readme = (ROOT / "README.md").read_text()
     speed = json.loads((ROOT / "results" / "speed.json").read_text())
     step, original = (
         next(row["ms_per_step"] for row in speed[who]["rows"] if row["configuration"] == "omniglot_5way")
         for who in ("ours", "original")
     )
-    assert f"an Omniglot 5-way step takes {step:.0f} ms. The original's took {original:.0f} ms" in readme
+    assert f"an Omniglot 5-way step takes {step:.0f} ms; the original's [took {original:.0f} ms]" in readme
     ranges = speed["peers"]["one_task_after_the_other"]
-    (low, high), (least, most) = ranges["images"], ranges["sinusoid"]
+    images, sinusoid = ("{} to {} times".format(*ranges[kind]) for kind in ("images", "sinusoid"))
     prose = " ".join((ROOT / "docs" / "design.md").read_text().split())
-    assert f"{low} to {high} times our time on images, and {least} to {most} times on the sinusoid" in prose
-    test, five_shot = json.loads((ROOT / "results" / "omniglot_5way_1shot.json").read_text())["tests"][:2]
+    assert f"{images} our time on images, and {sinusoid} on the sinusoid" in prose
+    test = json.loads((ROOT / "results" / "omniglot_5way_1shot.json").read_text())["tests"][0]
     (column,) = [column for column in test["results"] if column["the_papers_number"]]
-    assert f"ours {100 * column['mean']:.1f} +- {100 * column['ci95']:.1f} %" in readme
-    assert f"{100 * column['mean']:.2f} +- {100 * column['ci95']:.2f} %" in readme
-    (column,) = [column for column in five_shot["results"] if column["the_papers_number"]]
-    assert f"Omniglot 5-shot test gives {100 * column['mean']:.1f} %" in readme
+    assert f"prints {100 * column['mean']:.2f} ± {100 * column['ci95']:.2f}" in readme
 
 
 def test_library_page_shows_the_real_row_and_script():
@@ -155,17 +152,15 @@ def test_library_page_shows_the_real_row_and_script():
     assert script == (ROOT / "data" / "fc100" / "prepare.py").read_text().splitlines()
 
 
-def test_pictures_are_shown_and_small():
-    drawn = {path.resolve() for path in (ROOT / "figures").glob("*.png")}
-    shown = {
-        (page.parent / path).resolve() for page in PAGES for path in re.findall(r"\((\S+\.png)\)", page.read_text())
-    }
-    assert shown == drawn
-    assert sum(path.stat().st_size for path in drawn) < 1_000_000
+def test_figures_are_used_and_small():
+    figures = {path.resolve() for path in (ROOT / "figures").glob("*.png")}
+    links = ((page, path) for page in PAGES for path in re.findall(r"\((\S+\.png)\)", page.read_text()))
+    assert {(page.parent / path).resolve() for page, path in links} == figures
+    assert sum(path.stat().st_size for path in figures) < 1_000_000
 
 
-def test_every_promise_names_its_test():
-    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "safety.md").read_text())
+def test_the_tests_of_every_guarantee_exist():
+    names = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "safety.md").read_text())
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert named
-    assert not [name for name in named if f"def {name}(" not in tests]
+    assert names
+    assert not [name for name in names if f"def {name}(" not in tests]

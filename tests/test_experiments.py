@@ -1,4 +1,4 @@
-"""The scripts behind the results: what they run and record, the tables made of it, published models."""
+"""The experiment scripts, their records, the tables made from the records, and published models."""
 
 import contextlib
 import io
@@ -26,15 +26,13 @@ import table
 from files import InputError
 
 ROOT = Path(main.__file__).parent
-SCRIPTS = sorted(
-    {*(ROOT / "experiments").glob("*.sh")} - {*(ROOT / "experiments").glob("rl_*.sh")}
-)  # those: test_rl.py
+SCRIPTS = sorted({*(ROOT / "experiments").glob("*.sh")} - {*(ROOT / "experiments").glob("rl_*.sh")})
 TABLES = table.SINUSOID + table.IMAGES + table.FAMILY + table.MMFEWSHOT
 PUBLISHED = sorted((ROOT / "logs" / "published").glob("*/flags.json"))
 
 
-class InThisProcess:
-    """subprocess.Popen([python, "main.py", ...]), without a process of its own."""
+class InProcess:
+    """A replacement for subprocess.Popen that runs [python, "main.py", ...] in this process."""
 
     def __init__(self, command: list[str]):
         self.command = command
@@ -49,21 +47,21 @@ class InThisProcess:
 
 
 def run_main(*flags: str) -> None:
-    assert InThisProcess(["python", "main.py", *flags]).wait() == 0
+    assert InProcess(["python", "main.py", *flags]).wait() == 0
 
 
-def called(script: Path, folder: Path, *arguments: str) -> tuple[list[str], list[list[str]]]:
-    """What a script that is called from `folder` hands to row.py: the flags of training, and those of each test."""
+def passed_flags(script: Path, folder: Path, *arguments: str) -> tuple[list[str], list[list[str]]]:
+    """Run a script in `folder`; return what it passes to row.py: the flags of training and of each test."""
     printer = folder / "prints its arguments"
     printer.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     printer.chmod(0o755)
     command = [os.path.relpath(script, folder), *arguments]
     environment = os.environ | {"PYTHON": str(printer)}
     printed = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
-    program, name, *handed = printed.splitlines()
+    program, name, *flags = printed.splitlines()
     assert (folder / program).resolve() == ROOT / "experiments" / "row.py"
     assert Path(name).stem == script.stem
-    return row.parts(handed)
+    return row.split_flags(flags)
 
 
 def run_folder(flags: list[str]) -> str:
@@ -71,19 +69,19 @@ def run_folder(flags: list[str]) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_script_tests_the_model_that_it_trains(script, tmp_path):
-    training, tests = called(script, tmp_path, "--seed=7")
+def test_a_script_tests_the_model_it_trains(script, tmp_path):
+    training, tests = passed_flags(script, tmp_path, "--seed=7")
     assert run_folder(training).endswith(".seed7")
     assert tests
     for flags in tests:
         assert run_folder([*training, *flags, "--train=False", "--test_set=True"]) == run_folder(training)
 
 
-def test_documented_commands_are_those_of_scripts(tmp_path):
-    section = (ROOT / "README.md").read_text().split("\n## The commands of the paper\n")[1].split("\n## ")[0]
-    documented = re.findall(r"^    python main\.py (.*metatrain_iterations.*)$", section, re.M)
-    assert len(documented) >= 7
-    trained = {frozenset(called(script, tmp_path)[0]) for script in SCRIPTS}
+def test_documented_commands_equal_the_scripts(tmp_path):
+    documented = re.findall(r"^    python main\.py (.*metatrain_iterations.*)$", main.__doc__, re.M)
+    assert len(documented) == 7
+    assert all(command in (ROOT / "docs" / "results.md").read_text() for command in documented)
+    trained = {frozenset(passed_flags(script, tmp_path)[0]) for script in SCRIPTS}
     for command in documented:
         if "--train=False" not in command:
             assert frozenset(command.split()) in trained
@@ -92,30 +90,28 @@ def test_documented_commands_are_those_of_scripts(tmp_path):
 def test_tables_have_every_test_of_every_script(tmp_path):
     tested = set()
     for script in SCRIPTS:
-        training, tests = called(script, tmp_path)
+        training, tests = passed_flags(script, tmp_path)
         for flags in tests:
             recipe = main.recipe_of(main.parsed([*training, *flags]))
             tested.add((script.stem, recipe.shot, recipe.inner_lr))
-    rows = [
-        (one.script, one.shot, one.alpha) for one in table.SINUSOID + table.IMAGES + table.MMFEWSHOT if not one.released
-    ]
-    assert sorted(rows) == sorted(tested)
+    trained_rows = [line for line in table.SINUSOID + table.IMAGES + table.MMFEWSHOT if not line.released]
+    assert sorted((line.script, line.shot, line.alpha) for line in trained_rows) == sorted(tested)
 
 
-@pytest.mark.parametrize("one", table.FAMILY, ids=lambda row: f"{row.source} {row.shot}")
-def test_a_method_is_a_row_of_its_script_with_flags(one, tmp_path):
-    """The flags are taken, and one of the script's tests is the row's."""
-    flags = [f"--{flag}={value}" for flag, value in one.flags.items()]
-    training, tests = called(ROOT / "experiments" / f"{one.script}.sh", tmp_path, *flags)
+@pytest.mark.parametrize("method", table.FAMILY, ids=lambda row: f"{row.source} {row.shot}")
+def test_scripts_accept_the_flags_of_every_method(method, tmp_path):
+    """One of the script's tests is the test of the method's row."""
+    flags = [f"--{flag}={value}" for flag, value in method.flags.items()]
+    training, tests = passed_flags(ROOT / "experiments" / f"{method.script}.sh", tmp_path, *flags)
     recipes = [main.recipe_of(main.parsed([*training, *more])) for more in tests]
-    assert (one.shot, one.alpha) in [(recipe.shot, recipe.inner_lr) for recipe in recipes]
+    assert (method.shot, method.alpha) in [(recipe.shot, recipe.inner_lr) for recipe in recipes]
     assert all(recipe.variant for recipe in recipes)
 
 
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if "mmfewshot" in path.stem], ids=lambda path: path.stem)
-def test_scripts_of_mmfewshot_have_its_recipe(script, tmp_path):
-    """Source: open-mmlab/mmfewshot, configs/classification/maml. Its 100,000 tasks are taken 8 at a time."""
-    training, tests = called(script, tmp_path)
+def test_mmfewshot_scripts_have_its_recipe(script, tmp_path):
+    """Source: open-mmlab/mmfewshot, configs/classification/maml. We take its 100,000 tasks 8 at a time."""
+    training, tests = passed_flags(script, tmp_path)
     values = main.parsed(training)
     recipe = main.recipe_of(values)
     _, data_set, network = script.stem.split("_")
@@ -130,28 +126,28 @@ def test_scripts_of_mmfewshot_have_its_recipe(script, tmp_path):
 
 
 @pytest.mark.parametrize("page", table.PAGES)
-def test_pages_are_in_step_with_results(page):
+def test_tables_of_pages_match_the_results(page):
     text = (ROOT / page).read_text()
-    assert text == table.written(page, text, ROOT / "results"), "python experiments/table.py writes it anew"
+    assert text == table.with_tables(page, text, ROOT / "results"), "run python experiments/table.py"
 
 
 def write_record(folder: Path, name: str, seed: int, *tests: dict, iterations: int = 60000, **flags: str) -> None:
-    """results/<name>.json. A test has the keys of its protocol, and columns (updates, mean, median, the paper's)."""
-    usual = {"query_examples_a_class_Q": 5, "tasks": 600, "task_seed": 0, "best_on_validation": False}
-    usual |= {"metric": "accuracy (share of query examples, 0 to 1)", "training_seed": seed}
+    """Write results/<name>.json. A test has keys of its protocol, and columns (updates, mean, median, the paper's)."""
+    defaults = {"query_examples_a_class_Q": 5, "tasks": 600, "task_seed": 0, "best_on_validation": False}
+    defaults |= {"metric": "accuracy (share of query examples, 0 to 1)", "training_seed": seed}
     keys = ("updates", "mean", "median", "the_papers_number")
 
-    def whole(test):
+    def complete(test):
         columns = [dict(zip(keys, column, strict=True)) | {"ci95": 0.0123} for column in test["results"]]
-        return usual | test | {"results": columns}
+        return defaults | test | {"results": columns}
 
-    record = {"flags": flags, "iterations": iterations, "hours": 1.26, "tests": [whole(test) for test in tests]}
+    record = {"flags": flags, "iterations": iterations, "hours": 1.26, "tests": [complete(test) for test in tests]}
     path = folder / (f"{name}.seed{seed}.json" if seed else f"{name}.json")
     path.write_text(json.dumps(record))
 
 
-def published_numbers(folder: Path, *entries: tuple) -> None:
-    """results/published.json: (row, K, alpha, Q or None, reported by, metric, columns as written)."""
+def write_published(folder: Path, *entries: tuple) -> None:
+    """Write results/published.json from (row, K, alpha, Q or "null", reported by, metric, columns as JSON)."""
     lines = [
         f'{{"row": "{row}", "support_examples_a_class_K": {shot}, "inner_step_size_alpha": {alpha}, '
         f'"query_examples_a_class_Q": {query}, "reported_by": "{who}", "metric": "{metric}", "results": {columns}}}'
@@ -160,102 +156,88 @@ def published_numbers(folder: Path, *entries: tuple) -> None:
     (folder / "published.json").write_text(f"[{', '.join(lines)}]")
 
 
-def test_table_cells(tmp_path):
-    """Several seeds, diverged tasks, accuracies, others' numbers to the digit, and what nobody has run."""
+def test_the_accuracy_table_keeps_published_digits(tmp_path):
     protocol = {"support_examples_a_class_K": 5, "inner_step_size_alpha": 0.1}
     columns = [(1, 0.5, 0.5, False), (5, 0.9576, 0.96, True)]
-    write_record(tmp_path, "omniglot_20way_1shot", 0, protocol | {"results": columns})
-    protocol = {"support_examples_a_class_K": 20, "inner_step_size_alpha": 0.001, "query_examples_a_class_Q": 20}
-    for seed, mean in ((0, 0.5), (1, 4e7)):
-        columns = [(1, mean, 0.4, True), (10, None, 0.6, True)]
-        test = protocol | {"metric": "mean squared error", "results": columns}
-        write_record(tmp_path, "sinusoid_oracle", seed, test)
-    error, accuracy = "mean squared error", "accuracy in %"
-    published_numbers(
+    for seed in (0, 1):
+        write_record(tmp_path, "omniglot_20way_1shot", seed, protocol | {"results": columns})
+    reported = '[{"updates": 5, "mean": 99.90, "ci95": 0.10}]', '[{"updates": 5, "mean": 97, "ci95": 1}]'
+    write_published(
         tmp_path,
-        ("omniglot_20way_1shot", 5, 0.1, "null", "paper", accuracy, '[{"updates": 5, "mean": 99.90, "ci95": 0.10}]'),
-        ("omniglot_20way_1shot", 5, 0.1, "null", "original code", accuracy, '[{"updates": 5, "mean": 97, "ci95": 1}]'),
-        (
-            "sinusoid_oracle",
-            20,
-            0.001,
-            20,
-            "original code",
-            error,
-            '[{"updates": 0, "mean": 9}, {"updates": 1, "mean": 0.20}]',
+        *(
+            ("omniglot_20way_1shot", 5, 0.1, "null", who, "accuracy in %", columns)
+            for who, columns in zip(("paper", "original code"), reported, strict=True)
         ),
-        ("sinusoid_oracle", 20, 0.01, 20, "paper", error, '[{"updates": 1, "mean": 7}]'),
     )
     rows = [
         table.Row("20-way", "MAML", "omniglot_20way_1shot", 5, 0.1),
+        table.Row("20-way", "first order", "omniglot_20way_1shot_first_order", 5, 0.1),
+    ]
+    assert table.accuracy_table(rows, tmp_path).splitlines() == [
+        "| test | model | paper | original code | queries per class | seed | ours | iterations | hours | script |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 20-way | MAML | 99.90 ± 0.10 | 97 ± 1 | 5 | 0 | 95.8 ± 1.2 | 60,000 | 1.3 | `omniglot_20way_1shot.sh` |",
+        "|  |  | 99.90 ± 0.10 | 97 ± 1 | 5 | 1 | 95.8 ± 1.2 | 60,000 | 1.3 |  |",
+        "|  | first order |  |  |  |  | not run yet |  |  | `omniglot_20way_1shot_first_order.sh` |",
+    ]
+
+
+def test_the_error_table_shows_medians_if_tasks_diverge(tmp_path):
+    protocol = {"support_examples_a_class_K": 20, "inner_step_size_alpha": 0.001, "query_examples_a_class_Q": 20}
+    protocol["metric"] = "mean squared error"
+    for seed, means in enumerate(((0.5, 0.45, 0.41), (4e7, 0.5, None))):
+        columns = [(updates, mean, 0.4, True) for updates, mean in zip(table.TABLE_UPDATES, means, strict=True)]
+        write_record(tmp_path, "sinusoid_oracle", seed, protocol | {"results": columns})
+    reported = ", ".join(f'{{"updates": {updates}, "mean": 0.{updates}0}}' for updates in (0, *table.TABLE_UPDATES))
+    write_published(
+        tmp_path,
+        ("sinusoid_oracle", 20, 0.001, 20, "original code", "mean squared error", f"[{reported}]"),
+        ("sinusoid_oracle", 20, 0.01, 20, "paper", "mean squared error", f"[{reported}]"),
+    )
+    rows = [
         table.Row("20-shot", "oracle", "sinusoid_oracle", 20, 0.001),
         table.Row("20-shot", "MAML", "sinusoid_maml", 20, 0.001),
     ]
-    assert table.table(rows, "queries", tmp_path) == (
-        "| test | model | paper | original code | queries | ours | script |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| 20-way | MAML | 99.90 +- 0.10 | 97 +- 1 | 5 | "
-        "seed 0: 95.8 +- 1.2 (60,000 iterations, 1.3 hours) | `omniglot_20way_1shot.sh` |\n"
-        "| 20-shot | oracle |  | 0.20 | 20 | seed 0: 0.500 / diverged, medians 0.400 / 0.600<br>"
-        "seed 1: 4e+07 / diverged, medians 0.400 / 0.600 | `sinusoid_oracle.sh` |\n"
-        "|  | MAML |  |  |  | not run yet | `sinusoid_maml.sh` |"
-    )
+    assert table.error_table(rows, tmp_path).splitlines()[2:] == [
+        "| 20-shot | oracle | original code |  | 0.10 | 0.50 | 0.100 | `sinusoid_oracle.sh` |",
+        "|  |  | seed 0 | 20 | 0.500 ± 0.012 | 0.450 ± 0.012 | 0.410 ± 0.012 |  |",
+        "|  |  | seed 1 | 20 | 4e+07, median 0.400 | 0.500, median 0.400 | diverged, median 0.400 |  |",
+        "|  | MAML | not run yet |  |  |  |  | `sinusoid_maml.sh` |",
+    ]
 
 
-def test_a_line_for_each_protocol(tmp_path):
-    """The original's first; a seed stands only where it was tested; numbers of another Q are not beside ours."""
+def test_the_accuracy_table_has_a_line_per_protocol(tmp_path):
+    """The original's protocol is first. Published numbers with a different Q are left out."""
     keys = {"support_examples_a_class_K": 5, "inner_step_size_alpha": 0.4}
 
     def test(mean, **protocol):
         return keys | protocol | {"results": [(3, mean, mean, True)]}
 
-    one = {"query_examples_a_class_Q": 1}
-    write_record(tmp_path, "row", 0, test(0.999, **one), test(0.996), test(0.5, inner_step_size_alpha=0.1))
-    other_tasks = one | {"tasks": 2000, "task_seed": 1}
+    single = {"query_examples_a_class_Q": 1}
+    write_record(tmp_path, "row", 0, test(0.999, **single), test(0.996), test(0.5, inner_step_size_alpha=0.1))
+    other_tasks = single | {"tasks": 2000, "task_seed": 1}
     write_record(tmp_path, "row", 1, test(0.995), test(0.998, **other_tasks), test(0.997, best_on_validation=True))
     uneven = {"query_examples_a_class_Q": 15, "updates_at_test": 5, "query_shares": "drawn"}
     write_record(tmp_path, "row", 2, test(0.8, **uneven), test(0.9, query_normalised_with="support"))
-    published_numbers(
+    write_published(
         tmp_path,
         ("row", 5, 0.4, "null", "paper", "accuracy in %", '[{"updates": 3, "mean": 99.9, "ci95": 0.1}]'),
         ("row", 5, 0.4, 5, "original code", "accuracy in %", '[{"updates": 3, "mean": 99.5, "ci95": 0.2}]'),
     )
-    lines = table.table([table.Row("5-shot", "MAML", "row", 5, 0.4)], "queries", tmp_path).splitlines()[2:]
-    cells = [[cell.strip() for cell in line.split("|")[1:-2]] for line in lines]
-    cost = " (60,000 iterations, 1.3 hours)"
-    assert cells == [
-        [
-            "5-shot",
-            "MAML",
-            "99.9 +- 0.1",
-            "99.5 +- 0.2",
-            "5",
-            f"seed 0: 99.6 +- 1.2{cost}<br>seed 1: 99.5 +- 1.2{cost}",
-        ],
-        ["", "MAML", "99.9 +- 0.1", "99.5 +- 0.2", "5, best on validation", f"seed 1: 99.7 +- 1.2{cost}"],
-        [
-            "",
-            "MAML",
-            "99.9 +- 0.1",
-            "99.5 +- 0.2",
-            "5, each normalised with the support set",
-            f"seed 2: 90.0 +- 1.2{cost}",
-        ],
-        ["", "MAML", "99.9 +- 0.1", "", "1", f"seed 0: 99.9 +- 1.2{cost}"],
-        ["", "MAML", "99.9 +- 0.1", "", "1, 2,000 tasks of seed 1", f"seed 1: 99.8 +- 1.2{cost}"],
-        [
-            "",
-            "MAML",
-            "99.9 +- 0.1",
-            "",
-            "15, on average, in drawn shares, 5 updates at most",
-            f"seed 2: 80.0 +- 1.2{cost}",
-        ],
+    lines = table.accuracy_table([table.Row("5-shot", "MAML", "row", 5, 0.4)], tmp_path).splitlines()[2:]
+    assert [line.split(" | ")[2:7] for line in lines] == [
+        ["99.9 ± 0.1", "99.5 ± 0.2", "5", "0", "99.6 ± 1.2"],
+        ["99.9 ± 0.1", "99.5 ± 0.2", "5", "1", "99.5 ± 1.2"],
+        ["99.9 ± 0.1", "99.5 ± 0.2", "5, best on validation", "1", "99.7 ± 1.2"],
+        ["99.9 ± 0.1", "99.5 ± 0.2", "5, each normalized with the support set", "2", "90.0 ± 1.2"],
+        ["99.9 ± 0.1", "", "1", "0", "99.9 ± 1.2"],
+        ["99.9 ± 0.1", "", "1, 2,000 tasks of seed 1", "1", "99.8 ± 1.2"],
+        ["99.9 ± 0.1", "", "15, on average, in drawn shares, at most 5 updates", "2", "80.0 ± 1.2"],
     ]
 
 
-def test_a_method_has_its_own_numbers(tmp_path):
-    """Ours by the flags of the record, others' by those of the entry; a seed of another method is not MAML's."""
+def test_the_accuracy_table_separates_methods(tmp_path):
+    """The flags of a record, and of a published number, select its method."""
     test = {"support_examples_a_class_K": 5, "inner_step_size_alpha": 0.1}
     write_record(tmp_path, "row", 0, test | {"results": [(5, 0.9, 0.9, True)]})
     write_record(tmp_path, "row.adapthead", 1, test | {"results": [(5, 0.8, 0.8, True)]}, adapt="head")
@@ -265,38 +247,36 @@ def test_a_method_has_its_own_numbers(tmp_path):
     (tmp_path / "published.json").write_text(json.dumps([entry, other]))
     methods = {"MAML": {}, "ANIL": {"adapt": "head"}, "BOIL": {"adapt": "body", "num_updates": "1"}}
     rows = [table.Row("test", name, "row", 5, 0.1, flags) for name, flags in methods.items()]
-    cost = " (60,000 iterations, 1.3 hours)"
-    assert table.table(rows, "queries", tmp_path).splitlines()[2:] == [
-        f"| test | MAML | 70 |  | 5 | seed 0: 90.0 +- 1.2{cost} | `row.sh` |",
-        f"|  | ANIL | 60 +- 1 (X) |  | 5 | seed 1: 80.0 +- 1.2{cost} | `row.sh --adapt=head` |",
-        "|  | BOIL |  |  |  | not run yet | `row.sh --adapt=body --num_updates=1` |",
+    assert table.accuracy_table(rows, tmp_path).splitlines()[2:] == [
+        "| test | MAML | 70 | 5 | 0 | 90.0 ± 1.2 | 60,000 | 1.3 | `row.sh` |",
+        "|  | ANIL | 60 ± 1 (X) | 5 | 1 | 80.0 ± 1.2 | 60,000 | 1.3 | `row.sh --adapt=head` |",
+        "|  | BOIL |  |  |  | not run yet |  |  | `row.sh --adapt=body --num_updates=1` |",
     ]
 
 
-def test_summary_names_what_is_not_run(tmp_path):
-    """And has the best on validation only where the last checkpoint was not tested."""
+def test_the_summary_has_one_line_per_row_with_the_mean_over_seeds(tmp_path):
+    """It has the checkpoint that is best on validation only if no last checkpoint was tested."""
     (tmp_path / "published.json").write_bytes((ROOT / "results" / "published.json").read_bytes())
     test = {"support_examples_a_class_K": 1, "inner_step_size_alpha": 0.4, "query_examples_a_class_Q": 1}
-    last = test | {"results": [(3, 0.98, 1, True)]}
-    best = test | {"results": [(3, 0.99, 1, True)], "best_on_validation": True}
-    write_record(tmp_path, "omniglot_5way_1shot", 0, last)
-    write_record(tmp_path, "omniglot_5way_1shot", 1, last, best)
-    write_record(tmp_path, "omniglot_5way_1shot", 2, best)
+    worse, better = (test | {"results": [(3, mean, 1, True)]} for mean in (0.98, 0.99))
+    best = test | {"results": [(3, 0.5, 1, True)], "best_on_validation": True}
+    write_record(tmp_path, "omniglot_5way_1shot", 0, worse, best)
+    write_record(tmp_path, "omniglot_5way_1shot", 1, better)
     write_record(tmp_path, "omniglot_5way_1shot_fc", 0, best, iterations=3000)
-    *lines, _, missing = table.summary(tmp_path).splitlines()
-    assert lines[2:] == [
-        "| Omniglot 5-way 1-shot | 98.7 +- 0.4 | 98.0 +- 1.2<br>98.0 +- 1.2<br>99.0 +- 1.2 | "
-        "1<br>1<br>1, best on validation |",
-        "| Omniglot 5-way 1-shot, no convolutions | 89.7 +- 1.1 | "
-        "99.0 +- 1.2 (stopped after 3,000 of 60,000 iterations) | 1, best on validation |",
-    ]
-    five_shot = "Omniglot 5-way 5-shot"
-    assert f"{five_shot}; {five_shot}, no convolutions; {five_shot}, no convolutions, trained 5-shot; " in missing
-    assert "Omniglot 5-way 1-shot;" not in missing
+    five_shot = test | {"support_examples_a_class_K": 5}
+    five_queries = five_shot | {"query_examples_a_class_Q": 5, "results": [(3, 0.97, 1, True)]}
+    write_record(tmp_path, "omniglot_5way_1shot", 2, five_queries, five_shot | {"results": [(3, 0.96, 1, True)]})
+    lines = table.summary(tmp_path).splitlines()
+    for line in (
+        "| Omniglot 5-way 1-shot | 98.7 ± 0.4 | 98.5 (98.0 to 99.0, 2 seeds) |  |",
+        "| Omniglot 5-way 5-shot | 99.9 ± 0.1 | 97.0 ± 1.2 | 96.0 ± 1.2 |",
+        "| Omniglot 5-way 1-shot, no convolutions | 89.7 ± 1.1 | 50.0 ± 1.2 (stopped at 3,000 of 60,000 iterations) |  |",
+        "| Omniglot 20-way 1-shot | 95.8 ± 0.3 | not run yet |  |",
+    ):
+        assert line in lines
 
 
-def test_times_of_a_step_as_the_benchmarks_write_them(tmp_path):
-    """All digits, several peers, and what was not measured."""
+def test_the_speed_table_rounds_times_and_picks_the_best_peer(tmp_path):
     names = [f"{name}{order}" for name in table.SPEED for order in ("", " first order")]
     ours = [{"configuration": n, "ms_per_step": 61.2345, "floor_ms": 0.0381, "times_floor": 1.5512} for n in names]
     peers = [
@@ -313,16 +293,16 @@ def test_times_of_a_step_as_the_benchmarks_write_them(tmp_path):
     assert "Ours: `python x.py`, today, here, all." in lines
 
 
-def test_every_number_of_others_has_its_place_and_source(tmp_path):
+def test_every_published_number_has_a_source_and_a_row(tmp_path):
     for entry in json.loads((ROOT / "results" / "published.json").read_text()):
         (tmp_path / "published.json").write_text(json.dumps([entry]))
-        cells = [table.published(one, who, tmp_path) for one in TABLES for who in ("paper", "original code")]
+        cells = [table.published(line, who, tmp_path) for line in TABLES for who in ("paper", "original code")]
         assert any(cells), "no table shows it"
         assert entry["source"]
 
 
-def ended(program: Path, arguments: list[str], monkeypatch) -> int:
-    """The exit code of a program of experiments/ that is to end before it does any work."""
+def exit_code(program: Path, arguments: list[str], monkeypatch) -> int:
+    """Run a program of experiments/ that must exit before it does any work; return its exit code."""
     monkeypatch.setattr(sys, "argv", [str(program), *arguments])
     for work in ("subprocess.Popen", "pathlib.Path.write_text", "pathlib.Path.mkdir"):
         monkeypatch.setattr(work, unittest.mock.Mock(side_effect=AssertionError(f"{work} was called")))
@@ -332,41 +312,35 @@ def ended(program: Path, arguments: list[str], monkeypatch) -> int:
 
 
 @pytest.mark.parametrize("program", sorted((ROOT / "experiments").glob("*.py")), ids=lambda path: path.stem)
-def test_help_does_nothing_else(program, monkeypatch, capsys):
-    assert ended(program, ["--help"], monkeypatch) == 0
+def test_help_does_no_work(program, monkeypatch, capsys):
+    assert exit_code(program, ["--help"], monkeypatch) == 0
     assert capsys.readouterr().out.startswith(f"usage: {program.name}")
-    assert ended(program, ["--no_such_flag"], monkeypatch) == 2
+    assert exit_code(program, ["--no_such_flag"], monkeypatch) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "the following arguments are required"),
-        (
-            ["nowhere.sh", "--norm=None", "--"],
-            "nowhere.sh is no script of experiments/ for main.py: call one of those, cifarfs_1shot.sh",
-        ),
-        (["experiments/row.py", "--"], "experiments/row.py is no script of experiments/ for main.py"),
-        (
-            ["experiments/rl_point_maml.sh", "--"],
-            "experiments/rl_point_maml.sh is no script of experiments/ for main.py",
-        ),
-        (["experiments/sinusoid_maml.sh", "--norm=None"], "no test, so there is nothing to record: begin one with --"),
+        ([], "required: script"),
+        (["nowhere.sh", "--norm=None", "--"], "nowhere.sh: "),
+        (["experiments/row.py", "--"], "experiments/row.py: "),
+        (["experiments/rl_point_maml.sh", "--"], "experiments/rl_point_maml.sh: "),
+        (["experiments/sinusoid_maml.sh", "--norm=None"], "experiments/sinusoid_maml.sh: "),
     ],
 )
 def test_a_row_without_a_script_or_a_test_is_refused(arguments, reason, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert ended(ROOT / "experiments" / "row.py", arguments, monkeypatch) == 2
+    assert exit_code(ROOT / "experiments" / "row.py", arguments, monkeypatch) == 2
     assert reason in capsys.readouterr().err
 
 
-def test_a_script_is_found_from_any_folder(tmp_path, monkeypatch):
+def test_a_script_runs_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = os.path.relpath(SCRIPTS[0], tmp_path)
     assert row.parse([script, "--help", "--", "--num_query=1"]) == (SCRIPTS[0], ["--help"], [["--num_query=1"]])
 
 
-def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
+def test_compare_sinusoid_prints_the_original_of_each_baseline(tmp_path, monkeypatch, capsys):
     test = {"data_set": "sinusoid", "split": "test", "tasks": 600, "task_seed": 0, "inner_step_size_alpha": 0.001}
     test |= {"support_examples_a_class_K": 10, "query_examples_a_class_Q": 10}
     columns = [{"updates": j, "mean": 1 / (1 + j), "ci95": 0.01} for j in range(11)]
@@ -392,27 +366,27 @@ def test_sinusoid_beside_the_original(tmp_path, monkeypatch, capsys):
         path.write_text(damaged)
         with pytest.raises(SystemExit):
             runpy.run_path(str(ROOT / "experiments" / "compare_sinusoid.py"), run_name="__main__")
-        assert "is no results.json of a run: test the run" in capsys.readouterr().err
+        assert f"{path}: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("done", "told"), [(66, " (stopped after 66 of 100)"), (100, ""), (200, "")])
-def test_a_longer_reinforcement_learning_run_was_not_stopped(done, told, tmp_path):
+@pytest.mark.parametrize(("done", "remark"), [(66, " (stopped at 66 of 100 iterations)"), (100, ""), (200, "")])
+def test_the_summary_marks_a_reinforcement_learning_run_that_stopped_early(done, remark, tmp_path):
     columns = [{"mean": float(j), "ci95": 0.5} for j in range(4)]
     record = json.dumps({"flags": {"iterations": done}, "results": columns})
     (tmp_path / "rl_point_maml.json").write_text(record)
     theirs = {"point": {"maml": {"mean": [0.0] * 4, "ci95": [0.5] * 4}}}
     (tmp_path / "rl_authors.json").write_text(json.dumps(theirs))
     (line,) = table.returns(tmp_path)
-    assert line.endswith(f"| 0.0 / 1.0 / 2.0 / 3.0 +- 0.5 / 0.5 / 0.5 / 0.5{told} | |")
+    assert line.endswith(f"| 0.0 ± 0.5 | 3.0 ± 0.5{remark} | |")
 
 
-def test_a_row_without_git_has_no_commit(monkeypatch):
+def test_a_record_without_git_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert row.commit() is None
 
 
-def test_record_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(row.subprocess, "Popen", InThisProcess)
+def test_a_record_has_the_run_and_every_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(row.subprocess, "Popen", InProcess)
     monkeypatch.setattr(row, "commit", lambda: "abc")
     training = f"--datasource=sinusoid --metatrain_iterations=3 --seed=4 --logdir={tmp_path}/logs/ --norm=None".split()
     training += ["--learn_update_lr=step"]
@@ -431,38 +405,38 @@ def test_record_of_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("training", "test", "answered"),
+    ("training", "test", "invalid"),
     [(["--help"], [], ["--help"]), ([], ["--test_task=9"], ["--test_task=9"]), (["--sed=1"], [], ["--sed=1"])],
 )
-def test_flags_are_read_before_anything_is_trained(training, test, answered, monkeypatch):
-    """main.py tells what is wrong with them, or helps, and nothing else is run."""
-    called = []
-    monkeypatch.setattr(row, "run_program", lambda *program: called.append(program))
+def test_flags_are_checked_before_training(training, test, invalid, monkeypatch):
+    """main.py runs once, with the flags that it rejects or answers."""
+    commands = []
+    monkeypatch.setattr(row, "run_program", lambda *program: commands.append(program))
     with pytest.raises(SystemExit):
         row.record(Path("row.sh"), training, [[], test])
-    assert called == [("main.py", answered)]
+    assert commands == [("main.py", invalid)]
 
 
 def test_failed_training_is_not_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(row.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(row.subprocess, "Popen", InProcess)
     flags = [f"--results_dir={tmp_path}", "--baseline=oracle", "--datasource=omniglot"]
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as end:
         row.record(Path("row.sh"), flags, [[]])
-    assert ended.value.code == 1
+    assert end.value.code == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_sigterm_reaches_the_training(monkeypatch):
+def test_sigterm_reaches_the_training_process(monkeypatch):
     program = unittest.mock.Mock()
     program.wait.side_effect = [SystemExit(143), 143]
     monkeypatch.setattr(row.subprocess, "Popen", lambda command: program)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as end:
         row.run_program("main.py", [])
-    assert ended.value.code == 143
+    assert end.value.code == 143
     assert [call[0] for call in program.method_calls] == ["wait", "terminate", "wait"]
 
 
-def test_hours_leave_out_stops_and_pauses(tmp_path):
+def test_hours_exclude_stops_and_suspension(tmp_path):
     starts = {"1.first": (1000, 1900, 2800), "2.second": (90_000, 90_900, 91_800, 140_000, 140_001, 140_901, 141_801)}
     for name, times in starts.items():
         with tf.io.TFRecordWriter(str(tmp_path / f"events.out.tfevents.{name}")) as writer:
@@ -472,28 +446,28 @@ def test_hours_leave_out_stops_and_pauses(tmp_path):
     assert row.training_hours(tmp_path) == pytest.approx((1800 + 1800 + 1801) / 3600)
 
 
-def test_hours_keep_the_start_and_a_validation(tmp_path):
+def test_hours_include_start_up_and_validation(tmp_path):
     with tf.io.TFRecordWriter(str(tmp_path / "events.out.tfevents.1")) as writer:
         for step, time in ((0, 0), (0, 5), (1, 5.02), (2, 5.04), (3, 45.0), (4, 45.02)):
             writer.write(event_pb2.Event(wall_time=time, step=step).SerializeToString())
     assert row.training_hours(tmp_path) == pytest.approx(45.02 / 3600)
 
 
-def test_published_model_tests_as_the_run(tmp_path):
+def test_a_published_model_has_the_results_of_its_run(tmp_path):
     flags = "--datasource=sinusoid --metatrain_iterations=2001 --norm=None --update_batch_size=3".split()
     test = ["--train=False", "--test_set=True"]
     run_main(*flags, f"--logdir={tmp_path}/logs")
     (folder,) = (tmp_path / "logs").iterdir()
-    with pytest.raises(InputError, match=r"no results.json in .*: train and test the run first"):
+    with pytest.raises(InputError, match=r"results\.json: "):
         publish.publish(folder, tmp_path / "published")
     run_main(*flags, f"--logdir={tmp_path}/logs", *test)
     copy = publish.publish(folder, tmp_path / "published")
-    with pytest.raises(InputError, match=r"results\.json has no test of model1000: test it first"):
+    with pytest.raises(InputError, match=r"results\.json: .*model1000"):
         publish.publish(folder, tmp_path / "published", iteration=1000)
     later = [copy / f"model9000.{ending}" for ending in ("index", "data-00000-of-00001")]
     for path in later:
         path.touch()
-    with pytest.raises(InputError, match="has another checkpoint, model9000: remove it, or give another --to"):
+    with pytest.raises(InputError, match=r"--to: .*model9000"):
         publish.publish(folder, tmp_path / "published")
     for path in later:
         path.unlink()
@@ -502,7 +476,7 @@ def test_published_model_tests_as_the_run(tmp_path):
 
     (name,) = [path.name for path in folder.glob("*.csv")]
     assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
-    # The original's network has these and no others.
+    # Exactly the variables of the original's network.
     assert tf.train.load_checkpoint(str(copy / "model2000")).get_variable_to_shape_map() == {
         "model/Variable": [1, 40],
         "model/Variable_1": [40],
@@ -519,13 +493,13 @@ def test_published_model_tests_as_the_run(tmp_path):
         tag for tag, _ in points
     }
     (tested,) = json.loads((copy / "results.json").read_text())
-    assert numbers_of_the_test(copy) == {"loss": pytest.approx(tested["results"][10]["mean"])}
+    assert events_of_test(copy) == {"loss": pytest.approx(tested["results"][10]["mean"])}
 
 
-def test_a_run_is_not_published_onto_itself(tmp_path):
+def test_publishing_a_run_into_its_own_folder_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(PUBLISHED[0].parent)
     for folder in (PUBLISHED[0].parent, tmp_path / "link"):
-        with pytest.raises(InputError, match="already: give another --to"):
+        with pytest.raises(InputError, match="--to: "):
             publish.publish(folder, folder.parent)
 
 
@@ -547,23 +521,24 @@ def test_publishing_a_damaged_record_is_refused(name, content, tmp_path):
     assert not (tmp_path / "published").exists()
 
 
-def test_publishing_where_nothing_can_be_written_is_refused(tmp_path, monkeypatch):
+def test_publishing_to_a_file_or_a_missing_iteration_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=str(tmp_path / "file")):
         publish.publish(RUN, tmp_path / "file")
     with pytest.raises(InputError, match="--iteration=3"):
         publish.publish(RUN, tmp_path / "to", iteration=3)
     monkeypatch.chdir(RUN)
-    assert publish.publish(Path("."), tmp_path / "to") == tmp_path / "to" / RUN.name  # and not to `to` itself
+    assert publish.publish(Path("."), tmp_path / "to") == tmp_path / "to" / RUN.name  # not `to` itself
 
 
-def numbers_of_the_test(folder: Path) -> dict[str, float]:
+def events_of_test(folder: Path) -> dict[str, float]:
+    """Return the values in the events of a published run's test."""
     events = EventFileLoader(str(folder / "test" / "events.out.tfevents.0.published")).Load()
     return {value.tag: tf.make_ndarray(value.tensor).item() for event in events for value in event.summary.value}
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in PUBLISHED], ids=lambda folder: folder.name)
-def test_published_runs_have_all_that_tensorboard_shows(folder):
+def test_published_runs_have_everything_tensorboard_shows(folder):
     events = EventFileLoader(str(folder / "events.out.tfevents.0.published")).Load()
     values = {value.tag: value for event in events for value in event.summary.value}
     assert {
@@ -573,19 +548,19 @@ def test_published_runs_have_all_that_tensorboard_shows(folder):
         "custom_scalars__config__",
     } <= values.keys()
     flags = json.loads((folder / "flags.json").read_text())
-    shown = tf.make_ndarray(values["flags"].tensor).item().decode()
-    assert all(f"| --{name} | {value} |" in shown for name, value in flags.items())
+    flags_table = tf.make_ndarray(values["flags"].tensor).item().decode()
+    assert all(f"| --{name} | {value} |" in flags_table for name, value in flags.items())
     picture = "test_task" if flags["datasource"] == "sinusoid" else "validation_task"
     assert tf.io.decode_png(values[picture].tensor.string_val[2]).shape[2] == 3
-    ((metric, number),) = numbers_of_the_test(folder).items()
+    ((metric, number),) = events_of_test(folder).items()
     assert metric == ("loss" if flags["datasource"] == "sinusoid" else "accuracy")
-    (found,) = [  # of the last of the paper's columns
+    (recorded,) = [  # the last column that the paper reports
         [column["mean"] for column in entry["results"] if column["the_papers_number"]][-1]
         for entry in json.loads((folder / "results.json").read_text())
         if entry["support_examples_a_class_K"] == flags["update_batch_size"]
         and entry["inner_step_size_alpha"] == flags["update_lr"]
     ]
-    assert number == pytest.approx(found)
+    assert number == pytest.approx(recorded)
 
 
 @pytest.fixture(scope="module")
@@ -598,9 +573,9 @@ def real_omniglot(shared, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("flags", PUBLISHED, ids=lambda path: path.parent.name)
-def test_published_models_give_their_results_again(flags, tmp_path, request):
+def test_published_models_reproduce_their_results(flags, tmp_path, request):
     training = json.loads(flags.read_text())
-    given = {name: value for name, value in training.items() if value is not None or name == "norm"} | {
+    arguments = {name: value for name, value in training.items() if value is not None or name == "norm"} | {
         "train_update_batch_size": training["update_batch_size"],
         "train_update_lr": training["update_lr"],
         "train": False,
@@ -609,27 +584,27 @@ def test_published_models_give_their_results_again(flags, tmp_path, request):
         "results_dir": tmp_path,
     }
     if training["datasource"] == "omniglot":
-        given["data_path"] = request.getfixturevalue("real_omniglot")
+        arguments["data_path"] = request.getfixturevalue("real_omniglot")
     entries = json.loads((flags.parent / "results.json").read_text())
-    entries = entries[:1] if training["datasource"] == "omniglot" else entries  # its 5-shot tests take a minute
+    entries = entries[:1] if training["datasource"] == "omniglot" else entries  # the 5-shot tests take a minute
     for entry in entries:
         protocol = {
             "update_batch_size": entry["support_examples_a_class_K"],
             "update_lr": entry["inner_step_size_alpha"],
         }
-        run_main(*(f"--{name}={value}" for name, value in (given | protocol).items()))
-    for again, entry in zip(json.loads((tmp_path / "results.json").read_text()), entries, strict=True):
-        for column, published in zip(again["results"], entry["results"], strict=True):
+        run_main(*(f"--{name}={value}" for name, value in (arguments | protocol).items()))
+    for reproduced, entry in zip(json.loads((tmp_path / "results.json").read_text()), entries, strict=True):
+        for column, published in zip(reproduced["results"], entry["results"], strict=True):
             assert column["mean"] == pytest.approx(published["mean"], rel=1e-3, abs=2e-4)
 
 
-def test_the_half_for_machines_without_tensorflow_does_not_import_it():
-    """`gpu.py run` is for a machine with a GPU that has JAX alone."""
+def test_gpu_py_runs_without_tensorflow():
+    """`gpu.py run` is for a GPU machine that has JAX but not TensorFlow."""
     code = "import sys; sys.modules['tensorflow'] = None; sys.path.insert(0, 'benchmarks'); import gpu"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_gpu_draws_the_tasks_again_that_it_exported(monkeypatch):
+def test_gpu_py_draws_the_exported_tasks_again(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import forms
     import gpu
@@ -638,7 +613,7 @@ def test_gpu_draws_the_tasks_again_that_it_exported(monkeypatch):
         batch = forms.random_images((8, 9), channels, 3, way, shot, query)
         problem = forms.Problem({"w": np.ones(2)}, [batch], 0.4, 1, 0.001, None, shot, max_pool=True, mean_head=False)
         header = problem._replace(weights=None, batches=None)._asdict() | {"shapes": [part.shape for part in batch]}
-        again, _ = gpu.problem_of({"header": np.array(json.dumps(header)), "weights/w": np.ones(2)})
-        assert again[2:] == problem[2:] and list(again.weights) == ["w"]
-        for one, other in zip(again.batches[0], batch, strict=True):
-            np.testing.assert_array_equal(one, other)
+        redrawn, _ = gpu.problem_of({"header": np.array(json.dumps(header)), "weights/w": np.ones(2)})
+        assert redrawn[2:] == problem[2:] and list(redrawn.weights) == ["w"]
+        for redrawn_part, part in zip(redrawn.batches[0], batch, strict=True):
+            np.testing.assert_array_equal(redrawn_part, part)

@@ -1,4 +1,4 @@
-"""mmfewshot's networks and loss: against the reference, against PyTorch where it is installed, and as whole runs."""
+"""mmfewshot's networks and loss, against tests/reference.py, against PyTorch if it is installed, and in a whole run."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ NETWORKS = {
 
 @pytest.fixture(autouse=True)
 def eagerly(request):
-    """To trace these small models would take longer than to compute them."""
+    """Run eagerly, because tracing these small models takes longer than running them."""
     tf.config.run_functions_eagerly("whole" not in request.node.name)
     yield
     tf.config.run_functions_eagerly(False)
@@ -43,30 +43,31 @@ def model(name: str, **options) -> MAML:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_fast_equals_slow(name):
-    """Every weight adapts, gamma and beta too."""
+def test_meta_gradient_equals_the_reference(name):
+    """Every weight adapts, including gamma and beta."""
     maml = model(name)
-    found, loss = gradient_and_loss(maml, TASKS)
+    gradient, loss = gradient_and_loss(maml, TASKS)
     slow = getattr(reference, name)
     expected_loss, expected = reference.meta_gradient(slow, mean_xent, maml.values(), TASKS, 0.1, 2, norms=True)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-10)
-    for weight, value in found.items():
+    for weight, value in gradient.items():
         np.testing.assert_allclose(value, expected[weight], rtol=1e-7, atol=1e-10, err_msg=weight)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_groups_equal_one_task_at_a_time(name):
-    found = []
-    for at_once in (1, 0):
-        maml = model(name, layout=Layout(group=at_once), inner_steps=1)
-        found.append((gradient_and_loss(maml, TASKS)[0], maml.evaluate(TASKS, 1, "support").losses))
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-10)
-    for name, value in found[0][0].items():
-        np.testing.assert_allclose(found[1][0][name], value, rtol=1e-8, atol=1e-11, err_msg=name)
+    results = []
+    for group in (1, 0):
+        maml = model(name, layout=Layout(group=group), inner_steps=1)
+        results.append((gradient_and_loss(maml, TASKS)[0], maml.evaluate(TASKS, 1, "support").losses))
+    (gradient, losses), (grouped_gradient, grouped_losses) = results
+    np.testing.assert_allclose(losses, grouped_losses, rtol=1e-10)
+    for name, value in gradient.items():
+        np.testing.assert_allclose(grouped_gradient[name], value, rtol=1e-8, atol=1e-11, err_msg=name)
 
 
-def test_numbers_of_weights():
-    """mmfewshot's, 5-way at 84x84: counted in its own networks."""
+def test_parameter_counts_equal_mmfewshot():
+    """Counted in mmfewshot's own networks, 5-way at 84x84."""
     for network, count in (
         (networks.resnet12((84, 84), 3, 5), 12_427_525),
         (networks.conv4_affine((84, 84), 3, 5, 64), 121_093),
@@ -76,8 +77,8 @@ def test_numbers_of_weights():
         assert set(network.adapted) == set(weights)
 
 
-def test_initial_weights_are_distributed_as_mmfewshots():
-    """Convolutions by their fan out, biases by their convolution's fan in, the last layer by its own fan in."""
+def test_initial_weights_have_the_distribution_of_mmfewshot():
+    """Convolutions depend on their fan-out, their biases on their fan-in, the last layer on its own fan-in."""
     conv4, resnet = networks.conv4_affine((84, 84), 3, 5, 64).init(0), networks.resnet12((84, 84), 3, 5).init(0)
     for values, fan_out in (
         *[(conv4["conv1"], 9 * 64), (conv4["conv2"], 9 * 64)],
@@ -96,12 +97,12 @@ def test_initial_weights_are_distributed_as_mmfewshots():
                 assert np.all(value.numpy() == name.startswith("gamma")), name
 
 
-def test_the_mean_loss_is_the_sum_over_the_shot_divided_by_the_classes():
+def test_the_mean_loss_is_the_original_loss_divided_by_way():
     logits, labels = TASKS.support_x[0, :, 0, :3, 0], TASKS.support_y[0]
     np.testing.assert_allclose(mean_xent(logits, labels), xent(logits, labels, shot=2) / 3, rtol=1e-12)
 
 
-def test_networks_refuse_what_they_cannot_be():
+def test_networks_reject_incompatible_options():
     for name in NETWORKS:
         with pytest.raises(InputError, match=f"--network={name}"):
             recipe.build(Recipe(data_set="cub", network=name, norm="layer_norm"))
@@ -112,8 +113,8 @@ def test_networks_refuse_what_they_cannot_be():
     assert "--network=resnet12" in refusal("--datasource=cub", "--network=resnet12", "--noconv")
 
 
-def test_a_whole_run_and_its_answers(miniimagenet_like, tmp_path):
-    """By the mean loss: trained and tested; predict.py adapts by the mean of the classes' means."""
+def test_a_whole_run_and_predict_use_the_mean_loss(miniimagenet_like, tmp_path):
+    """predict.py adapts to the mean over classes of each class's mean loss."""
     flags = "--datasource=folder", f"--data_path={miniimagenet_like}", "--image_size=16", "--num_filters=4"
     flags += "--network=conv4_affine", "--loss=mean", "--update_batch_size=2", "--num_updates=1", "--num_query=2"
     flags += "--meta_batch_size=2", f"--logdir={tmp_path}"
@@ -137,7 +138,7 @@ def test_a_whole_run_and_its_answers(miniimagenet_like, tmp_path):
 def torch_apply(torch, name: str, weights: dict, x):
     """The same networks in PyTorch, images [n, channels, height, width]."""
     functional = torch.nn.functional
-    leaky = functools.partial(functional.leaky_relu, negative_slope=float(np.float32(0.1)))  # TensorFlow's is a float32
+    leaky = functools.partial(functional.leaky_relu, negative_slope=float(np.float32(0.1)))  # float32 in TensorFlow
 
     def layer(x, number):
         conv, gamma, beta = (weights[f"{part}{number}"] for part in ("conv", "gamma", "beta"))
@@ -157,8 +158,8 @@ def torch_apply(torch, name: str, weights: dict, x):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_pytorch_computes_the_same(name):
-    """Outputs, the meta-gradient of one task after two updates, to first and to second order, within 1e-10."""
+def test_pytorch_agrees(name):
+    """Outputs, loss and meta-gradient after two updates, first and second order, agree within 1e-10."""
     torch = pytest.importorskip("torch")
 
     def theirs(array):
@@ -187,7 +188,7 @@ def test_pytorch_computes_the_same(name):
             fast = {key: value - 0.1 * g for (key, value), g in zip(fast.items(), gradient, strict=True)}
         query = loss(torch_apply(torch, name, fast, images[1]), labels[1])
         expected = torch.autograd.grad(query, list(weights.values()))
-        found, found_loss = gradient_and_loss(maml, Tasks(*(part[None] for part in task)))
-        np.testing.assert_allclose(found_loss, query.item(), atol=1e-10)
-        for (key, value), g in zip(found.items(), expected, strict=True):
+        gradient, our_loss = gradient_and_loss(maml, Tasks(*(part[None] for part in task)))
+        np.testing.assert_allclose(our_loss, query.item(), atol=1e-10)
+        for (key, value), g in zip(gradient.items(), expected, strict=True):
             np.testing.assert_allclose(value, ours(g), atol=1e-10, err_msg=key)

@@ -1,14 +1,13 @@
 """Parity with the original's own graph, on the weights, tasks and numbers that oracle/record.py recorded from it.
 
-The records lie in oracle/, whose README.md says how they were made. Larger ones of the same layout are in
-../shared/oracle, and are tested too where they are at hand.
+oracle/README.md describes the records. Larger records in ../shared/oracle are tested too if they exist.
 
-How near is near enough? Two float32 programs sum in different orders, which moves losses and outputs by some 1e-6 of
-their size, and by more after many updates. The meta-gradient moves by 1e-7 to 1e-5 of its size in one update. But it
-jumps where rounding tips a ReLU or a maximum over: by 1e-4 to 1e-2 of a task's after five updates, in either program.
-So ours in float64, where rounding tips nothing, judges both: in half of a record's tasks ours in float32 must be as
-near to it as the record is, within FACTOR. Outer steps have wide bounds, because Adam's first steps have the size of
-its rate however small a gradient is, and so rounding moves the weights whose gradients are small.
+Tolerances: float32 programs that sum in different orders differ by about 1e-6 in losses and outputs, and by more after
+many updates. Meta-gradients differ by 1e-7 to 1e-5 after one update. If rounding flips a ReLU or a maximum, a task's
+meta-gradient jumps, by 1e-4 to 1e-2 after five updates, in either program. So ours in float64, where rounding flips
+nothing, judges both: in half of a record's tasks, ours in float32 must be as close to it as the record, within FACTOR.
+Bounds on outer steps are wide, because Adam's first steps are as large as its learning rate however small the gradient,
+so rounding moves weights whose gradients are small.
 """
 
 import functools
@@ -36,28 +35,28 @@ ORACLE = Path(__file__).parent / "oracle"
 RECORDS = sorted(path for path in ORACLE.glob("*.npz") if not path.stem.startswith("stock_"))
 SHARED_RECORDS = sorted((SHARED / "oracle").glob("*.npz"))
 
-# Relative L2 distance of a task's meta-gradient from float64, in half of the tasks.
-CLOSE = 1e-3  # the record's
-FACTOR, ROUNDING = 10, 1e-5  # ours, times the record's or this, whichever is larger
+# Maximum relative L2 distance of a task's meta-gradient from float64, in half of the tasks.
+CLOSE = 1e-3  # for the record
+FACTOR, ROUNDING = 10, 1e-5  # for ours: FACTOR times the larger of the record's distance and ROUNDING
 
 
 def tolerances(flags: dict) -> tuple[float, float]:
-    """Relative L2 distances from the record that pass: of the meta-gradient, and of what the outer steps move."""
+    """Return the allowed relative L2 distances from the record: meta-gradient, and change by the outer steps."""
     if flags["datasource"] == "sinusoid":
         return 1e-5, 1e-4
     if flags["datasource"] == "omniglot" and flags["num_updates"] < 5:
         return 1e-4, 2e-2
-    return 3e-2, 0.3  # among so many outputs, rounding may tip a ReLU, and every update magnifies what that changes
+    return 3e-2, 0.3  # with this many outputs, rounding may flip a ReLU, and every update magnifies the change
 
 
 def build(flags: dict) -> MAML:
-    """The model of a record's flags, which have the original's names."""
+    """Build the model of a record's flags, which have the original's names."""
     norm = None if flags["norm"] == "None" else flags["norm"]
     return recipe.build(recipe.from_flags(flags | {"norm": norm}))
 
 
 class Record:
-    """One recorded file: the model built from its flags with its weights, and its tasks."""
+    """A recorded file: its tasks, and our model with its flags and weights."""
 
     def __init__(self, path: Path):
         self.name, self.arrays = path.stem, dict(np.load(path))
@@ -83,14 +82,14 @@ class Record:
 
     @functools.cached_property
     def task_meta_gradients(self) -> dict[str, np.ndarray]:
-        """Ours: [T, ...] by name."""
+        """Our meta-gradient of each task, [T, ...] by name."""
         return task_meta_gradients(self.maml, self.tasks)
 
     def recorded(self, kind: str, name: str) -> np.ndarray | None:
         return self.arrays.get(f"{kind}/{self.maml.keys[name]}")
 
     def in_float64(self) -> tuple[MAML, Tasks]:
-        """The same model, weights and tasks in float64."""
+        """Return the same model, weights and tasks in float64."""
         maml = self.maml
         weights = {name: tf.cast(weight, tf.float64) for name, weight in maml.weights.items()}
         network = maml.inner.network._replace(init=lambda seed: weights)
@@ -112,7 +111,7 @@ def relative(value, expected) -> float:
 
 
 def task_meta_gradients(maml: MAML, tasks: Tasks) -> dict[str, np.ndarray]:
-    """The meta-gradient of each task alone, [T, ...] by name. Eager, which is faster than to trace for a few tasks."""
+    """Return the meta-gradient of each task, [T, ...] by name. Runs eagerly: tracing costs more for a few tasks."""
     weights = {name: tf.convert_to_tensor(weight) for name, weight in maml.weights.items()}
     each = []
     for task in each_task(tasks):
@@ -128,12 +127,12 @@ def each_task(tasks: Tasks) -> list[Tasks]:
 
 
 def lower_median(errors: list[float]) -> float:
-    """The median; of an even number, the lower of the two."""
+    """Return the median; of an even number, the lower of the middle two."""
     return float(np.quantile(errors, 0.5, method="lower"))
 
 
 def distances(record: Record) -> dict[str, tuple[float, float]]:
-    """How far ours and the record are from ours in float64: of each weight, relative L2, in half of the tasks."""
+    """Return, per weight, the relative L2 distances of ours and the record from float64, in half of the tasks."""
     exact = task_meta_gradients(*record.in_float64())
 
     def distance(gradients, name):
@@ -159,9 +158,9 @@ def check_curve(record: Record):
 
 
 def meta_gradient_errors(record: Record) -> dict[str, float]:
-    """Relative L2 distances from the record, by weight: in half of the tasks, or of the mean if it alone is recorded.
+    """Return relative L2 distances from the record, per weight: in half of the tasks, or of the mean if only it exists.
 
-    On another processor rounding may tip a ReLU in one of the tasks, and the mean has all of that.
+    The median over tasks is robust: on another processor, rounding may flip a ReLU in one task, which shifts the mean.
     """
     errors = {}
     for name, ours in record.task_meta_gradients.items():
@@ -184,17 +183,17 @@ def check_meta_gradient(record: Record):
 def check_against_float64(record: Record):
     measured = distances(record)
     ours, recorded = np.max(list(measured.values()), 0)
-    print(f"{record.name}: the weight furthest from float64: ours {ours:.1e}, the record's {recorded:.1e}")
+    print(f"{record.name}: largest distance of a weight from float64: ours {ours:.1e}, the record's {recorded:.1e}")
     for name, (ours, recorded) in measured.items():
         assert recorded < CLOSE, (name, recorded)
         assert ours < FACTOR * max(recorded, ROUNDING), (name, ours, recorded)
 
 
-def test_losses_and_accuracies_after_every_update(record):
+def test_losses_and_accuracies_equal_the_record(record):
     check_curve(record)
 
 
-def test_outputs_of_the_network(record):
+def test_network_outputs_equal_the_record(record):
     maml, arrays = record.maml, record.arrays
     weights = {name: tf.convert_to_tensor(weight) for name, weight in maml.weights.items()}
     for i, task in enumerate(each_task(record.tasks)):
@@ -208,16 +207,16 @@ META_TRAINING = [path for path in RECORDS + SHARED_RECORDS if "pretrain" not in 
 
 
 @pytest.mark.parametrize("record", META_TRAINING, ids=ids, indirect=True)
-def test_meta_gradient(record):
+def test_meta_gradient_equals_the_record(record):
     check_meta_gradient(record)
 
 
 @pytest.mark.parametrize("record", [path for path in META_TRAINING if path in RECORDS], ids=ids, indirect=True)
-def test_meta_gradient_is_as_near_to_float64_as_the_record(record):
+def test_meta_gradient_is_as_close_to_float64_as_the_record(record):
     check_against_float64(record)
 
 
-def test_outer_steps(record):  # the last test of a record, because it moves the weights
+def test_outer_steps_equal_the_record(record):  # the last test of a record, because it changes the weights
     maml, arrays, (of_gradient, tolerance) = record.maml, record.arrays, tolerances(record.flags)
     step = maml.pretrain_step if record.pretrains else maml.train_step
     for i in range(int(arrays["steps"])):
@@ -233,8 +232,8 @@ def test_outer_steps(record):  # the last test of a record, because it moves the
 
 
 @pytest.mark.parametrize("stock, off", [("moments", 0.05), ("fused", 0.5)])
-def test_the_original_without_the_correction_is_refused(stock, off):
-    """Its losses are right; its second derivatives are not, and only the meta-gradient shows it."""
+def test_the_uncorrected_original_fails_the_comparison(stock, off):
+    """Its losses are right. Its second derivatives are wrong, which only the meta-gradient shows."""
     record = Record(ORACLE / f"stock_{stock}_omniglot_5way_1shot.npz")
     check_curve(record)
     for check in (check_meta_gradient, check_against_float64):
@@ -246,7 +245,7 @@ def test_the_original_without_the_correction_is_refused(stock, off):
 
 @pytest.mark.parametrize("record", [SHARED / "oracle" / "miniimagenet_5way_1shot_test.npz"], ids=ids, indirect=True)
 def test_released_checkpoint_is_the_recorded_model(record, shared):
-    """The recorded weights are the original authors' released model: the checkpoint reader gives them to the bit."""
+    """The checkpoint reader returns the weights of the authors' released model bit for bit."""
     (folder,) = (shared / "data" / "maml_checkpoint").iterdir()
     run = runs.Run(folder)
     run.restore(record.maml, run.checkpoint(59000))
@@ -256,8 +255,8 @@ def test_released_checkpoint_is_the_recorded_model(record, shared):
     check_curve(record)
 
 
-def test_parameter_counts():
-    """The original's: adapted weights, and those that only the outer loop changes."""
+def test_parameter_counts_equal_the_original():
+    """Counts of adapted weights, and of weights that only the outer loop changes."""
     conv = functools.partial(networks.conv4, norm="batch_norm")
     counts = {
         (32_645, 128): conv((84, 84), 3, 5, 32, max_pool=True, mean_head=False),
@@ -275,14 +274,14 @@ def test_parameter_counts():
 
 @pytest.fixture(scope="module")
 def recorder():
-    """oracle/record.py as a module; here without its TensorFlow."""
+    """Import oracle/record.py, without TensorFlow 1.15."""
     spec = importlib.util.spec_from_file_location("record", ORACLE / "record.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_records_are_those_of_record_py(recorder):
+def test_record_files_match_record_py(recorder):
     assert [path.stem for path in RECORDS] == sorted(recorder.RECORDS)
     for path in RECORDS:
         with np.load(path) as arrays:
@@ -292,14 +291,14 @@ def test_the_records_are_those_of_record_py(recorder):
     assert len(SHARED_RECORDS) in (0, 8)  # all of ../shared/oracle or none
 
 
-def test_record_py_says_in_one_line_what_it_lacks(recorder, tmp_path):
+def test_record_py_reports_missing_requirements_in_one_line(recorder, tmp_path):
     command = [sys.executable, ORACLE / "record.py", f"--original={tmp_path}", f"--out={tmp_path / 'out'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
     assert len(done.stderr.splitlines()) == 1
-    assert "TensorFlow 1.15.5 is needed" in done.stderr and "requirements-record.txt" in done.stderr
-    with pytest.raises(SystemExit, match=r"maml.py is not there: --original needs a clone of .*cbfinn/maml"):
+    assert "TensorFlow 1.15.5" in done.stderr and "requirements-record.txt" in done.stderr
+    with pytest.raises(SystemExit, match=r"--original: .*maml.py"):
         recorder.import_original(tmp_path)
     (tmp_path / "maml.py").write_text("changed")
-    with pytest.raises(SystemExit, match=r"maml.py is not that of cbfinn/maml at commit a7f45f1"):
+    with pytest.raises(SystemExit, match=r"--original: .*maml.py .*a7f45f1"):
         recorder.import_original(tmp_path)

@@ -1,6 +1,6 @@
-"""Our checkpoints and those of the original's Saver hold the same model; each program reads the other's.
+"""Our program and the original read each other's checkpoints.
 
-oracle/round_trip.py ran the original and recorded the result. oracle/README.md lists the files.
+oracle/round_trip.py ran the original and recorded the results; oracle/README.md lists the files.
 """
 
 import json
@@ -25,7 +25,7 @@ def name(request) -> str:
 
 
 def load_ours(name: str) -> tuple[recipe.Recipe, MAML]:
-    """Open our run folder: return its recipe and its model."""
+    """Return the recipe and the model of our run folder."""
     trained, maml, _ = runs.load(FOLDER / name / "ours")
     return trained, maml
 
@@ -41,11 +41,11 @@ def test_the_original_computes_our_losses_and_accuracies(name):
     record.arrays |= COMPUTED[name]
     check_curve(record)
     losses = [record.arrays["total_loss1"], *record.arrays["total_losses2"]]
-    # Training moved every loss by ten times the tolerance, so the record's own weights would fail.
+    # Training changed every loss by ten times the tolerance, so untrained weights would fail the check above.
     assert np.all(np.abs(np.divide(losses, before) - 1) > 1e-3)
 
 
-def test_a_checkpoint_written_today_has_what_the_original_read(name, tmp_path):
+def test_todays_checkpoint_has_every_variable_the_original_read(name, tmp_path):
     _, maml = load_ours(name)
     runs.Run(tmp_path).save(maml)
     today, read = variables(tmp_path, MODEL), variables(FOLDER / name / "original", MODEL)
@@ -55,7 +55,7 @@ def test_a_checkpoint_written_today_has_what_the_original_read(name, tmp_path):
 
 
 def test_the_checkpoint_that_the_original_read_has_adams_moments(name):
-    """The original's Saver ignores variables that its graph does not have."""
+    """The original's Saver ignores variables that are not in its graph."""
     trained, maml = load_ours(name)
     adam = maml.pretrain_optimizer if trained.pretrain_steps else maml.meta_optimizer
     assert maml.step == adam.updates == OUTER_STEPS
@@ -63,9 +63,9 @@ def test_the_checkpoint_that_the_original_read_has_adams_moments(name):
         assert any(moment.numpy().any() for moment in moments.values())
 
 
-def test_a_checkpoint_of_the_original_restores_to_the_same_bits(name, tmp_path):
+def test_a_checkpoint_of_the_original_restores_bit_for_bit(name, tmp_path):
     trained, ours = load_ours(name)
-    folder = shutil.copytree(FOLDER / name / "original", tmp_path / trained.run_name)  # its only record of the flags
+    folder = shutil.copytree(FOLDER / name / "original", tmp_path / trained.run_name)  # its name gives the flags
     _, theirs, _ = runs.load(folder)
     assert ours.weights.keys() == theirs.weights.keys()
     for key, weight in ours.weights.items():

@@ -1,21 +1,21 @@
-"""Records what the original's own graph computes: the numbers that tests/test_oracle.py compares ours with.
+"""Record what the original's own graph computes, for tests/test_oracle.py to compare with.
 
-The original is https://github.com/cbfinn/maml. Its maml.py and utils.py build the graph; they need Python 3.7:
+The original is https://github.com/cbfinn/maml. Its maml.py and utils.py build the graph and need Python 3.7:
 
     git clone https://github.com/cbfinn/maml /tmp/original
     python3.7 -m venv /tmp/py37
     /tmp/py37/bin/pip install -r tests/oracle/requirements-record.txt
     /tmp/py37/bin/python tests/oracle/record.py --original=/tmp/original --out=tests/oracle
 
-Weights and tasks are generated here, with a seed for each record; tasks whose meta-gradient hangs on rounding are left
-out. Where a .npz file is named, weights and tasks are that file's. One thread computes, so that the same machine writes
-the same files again, to the bit.
+Each record has its own seed for weights and tasks; tasks whose meta-gradient depends on rounding are left out. Given a
+.npz file, its weights and tasks are used instead. The graph runs in one thread, so the same machine writes
+bit-identical files.
 
-One correction is made to what the original computes; --stock leaves it out. The original's norms take their variance
-from tf.nn.moments, which stops a gradient inside it. For the batch norm of a convolution, TensorFlow 1.15 prefers a
-fused kernel, whose second derivative is wrong too. First derivatives are right in both, but MAML needs the second. So
-the variance is computed without a stopped gradient, by plain operations where TensorFlow would take the fused kernel.
-This replaces a function and a default of TensorFlow in this process; the clone is not touched.
+One correction is made; --stock omits it. The original's norms take their variance from tf.nn.moments, which stops a
+gradient. For the batch norm of a convolution, TensorFlow 1.15 prefers a fused kernel, whose second derivative is wrong
+too. First derivatives are right in both, but MAML needs the second. So the variance is computed without a stopped
+gradient, with plain operations instead of the fused kernel. This replaces a function and a default of TensorFlow in
+this process and leaves the clone unchanged.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import zlib
 from pathlib import Path
 
 TENSORFLOW = "1.15.5"
-# SHA-256 of the files that build the graph, as they are at the original's last commit.
+# SHA-256 of the files that build the graph, at the original's last commit.
 COMMIT = "a7f45f1bcd7457fe97b227a21e89b8a82cc5fa49"
 DIGESTS = {
     "maml.py": "f5c686a54ad9ca3f31cc43f395ed672e6d97aebd2fd7c6d7964ad7396d03fffc",
@@ -39,10 +39,10 @@ DIGESTS = {
 
 OUTER_STEPS = 3
 TASKS = 4
-QUERY = {"sinusoid": 10, "omniglot": 1, "miniimagenet": 1}  # examples a class
-TEST_UPDATES = {"sinusoid": 3, "omniglot": 3, "miniimagenet": 1}  # computed whatever --num_updates is
+QUERY = {"sinusoid": 10, "omniglot": 1, "miniimagenet": 1}  # query examples per class
+TEST_UPDATES = {"sinusoid": 3, "omniglot": 3, "miniimagenet": 1}  # minimum number of updates in the graph
 
-# The original's flags that a number depends on. A record names those that are not the original's defaults.
+# The original's flags that affect the numbers. RECORDS lists only values that differ from the original's defaults.
 FLAGS = (
     "datasource num_classes baseline pretrain_iterations metatrain_iterations meta_batch_size meta_lr "
     "update_batch_size update_lr num_updates norm num_filters conv max_pool stop_grad"
@@ -70,7 +70,7 @@ RECORDS = {
     "omniglot_no_norm": dict(OMNIGLOT, norm="None", num_updates=2),
     "omniglot_fc": dict(OMNIGLOT, conv=False, update_lr=0.1),
     "miniimagenet_5way_1shot": MINIIMAGENET,
-    # Two classes, because the pictures of five would be a third of all that is recorded.
+    # Two classes, because the images of five would take a third of the space of all records.
     "miniimagenet_2way_5shot": dict(MINIIMAGENET, update_batch_size=5, num_classes=2, num_updates=2),
 }
 
@@ -78,24 +78,24 @@ RECORDS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", type=Path, required=True, metavar="DIR", help="a clone of cbfinn/maml")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files, one a record")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the records")
     parser.add_argument(
         "--stock",
         choices=["fused", "moments"],
-        help="leave the correction out: fused is what TensorFlow 1.15 computes by itself; moments has plain operations "
-        "for the fused kernel, and the stopped gradient of tf.nn.moments. The files are named stock_...",
+        help="omit the correction: fused is plain TensorFlow 1.15; moments has plain operations instead of the fused "
+        "kernel, and the stopped gradient of tf.nn.moments. Files are named stock_...",
     )
     parser.add_argument(
         "records",
         nargs="*",
         metavar="RECORD",
-        help="a .npz file, whose flags, weights and tasks are recorded again, or one of: " + ", ".join(RECORDS) + ". "
+        help="a .npz file, to record its flags, weights and tasks again, or one of: " + ", ".join(RECORDS) + ". "
         "Default: all of these",
     )
     args = parser.parse_args()
     for name in args.records:
         if name not in RECORDS and not (name.endswith(".npz") and Path(name).is_file()):
-            sys.exit(f"{name} is neither a .npz file nor one of the records {', '.join(RECORDS)}")
+            sys.exit(f"{name}: is not a .npz file or a record; choose one of {', '.join(RECORDS)}")
     import_libraries()
     original = import_original(args.original)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -103,14 +103,14 @@ def main():
         arrays = (generated if name in RECORDS else again)(original, name, args.stock)
         prefix = f"stock_{args.stock}_" if args.stock else ""
         path = args.out / f"{prefix}{Path(name).stem}.npz"
-        beside = path.with_name("." + path.name)
-        np.savez_compressed(str(beside), **arrays)
-        os.replace(str(beside), str(path))
+        unfinished = path.with_name("." + path.name)
+        np.savez_compressed(str(unfinished), **arrays)
+        os.replace(str(unfinished), str(path))
         print(f"{path}: {path.stat().st_size:,} bytes", flush=True)
 
 
 def import_libraries():
-    """Imports NumPy and TensorFlow, or ends with one line that says which are needed."""
+    """Import NumPy and TensorFlow, or exit with a line that names the required versions."""
     global np, tf
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -123,32 +123,32 @@ def import_libraries():
             import tensorflow as tf
         if tf.__version__ != TENSORFLOW:
             raise ImportError(f"this is TensorFlow {tf.__version__}")
-    except Exception as error:  # a protobuf that is too new raises a TypeError
+    except Exception as error:  # a protobuf that is too new raises TypeError
         reason, needed = str(error).split("\n")[0], Path(__file__).with_name("requirements-record.txt")
-        sys.exit(f"TensorFlow {TENSORFLOW} is needed, but {reason}: use a Python 3.7 that has what {needed} lists")
+        sys.exit(f"record.py: needs TensorFlow {TENSORFLOW} ({reason}); install {needed} in a Python 3.7 environment")
     tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
 
 
 def import_original(folder):
-    """The original's main.py as a module: it has the flags and the class MAML.
+    """Return the original's main.py as a module, with its flags and its class MAML.
 
-    Ends with one line where the folder is not a clone of the original, or was changed.
+    Exit with a one-line message if the folder is not an unchanged clone of the original.
     """
     for name, digest in DIGESTS.items():
         path = folder / name
         if not path.is_file():
-            sys.exit(f"{path} is not there: --original needs a clone of https://github.com/cbfinn/maml")
+            sys.exit(f"--original: {path} does not exist; give a clone of https://github.com/cbfinn/maml")
         if hashlib.sha256(path.read_text().encode()).hexdigest() != digest:
-            sys.exit(f"{path} is not that of cbfinn/maml at commit {COMMIT}: check that commit out")
+            sys.exit(f"--original: {path} differs from cbfinn/maml at commit {COMMIT}; check out that commit")
     sys.path.insert(0, str(folder))
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):  # a warning that changes nothing
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):  # hides an irrelevant warning
         module = importlib.import_module("main")
     module.FLAGS(["main.py"])
     return module
 
 
 def again(original, path, stock):
-    """The arrays of a record with the flags, weights and tasks of the file at `path`."""
+    """Return the arrays of a record with the flags, weights and tasks of the file at `path`."""
     arrays = dict(np.load(path))
     weights = {key[len("weights/") :]: value for key, value in arrays.items() if key.startswith("weights/")}
     inputs = {key: value for key, value in arrays.items() if key.startswith(("input", "label"))}
@@ -157,11 +157,11 @@ def again(original, path, stock):
 
 
 def generated(original, name, stock):
-    """The arrays of one of RECORDS, with weights and tasks drawn at random."""
+    """Return the arrays of one of RECORDS, with random weights and tasks."""
     defaults = {flag: original.FLAGS[flag].default for flag in FLAGS}
     flags = dict(defaults, **dict({"meta_batch_size": TASKS}, **RECORDS[name]))
     flags["test_num_updates"] = TEST_UPDATES[flags["datasource"]]
-    random = np.random.default_rng(zlib.crc32(name.encode()))  # its own, so that a new record changes no other
+    random = np.random.default_rng(zlib.crc32(name.encode()))  # per record, so a new record changes no other
     draw = sinusoid_task if flags["datasource"] == "sinusoid" else image_task
     with contextlib.closing(Graph(original, flags, stock)) as graph:
         weights, drawn = initial_weights(random, flags, graph.shapes), 0
@@ -179,10 +179,10 @@ def generated(original, name, stock):
 
 
 def is_steady(graph, task, random):
-    """Whether the task's meta-gradient stays within 0.02 % where rounding, or a little more, moves its inputs.
+    """Return whether the meta-gradient of a task changes by less than 0.02% if its inputs change by about 1e-6.
 
-    Where a ReLU or a maximum tips over, the gradient jumps, and inner updates amplify the jump: two right programs may
-    then differ by all that the gradient has. Such a task tells nothing about either.
+    If a ReLU or a maximum flips, the gradient jumps, and inner updates amplify the jump. Two correct programs may then
+    differ by the whole gradient, so such a task cannot test either of them.
     """
     feed = graph.feed(task)
 
@@ -197,10 +197,10 @@ def is_steady(graph, task, random):
 
 
 def are_steps_steady(graph, weights, inputs, arrays, random):
-    """Whether the outer steps move each weight by the same, within 1 %, where rounding moves the inputs.
+    """Return whether the change of each weight varies by less than 1% if the inputs change by about 1e-6.
 
-    The tasks were steady at the first weights alone. A weight whose gradient is zero but for rounding is left out:
-    Adam scales that up to a whole step.
+    is_steady checks the tasks at the initial weights only. Weights whose gradient is rounding noise are skipped,
+    because Adam scales noise up to a full step.
     """
     graph.load(weights)
     feed = {key: value * (1 + 1e-6 * random.standard_normal(value.shape)) for key, value in graph.feed(inputs).items()}
@@ -216,19 +216,22 @@ def are_steps_steady(graph, weights, inputs, arrays, random):
 
 
 def sinusoid_task(random, flags):
-    """Points of one sinusoid, float32 [1, K, 1] or, for the oracle, [1, K, 3]: x, amplitude, phase."""
+    """Return points of one sinusoid, float32 [1, K, 1] or, for the oracle, [1, K, 3]: x, amplitude, phase."""
     amplitude, phase = random.uniform(0.1, 5.0), random.uniform(0.0, np.pi)
     task = {}
     for part, points in (("a", flags["update_batch_size"]), ("b", QUERY["sinusoid"])):
         x = random.uniform(-5.0, 5.0, (1, points, 1))
-        given = [np.full_like(x, amplitude), np.full_like(x, phase)] if flags["baseline"] == "oracle" else []
-        task["input" + part] = np.concatenate([x, *given], 2).astype(np.float32)
+        hints = [np.full_like(x, amplitude), np.full_like(x, phase)] if flags["baseline"] == "oracle" else []
+        task["input" + part] = np.concatenate([x, *hints], 2).astype(np.float32)
         task["label" + part] = (amplitude * np.sin(x - phase)).astype(np.float32)
     return task
 
 
 def image_task(random, flags):
-    """Images of one task, uint8 [1, n, H, W, C], and one-hot labels [1, n, N]: example k of every class, shuffled."""
+    """Return the images of a task, uint8 [1, n, H, W, C], and one-hot labels [1, n, N].
+
+    Example k of every class comes before example k + 1 of any class; the order of classes is random.
+    """
     way, shot = flags["num_classes"], flags["update_batch_size"]
     new_class = new_character if flags["datasource"] == "omniglot" else new_texture
     classes = [new_class(random) for _ in range(way)]
@@ -241,7 +244,7 @@ def image_task(random, flags):
 
 
 def new_character(random):
-    """A class of drawings: a line through some points, each drawing of it a little different. Ink 0, paper 255."""
+    """Return a function that draws a character: a line through points that vary slightly. Ink is 0, paper 255."""
     points = random.integers(3, 24, (5, 2))
 
     def draw():
@@ -256,21 +259,21 @@ def new_character(random):
 
 
 def new_texture(random):
-    """A class of colour pictures: bright grains on a dark ground, in each colour as many as the class has.
+    """Return a function that draws color images of a class: bright grains on dark, with one density per channel.
 
-    A picture of areas would take less room, but equal pixels make maxima that tie, and rounding decides ties.
+    Uniform areas would compress better, but equal pixels tie in a maximum, and rounding decides ties.
     """
     dark, share = random.integers(20, 120), random.uniform(0.2, 0.8, 3)
     return lambda: (dark + 120 * (random.random((84, 84, 3)) < share)).astype(np.uint8)
 
 
 def initial_weights(random, flags, shapes):
-    """Weights by name: kernels Xavier uniform, biases and betas near 0 and gammas near 1, so that all take part.
+    """Return weights by name: Xavier uniform kernels, biases and betas near 0, gammas near 1, so that all matter.
 
-    Rounded to half precision, so that they compress. Of the wide layers of the fully connected image network fifteen
-    units in sixteen are shut, for the same reason: their beta is negative and their input 0, so their gradients are 0.
-    MiniImagenet's convolutions are four times as large, its last layer a quarter: batch norm cancels the first, so
-    that only the inner updates are smaller, as with the original's 32 filters and after some training.
+    To compress well, weights are rounded to half precision, and in the wide layers of the fully connected image network
+    15 of 16 units are off: their beta is negative and their input 0, so their gradients are 0.
+    MiniImagenet's convolutions are four times as large and its last layer a quarter. Batch norm cancels the former, so
+    only the inner updates become smaller, as with the original's 32 filters and after some training.
     """
     weights = {}
     for name, shape in shapes.items():
@@ -289,13 +292,13 @@ def initial_weights(random, flags, shapes):
 
 
 def record(graph, weights, inputs, steps):
-    """The arrays of one record; README.md beside this file has their keys."""
+    """Return the arrays of one record; README.md lists the keys."""
     graph.load(weights)
     feed = graph.feed(inputs)
     arrays = dict(inputs)
     arrays.update({key: np.array(value) for key, value in graph.values(feed).items()})
     arrays.update({"meta_gradient/" + name: value for name, value in graph.gradient(feed).items()})
-    # The graph divides by meta_batch_size, whatever the number of tasks that it is fed.
+    # The graph always divides by meta_batch_size, even if it is fed one task.
     count = graph.flags["meta_batch_size"]
     each = [graph.gradient({key: value[i : i + 1] for key, value in feed.items()}) for i in range(count)]
     for name in graph.meta_gradient:
@@ -310,7 +313,7 @@ def record(graph, weights, inputs, steps):
 
 
 class Graph:
-    """The original's graph for some flags, with a session that has one thread."""
+    """The original's graph for given flags, with a single-threaded session."""
 
     def __init__(self, original, flags, stock=None):
         self.flags, self.norms = flags, stock or "exact"
@@ -339,21 +342,21 @@ class Graph:
         )
 
     def load(self, weights):
-        """Begins anew, from these weights."""
+        """Reset the optimizer and set the weights."""
         self.session.run(tf.compat.v1.global_variables_initializer())
         for name, variable in self.variables.items():
             variable.load(weights[name], self.session)
 
     def close(self):
-        """Gives the session's memory back."""
+        """Free the session's memory."""
         self.session.close()
 
     def weight(self, name):
-        """The value of one weight."""
+        """Return the value of a weight."""
         return self.session.run(self.variables[name])
 
     def feed(self, inputs):
-        """Tasks as the graph takes them: images flattened, u8 / 255, of Omniglot 1 - u8 / 255 (data_generator.py)."""
+        """Return tasks as the graph's feed: flat images, u / 255, and 1 - u / 255 for Omniglot (data_generator.py)."""
         feed = {}
         for key, value in inputs.items():
             if key.endswith("_uint8"):
@@ -363,24 +366,24 @@ class Graph:
         return feed
 
     def values(self, feed):
-        """Losses, outputs and, of a classification, accuracies, by the names of the original."""
+        """Return losses, outputs and, for classification, accuracies, by the original's names."""
         names = ["total_loss1", "total_losses2", "outputas", "outputbs"]
         if self.model.classification:
             names += ["total_accuracy1", "total_accuracies2"]
         return self.session.run({name: getattr(self.model, name) for name in names}, feed)
 
     def gradient(self, feed):
-        """The meta-gradient by the names of the weights; none where the flags only pretrain."""
+        """Return the meta-gradient by weight; empty if the flags only pretrain."""
         return self.session.run(self.meta_gradient, feed)
 
     def step(self, feed):
-        """One outer step."""
+        """Take one outer step."""
         self.session.run(self.model.pretrain_op if self.pretrains else self.model.metatrain_op, feed)
 
 
 @contextlib.contextmanager
 def norms(stock):
-    """While a graph is built: exact second derivatives of the norms, or those that `stock` names."""
+    """Build graphs in this context with exact second derivatives of the norms, or with those of `stock`."""
     from tensorflow.contrib.framework import arg_scope
     from tensorflow.contrib.layers import batch_norm
     from tensorflow.python.ops import nn

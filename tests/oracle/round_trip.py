@@ -1,4 +1,4 @@
-"""Record that our run folders and the original's Saver read each other's checkpoints; README.md lists the files.
+"""Record how our program and the original read each other's checkpoints; README.md lists the files.
 
     python -m tests.oracle.round_trip
     /tmp/py37/bin/python tests/oracle/round_trip.py --original=/tmp/original
