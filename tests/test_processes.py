@@ -8,7 +8,7 @@ import main
 from tests.helpers import PROGRAM, assert_same_ending, end, models, only_run, run, scalars, spawn
 
 
-def test_resume_after_kill_is_bitwise_identical(tmp_path):
+def test_kill_and_resume_is_bitwise_identical(tmp_path):
     """kill -9 at the summary of iteration 500, when model299 is the latest checkpoint."""
     killed = (
         "import os, signal, sys, main, report\n"
