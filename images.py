@@ -1,4 +1,4 @@
-"""Image folders to arrays: classes, splits, a cache of decoded pixels, and augmentation.
+"""Load image folders as arrays: classes, splits, a cache of decoded pixels, and augmentation.
 
 Augmentation is mmfewshot's: random crops, flips and color changes in training, center crops at test. The cache holds
 each photograph whole, resized to a square, with its aspect (width / height). A crop is a box in that square: left, top,
@@ -89,8 +89,8 @@ def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[s
     """
     if not os.path.isdir(folder):
         raise InputError(
-            f"{folder}: no such data folder; prepare it as {images.prepare} says, or set --data_path (--test_data_path "
-            "for --test_datasource)"
+            f"{folder}: no such data folder; prepare it as described in {images.prepare}, or set --data_path "
+            "(--test_data_path for --test_datasource)"
         )
     if images.split_sizes is None and images.split_list is None:
         return {split: _load_classes(images, folder, split) for split in splits}
@@ -151,7 +151,7 @@ def _load_classes(images: Images, folder: Path, split: str) -> Classes:
     files = class_folders(root) if os.path.isdir(root) else {}
     if not any(files.values()):
         raise InputError(
-            f"{root}: contains no images; fill it with class folders as {images.prepare} says"
+            f"{root}: contains no images; fill it with class folders as described in {images.prepare}"
             + ("" if images.split_list or split == "." else f", or set --split if {folder} itself has class folders")
         )
     names = sorted(files)  # Differs: the original's split and tasks depend on the order of files on the disk
@@ -168,25 +168,25 @@ def _load_classes(images: Images, folder: Path, split: str) -> Classes:
 def class_folders(root: str) -> dict[str, list[str]]:
     """Return the class folders below `root`: path relative to it -> sorted file names of its images.
 
-    Empty folders count, so that errors can name them. Raise InputError if a folder cannot be read.
+    Include empty folders, so that errors can name them. Raise InputError if a folder cannot be read.
     """
     return {name: images for name, images, _, leaf in _folders(root) if name and (images or leaf)}
 
 
 def image_files(root: str) -> list[str]:
-    """Return the paths of the images in `root` and below, sorted. Raise the errors of class_folders."""
+    """Return the paths of the images in `root` and below, sorted. Raise the same errors as class_folders."""
     return sorted(os.path.join(root, name, file) for name, images, _, _ in _folders(root) for file in images)
 
 
 def other_files(root: str) -> list[str]:
-    """Return the paths of the other files in `root` and below, sorted. Raise the errors of class_folders."""
+    """Return the sorted paths of all files below `root` that are not images. Raise the same errors as class_folders."""
     return sorted(os.path.join(root, name, file) for name, _, others, _ in _folders(root) for file in others)
 
 
 def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], bool]]:
     """Yield (relative path, sorted images, other files, whether it is a leaf) of `root` and each folder below it.
 
-    Skip hidden files and folders, and those that macOS adds to archives.
+    Skip hidden files and folders, and the __MACOSX folders that macOS adds to archives.
     """
 
     def fail(error):
@@ -205,7 +205,7 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], bool]]:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Return the image formats that Pillow reads by itself, without EPS, for which it runs an external program."""
+    """Return the image formats that Pillow reads without an external program, so not EPS."""
     Image.init()
     return [format for format in Image.OPEN if Image.MIME.get(format, "").startswith("image/")]
 
@@ -226,7 +226,7 @@ def _cached(
 
     Pixels are uint8 [paths, height, width, channels], memory-mapped if the cache can be written. Unreadable images get
     no row, so the last rows are unused. Aspects (width / height) are of the readable images, and only for augmentation.
-    Raise the errors of _decode.
+    Raise the same errors as _decode.
     """
     cache = folder / ".cache"
     if images.any_size:
@@ -347,7 +347,7 @@ def read_image(path: str | Path, images: Images) -> np.ndarray:
     """Return an image as test tasks use it (for augmentation, its center crop), uint8 [height, width, channels].
 
     It has size images.size, is upright and gray or RGB; transparent pixels are white.
-    Raise UnreadableError if the image cannot be decoded, or InputError if it has a wrong size and may not be resized.
+    Raise UnreadableError if the image cannot be decoded, or InputError if it has the wrong size and may not be resized.
     """
     image, aspect = read_whole(path, images)
     return center_crops(image[None], np.array([aspect]), images.size)[0] if images.augment else image
@@ -356,7 +356,7 @@ def read_image(path: str | Path, images: Images) -> np.ndarray:
 def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
     """Return a whole image, uint8 [height, width, channels] of size images.stored, and its aspect before resizing.
 
-    Raise the errors of read_image.
+    Raise the same errors as read_image.
     """
     height, width = images.stored
     try:
@@ -374,7 +374,7 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
     if image.size != (width, height):
         raise InputError(
             f"{path}: is {image.height}x{image.width} pixels, not {height}x{width}; prepare the folder as "
-            f"{images.prepare} says, or use --image_size"
+            f"described in {images.prepare}, or use --image_size"
         )
     return np.asarray(image).reshape(*images.stored, images.channels), aspect
 
@@ -396,7 +396,7 @@ def _converted(image, channels):
 
 
 def random_crops(pixels: np.ndarray, aspects: np.ndarray, words: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return random crops of photographs, uint8 [n, height, width, 3]: half of them flipped, with changed colors.
+    """Return random crops of photographs, uint8 [n, height, width, 3], randomly flipped and with random color changes.
 
     Args:
         pixels: uint8 [n, S, S, 3], photographs resized to squares.
@@ -422,7 +422,7 @@ def random_crops(pixels: np.ndarray, aspects: np.ndarray, words: np.ndarray, siz
 
 
 def center_crops(pixels: np.ndarray, aspects: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return center crops of photographs whose short side is SHORT_SIDE times the crop's. Shapes: see random_crops."""
+    """Return center crops, after resizing to a short side of SHORT_SIDE times the crop's. Args: see random_crops."""
     boxes = center_boxes(aspects, size)
     return _stack(lambda i: np.asarray(_crop(pixels[i], boxes[i], size)), len(pixels))
 
@@ -438,10 +438,11 @@ def denormalize(x: np.ndarray) -> np.ndarray:
 
 
 def random_boxes(uniform: np.ndarray, aspects: np.ndarray) -> np.ndarray:
-    """Return a random box in each photograph, as mmcls' RandomResizedCrop: [n, 4], left, top, right, bottom, 0 to 1.
+    """Return a random box in each photograph, [n, 4]: left, top, right, bottom, 0 to 1.
 
-    An attempt's area is uniform in CROP_AREA, and its log(width / height) is uniform between the logs of CROP_RATIO.
-    The box is the first attempt that fits in the photograph.
+    As in mmcls' RandomResizedCrop, an attempt's area is uniform in CROP_AREA, and its log(width / height) is uniform
+    between the logs of CROP_RATIO. The box is the first attempt that fits in the photograph, or the largest centered
+    box if none fits.
     Args:
         uniform: [n, 2 * ATTEMPTS + 2], random, 0 to 1: the area of each attempt, then the shape of each, then the
             box's horizontal and vertical position.

@@ -2,7 +2,7 @@
 
 The paper's commands:
 
-  10-shot sinusoid, MAML, the oracle, and the pretrained baseline:
+  10-shot sinusoid (MAML, the oracle, and the pretrained baseline):
     python main.py --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000 --norm=None --update_batch_size=10
     python main.py --datasource=sinusoid --logdir=logs/sine/ --pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10 --baseline=oracle
     python main.py --datasource=sinusoid --logdir=logs/sine/ --pretrain_iterations=70000 --metatrain_iterations=0 --norm=None --update_batch_size=10
@@ -15,8 +15,8 @@ The paper's commands:
     python main.py --datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/miniimagenet1shot/ --num_filters=32 --max_pool=True
     python main.py --datasource=miniimagenet --metatrain_iterations=60000 --meta_batch_size=4 --update_batch_size=5 --update_lr=0.01 --num_updates=5 --num_classes=5 --logdir=logs/miniimagenet5shot/ --num_filters=32 --max_pool=True
 
-Each command resumes where it stopped. With --train=False --test_set=True it tests. Any run folder can be resumed or
-tested without its flags:
+Each command resumes where it stopped. With --train=False --test_set=True it tests the model instead. With --run you can
+resume or test a run without repeating its flags:
 
   python main.py --run=logs/omniglot5way/<run>
   python main.py --run=logs/omniglot5way/<run> --train=False --test_set=True
@@ -68,13 +68,19 @@ OTHER_FLAGS = (
     Flag(
         "run",
         None,
-        "A run folder to resume, or to test with --train=False. Its flags.json gives all other flags; those given next "
-        "to it must not contradict it, except K, alpha, Q and the other flags of a test, a moved --data_path, and more "
-        "iterations.",
+        "A run folder to resume, or to test with --train=False. Its flags.json sets all other flags. Flags given with "
+        "--run must agree with it, except K, alpha, Q and the other test flags, the --data_path of a moved folder, and "
+        "the numbers of iterations.",
         "run",
     ),
     Flag("logdir", "/tmp/data", "Folder in which the run gets its own folder, named after its flags.", "run"),
-    Flag("resume", True, "Continue from the run folder's latest checkpoint, exactly as if never stopped.", "run", bool),
+    Flag(
+        "resume",
+        True,
+        "Continue from the run's latest checkpoint, as if it had never stopped.",
+        "run",
+        bool,
+    ),
     Flag("train", True, "Train; --train=False: test.", "run", bool),
     Flag("log", True, "Write TensorBoard events.", "run", bool),
     Flag(
@@ -88,7 +94,8 @@ OTHER_FLAGS = (
     Flag(
         "threads",
         0,
-        "Tasks computed side by side, one per core; 0: as many as there are cores. On a GPU: groups; 0: 1.",
+        "Tasks to compute in parallel, one per core; 0: as many as there are cores. On a GPU: groups to compute in "
+        "parallel; 0: one.",
         "run",
         int,
         THREADS,
@@ -96,8 +103,7 @@ OTHER_FLAGS = (
     Flag(
         "op_threads",
         1,
-        "Cores for one operation of a task: 2 or more if a run has fewer tasks than the machine has cores. Changes "
-        "rounding.",
+        "Cores per operation. Use 2 or more if a step has fewer tasks than the machine has cores. Changes rounding.",
         "run",
         int,
         THREADS._replace(least=1),
@@ -105,9 +111,9 @@ OTHER_FLAGS = (
     Flag(
         "tasks_at_once",
         0,
-        "Tasks in a group, which one operation computes together; must divide meta_batch_size. A CPU computes a group "
-        "per core, a GPU one after the other. 0: one task on a CPU, the whole meta-batch on a GPU. Lower it if memory "
-        "runs out.",
+        "Tasks per group. Each operation computes all tasks of a group together. Must divide meta_batch_size. A CPU "
+        "computes one group per core; a GPU, by default, one group at a time. 0: one task on a CPU, the whole "
+        "meta-batch on a GPU. Lower it if memory runs out.",
         "run",
         int,
         Range(0, EXAMPLES.most),
@@ -122,15 +128,15 @@ OTHER_FLAGS = (
     Flag(
         "deterministic",
         False,
-        "Compute the same bits every time on a GPU, as on a CPU. It may be slower.",
+        "Make results on a GPU bitwise reproducible, as they are on a CPU. May be slower.",
         "run",
         bool,
     ),
-    Flag("skip_broken", False, "Leave out unreadable images, and name them, instead of refusing.", "data", bool),
+    Flag("skip_broken", False, "Leave out unreadable images and list them, instead of stopping.", "data", bool),
     Flag(
         "val_tasks",
         200,
-        "Validation tasks every 500 iterations (images); they choose the best checkpoint.",
+        "Number of validation tasks, tested every 500 iterations (images only). They decide which checkpoint is best.",
         "data",
         int,
         EXAMPLES,
@@ -138,7 +144,7 @@ OTHER_FLAGS = (
     Flag(
         "test_set",
         False,
-        "Test on the test classes; else on the validation classes. In training: validate on the test classes.",
+        "Test on the test classes instead of the validation classes. In training: validate on the test classes.",
         "test",
         bool,
     ),
@@ -152,7 +158,7 @@ OTHER_FLAGS = (
     Flag(
         "train_update_batch_size",
         -1,
-        "At test: the K of training, if it differs; it names the run folder.",
+        "At test: the K of training, if different. It is part of the run folder's name.",
         "test",
         int,
         recipes.QUERIES,
@@ -160,16 +166,16 @@ OTHER_FLAGS = (
     Flag(
         "train_update_lr",
         -1.0,
-        "At test: the alpha of training, if it differs; it names the run folder.",
+        "At test: the alpha of training, if different. It is part of the run folder's name.",
         "test",
         float,
         recipes.RATE._replace(also=(-1,)),
     ),
-    Flag("test_tasks", 600, "Tasks of a test. Paper: 600.", "test", int, EXAMPLES),
+    Flag("test_tasks", 600, "Number of test tasks. Paper: 600.", "test", int, EXAMPLES),
     Flag(
         "eval_seed",
         0,
-        "Seed of the validation and test tasks: the same for all runs, whatever --seed is.",
+        "Seed of the validation and test tasks, independent of --seed.",
         "test",
         int,
         recipes.SEED,
@@ -177,17 +183,17 @@ OTHER_FLAGS = (
     Flag(
         "test_datasource",
         None,
-        "At test: the data set to draw tasks from, if not --datasource. Its images are read like the run's: same size "
-        "and channels, for an Omniglot run also inverted (dark ink on white paper is 1).",
+        "At test: the data set to draw tasks from, if not --datasource. Its images are read like the run's: with the "
+        "same size and channels, and inverted for an Omniglot run (dark ink on white paper becomes 1).",
         "test",
         accepts=(None, *(name for name, dataset in DATASETS.items() if dataset.images)),
     ),
-    Flag("test_data_path", None, "Folder of the --test_datasource, if not its own below data/.", "test"),
+    Flag("test_data_path", None, "Image folder of --test_datasource, if not its default in data/.", "test"),
     Flag(
         "query_norm",
         "batch",
         "At test, under batch norm: normalize a query image with its task's other query images (batch, the paper's "
-        "transductive way), or alone with the support set (support).",
+        "transductive way), or with the support set only (support).",
         "test",
         accepts=QUERY_NORMS,
     ),
@@ -202,12 +208,12 @@ OTHER_FLAGS = (
     Flag(
         "query_shares",
         "balanced",
-        "At test: num_query queries of each class (balanced), or as many in total, shared at random among the classes "
-        "by a Dirichlet distribution of concentration 2 (dirichlet). num_query is then 15 unless given.",
+        "At test: num_query queries of each class (balanced), or the same total, divided among the classes at random "
+        "by a Dirichlet distribution with concentration 2 (dirichlet). num_query then defaults to 15.",
         "test",
         accepts=QUERY_SHARES,
     ),
-    Flag("results_dir", None, "Folder for a test's files, if not the run folder.", "test"),
+    Flag("results_dir", None, "Folder for the result files of a test, if not the run folder.", "test"),
 )
 ALL_FLAGS = {flag.name: flag for flag in (*recipes.DEFINITIONS.values(), *OTHER_FLAGS)}
 UNEVEN_QUERY = (
@@ -217,7 +223,7 @@ UNEVEN_QUERY = (
 TRAIN_OVERRIDES = {"pretrain_iterations", "metatrain_iterations", "data_path"}
 TEST_OVERRIDES = {"update_batch_size", "update_lr", "num_query", "split", "data_path"}
 
-# What the system may refuse and the user can fix. Any other OSError is a bug here, and has its traceback.
+# OS errors that the user can fix. Any other OSError is a bug here, and has its traceback.
 FIXABLE = {
     getattr(errno, name)
     for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO EMFILE ENFILE ENAMETOOLONG ELOOP ENOTDIR EISDIR ESTALE".split()

@@ -1,7 +1,7 @@
 """The paper's networks and two of mmfewshot's: initial weights and forward functions, over a dict of weights.
 
-A forward function computes one task, or a group of G tasks with separate weights: all weights, inputs and outputs then
-have a leading axis G. Inside a network, `side_by_side` concatenates the tasks of a group along the channels,
+A forward function computes one task, or a group of G tasks with separate weights. For a group, all weights, inputs and
+outputs have a leading axis G. Inside a network, `side_by_side` concatenates the tasks of a group along the channels,
 [n, height, width, G * C], so that batch norm, ReLU and pooling work as on one task. Layer norm, which normalizes an
 example over all its channels, takes them `apart` again.
 
@@ -52,7 +52,7 @@ class Network(NamedTuple):
         return self.prepare(weights, x) if self.prepare else x
 
     def outputs(self, weights: Weights, features: tf.Tensor) -> tf.Tensor:
-        """Return the outputs for those features."""
+        """Return the outputs for what `features` returned."""
         return (self.inner_apply or self.apply)(weights, features)
 
     def keys(self, names: Iterable[str]) -> dict[str, str]:
@@ -157,7 +157,7 @@ def support_normalized(
     """Return the outputs [n, O] for query inputs, each normalized separately, together with the support set.
 
     An output then does not depend on the other queries, unlike in the paper, where all queries are one batch. This
-    differs only under batch norm, whose statistics then need a batch of N * K + 1 for each query.
+    matters only for batch norm, which then needs a batch of N * K + 1 inputs for each query.
     Args: weights after the inner steps; support_x [N * K, *D]; query_x [n, *D]. With group_axes=1 these and the result
     have a leading axis G.
     """
@@ -194,11 +194,11 @@ def conv4(
         channels: per image.
         way: N, the number of scores.
         filters: per convolution.
-        max_pool: pool instead of strided convolutions.
+        max_pool: downsample by pooling instead of strided convolutions.
         norm: 'batch_norm', 'layer_norm' or None.
         mean_head: the last layer takes the mean over height and width, and is initialized from N(0, 1) (Omniglot);
             else it takes all height * width * filters numbers in that order, and is Xavier uniform (MiniImagenet).
-    Raise InputError if pooling would leave nothing: with max_pool, below 16 pixels.
+    Raise InputError if the images are too small to be halved four times: with max_pool, below 16 pixels.
     Source: paper section 5.2 and appendix A; the original's maml.py (construct_conv_weights, forward_conv).
     """
     # Differs: the original assumes 5 x 5 here, regardless of image size and pooling.
@@ -223,7 +223,7 @@ def conv4(
         for layer in layers:
             x = conv(x, weights[f"conv{layer}"], stride=1 if max_pool else 2)
             x = _bias_and_norm(x, weights, layer, norm)
-            if max_pool:  # before the ReLU: the two commute, and the ReLU has a quarter of the work
+            if max_pool:  # before the ReLU: the two commute, and the ReLU then does a quarter of the work
                 x = tf.nn.max_pool2d(x, ksize=2, strides=2, padding="VALID")
             x = tf.nn.relu(x)
         x = tf.reduce_mean(x, [1, 2]) if mean_head else x
@@ -302,9 +302,9 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
         hidden: widths of the hidden layers.
         outputs: scores, or predicted numbers.
         norm: 'batch_norm', 'layer_norm' or None.
-        tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. Before it was
-            compiled, a step of the sinusoid's 1,761 weights took 0.5 ms in one operation and 2.2 ms task by task, on
-            two cores. Omniglot's 246,597 weights gain nothing in one operation (benchmarks/NOTES.md).
+        tiny: compute all tasks in one operation and a hundred outer steps in one compiled program. On two cores,
+            without compilation, a sinusoid step (1,761 weights) took 0.5 ms in one operation and 2.2 ms task by task.
+            Omniglot's fully connected network (246,597 weights) gains nothing from it (benchmarks/NOTES.md).
     Source: paper sections 5.1 (hidden 40, 40) and 5.2 (256, 128, 64, 64); the original's maml.py (construct_fc_weights,
     forward_fc).
     """
@@ -355,7 +355,7 @@ def from_keras(model: "tf.keras.Model", **more: object) -> Network:
         raise InputError(f"Keras model {model.name}: has no weights, or two with the same name; name its layers")
 
     def init(seed: int) -> Weights:
-        state = random.getstate()  # initializers without a seed draw one from there
+        state = random.getstate()  # an initializer without a seed draws one from Python's `random`
         try:
             random.seed(seed)
             variables = tf.keras.models.clone_model(model).trainable_variables
@@ -370,7 +370,7 @@ def from_keras(model: "tf.keras.Model", **more: object) -> Network:
 
 
 def _innermost_first(model):
-    """Return the layers of a Keras model, nested ones included, in an order in which errors name the innermost."""
+    """Return the layers of a Keras model, nested ones included, innermost first, so errors name the innermost layer."""
     layers = model._flatten_layers(include_self=False)  # private, because `layers` misses those in custom layers
     return sorted(layers, key=lambda layer: len(layer._flatten_layers()) > 1)
 
@@ -381,10 +381,10 @@ def _check_layers(model):
     for layer in _innermost_first(model):
         if isinstance(layer, keras.BatchNormalization):
             problem = "has moving averages, which adapting to one task would change for the others"
-            fix = "write the network as two functions with special_grads.batch_norm (docs/predict.md)"
+            fix = "write the network as two functions with special_grads.batch_norm (docs/library.md)"
         elif isinstance(layer, keras.LayerNormalization | keras.GroupNormalization):
             problem = "stops a gradient, so its second derivatives are wrong"
-            fix = "use RMSNormalization, or write the network as two functions (docs/predict.md)"
+            fix = "use RMSNormalization, or write the network as two functions (docs/library.md)"
         elif layer.non_trainable_variables:
             names = ", ".join(variable.name for variable in layer.non_trainable_variables)
             problem, fix = f"has state, or weights that are not trained ({names})", "leave it out"
@@ -410,7 +410,7 @@ def _fc_row(hidden: tuple[int, ...], tiny: bool = False) -> Callable[..., Networ
 
 
 def _mmfewshot_row(network: str) -> Callable[..., Network]:
-    def build(shape, outputs, norm, filters, max_pool):  # always pools
+    def build(shape, outputs, norm, filters, max_pool):  # always pools, so it ignores max_pool
         if norm != "batch_norm":
             raise InputError(f"--norm={norm}: --network={network} always has batch norm; omit --norm")
         *size, channels = shape
@@ -473,7 +473,7 @@ def torch_uniform(shape: tuple[int, ...], seed: tuple[int, int], fan_in: int) ->
 def _halved(size: tuple[int, int], max_pool: bool, flag: str, alternative: str = "") -> tuple[int, int]:
     """Return height and width halved four times: pooling rounds down, strided SAME convolutions round up.
 
-    Raise InputError if nothing is left. flag: the one that requests pooling, for the error.
+    Raise InputError if nothing is left. flag: the flag that requests pooling, for the error message.
     """
     height, width = size
     for _ in range(4):
@@ -501,7 +501,7 @@ def _norm_weights(norm: str | None, layer: int, width: int, tf1_scope: int) -> d
 
 
 def _affine_weights(layer: str, shape: tuple[int, int, int, int]) -> dict[str, Weight]:
-    """Return the weights of a convolution and its batch norm. Checkpoints use our names: the original lacks them."""
+    """Return the weights of a convolution and its batch norm. The original lacks them, so checkpoints use our names."""
     arrays = {"conv": (shape, kaiming_fan_out), "gamma": (shape[-1:], ones), "beta": (shape[-1:], zeros)}
     return {f"{name}{layer}": Weight(*array, f"{name}{layer}") for name, array in arrays.items()}
 
@@ -534,7 +534,7 @@ def conv(x: tf.Tensor, filters: tf.Tensor, stride: int) -> tf.Tensor:
     `sliced_conv` computes a group as a matrix product with a batch axis G, on k * k shifted slices of the images. That
     takes k * k times the memory of the images, but uses only matrix products, forward and in both gradients.
     `grouped_conv` takes no extra memory, but grouped convolutions are slow on many GPUs, and for stride 2 XLA computes
-    the input gradient on an input padded with zeros inside, which is four times the products.
+    the input gradient on an input with zeros inserted, which takes four times as many products.
     """
     if filters.shape.rank == 4:
         return tf.nn.conv2d(x, filters, strides=stride, padding="SAME")

@@ -3,9 +3,9 @@
     python predict.py RUN LABELED UNLABELED [--csv=answers.csv]
     python predict.py RUN --export=DIR
 
-RUN is a run folder, such as one in logs/published/. LABELED is a folder with one folder of images per class; the model
-fixes the number of classes, and each needs at least one image. UNLABELED is one or more images or folders of images.
-See docs/predict.md.
+RUN is a run folder, such as one in logs/published/. LABELED is a folder with one subfolder of images per class; the
+model fixes the number of classes, and each needs at least one image. UNLABELED is one or more images or folders of
+images. See docs/predict.md.
 
 As a library:
 
@@ -14,7 +14,7 @@ As a library:
     probabilities = adapted.predict(other_images)  # [n, 5], columns as in adapted.classes
 """
 
-import devices  # isort: skip  must precede TensorFlow, which reads its environment variables
+import devices  # isort: skip  must precede TensorFlow, which reads the environment variables that it sets
 
 import argparse
 import contextlib
@@ -79,14 +79,14 @@ def load(
         checkpoint: iteration, -1 for the latest, or "best" on validation.
         updates: gradient updates on the labeled images, 0 to 200. None: the last of Recipe.paper_updates, or if that is
             empty, as many as in training.
-        normalise_with: the images whose batch-norm statistics normalize an image. "support": itself and the labeled
-            images, so that its prediction does not depend on other images. "batch": all images of one call of
-            `predict`, as in the paper.
-    Raise InputError for a missing run or checkpoint, a run that is not on images, or an invalid argument.
+        normalise_with: which images batch norm normalizes together. "support": each image with the labeled images, so
+            that its prediction does not depend on other images. "batch": all images of one call of `predict`, as in
+            the paper.
+    Raise InputError for a missing run or checkpoint, a sinusoid run, or an invalid argument.
     """
     recipe, maml, prefix = runs.load(run, checkpoint)
     if recipe.dataset.images is None:
-        raise InputError(f"{run}: is a {recipe.data_set} run, without classes; name a run on images")
+        raise InputError(f"{run}: is a {recipe.data_set} run, which has no classes; choose a run on images")
     check_choice("normalise_with", normalise_with, NORMALIZED)
     if updates is not None and not (isinstance(updates, Integral) and updates in UPDATES):
         raise InputError(f"updates={updates}: must be {UPDATES}")
@@ -94,7 +94,7 @@ def load(
 
 
 class Model:
-    """A trained image classifier that learns new classes from a few labeled images of each. Made by `load`."""
+    """A trained image classifier that learns new classes from a few labeled images of each. Returned by `load`."""
 
     def __init__(self, recipe: Recipe, maml: MAML, checkpoint: str, updates: int | None, normalise_with: str):
         self.recipe, self.maml, self.checkpoint, self.normalise_with = recipe, maml, checkpoint, normalise_with
@@ -115,7 +115,7 @@ class Model:
 
         Args:
             images: paths, or an array [n, height, width, channels] of the model's size, uint8 (0 to 255) or float (0
-                to 1). A gray model also takes [n, height, width]. Any number per class.
+                to 1). A gray model also takes [n, height, width]. Any number of images per class.
             labels: one number or string per image.
         Raise InputError if images or labels are invalid.
         """
@@ -162,7 +162,7 @@ class Model:
 
     @functools.cached_property
     def _one_update(self):
-        """The graph of (weights, support_x, support_y, j) -> weights after inner step j, which counts from 0."""
+        """The graph of (weights, support_x, support_y, j) -> weights after inner step j, where j counts from 0."""
 
         def update(weights, support_x, support_y, j):
             task = Tasks(support_x, support_y, support_x, support_y)
@@ -198,7 +198,7 @@ class Model:
         try:
             pixels = np.asarray(images)
         except ValueError:
-            raise InputError("images: has images of different shapes; resize them, or give their paths") from None
+            raise InputError("images: must all have the same shape; resize them, or give their paths") from None
         size, channels = self.images.size, self.images.channels
         if channels == 1 and pixels.shape[1:] == size:
             pixels = pixels[..., None]
@@ -219,7 +219,7 @@ class Model:
 
 
 class Adapted:
-    """A model adapted to the classes of labeled images. Made by Model.adapt."""
+    """A model adapted to the classes of labeled images. Returned by Model.adapt."""
 
     def __init__(self, model: Model, classes: list, support_x: tf.Tensor, trajectory: list[Weights]):
         """trajectory: the weights before the first update and after each one."""
@@ -251,8 +251,8 @@ class Adapted:
         probabilities = np.concatenate(parts)
         if not np.isfinite(probabilities).all():
             raise InputError(
-                "--updates: the updates on the labeled images diverged, and the probabilities are NaN; lower it, or "
-                "use images that are more like the training images"
+                "--updates: the updates on the labeled images diverged, so the probabilities are NaN; take fewer "
+                "updates, or use images that are more like the training images"
             )
         return probabilities
 
@@ -302,9 +302,9 @@ def export(model: Model, folder: Path | str) -> None:
 
 
 def _remove_gradient_names(graph):
-    """Remove the names of our custom gradients from a SavedModel, or TensorFlow warns whenever it loads one.
+    """Remove the names of our custom gradients from a SavedModel, because TensorFlow warns of them at every load.
 
-    The gradients of the updates are already operations of the graph, and a user does not differentiate those again.
+    They are not needed: the graph already contains the gradients of the updates as operations.
     """
     saved = saved_model_pb2.SavedModel.FromString(graph.read_bytes())
     for function in saved.meta_graphs[0].graph_def.library.function:
@@ -314,9 +314,9 @@ def _remove_gradient_names(graph):
 
 
 def _other_models(way, folder):
-    """Return an error's advice: models for this number of classes, in the folder's parent or published."""
+    """Return the advice for an error: models for this number of classes, in the folder's parent or published."""
     if way < 2:
-        return "give that many classes"
+        return "give as many classes as the model has"
     models = []
     for record in sorted({*folder.resolve().parent.glob("*/flags.json"), *PUBLISHED.glob("*/flags.json")}):
         with contextlib.suppress(InputError, FileNotFoundError):  # skip damaged records
@@ -332,17 +332,19 @@ def _other_models(way, folder):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command. Errors that the user can fix are printed in one line."""
+    """Run the command. Errors that the user can fix are printed on one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of a trained model")
-    parser.add_argument("labeled", metavar="LABELED", nargs="?", help="folder with one folder of images per class")
+    parser.add_argument("labeled", metavar="LABELED", nargs="?", help="folder with one subfolder of images per class")
     parser.add_argument("unlabeled", metavar="UNLABELED", nargs="*", help="images, or folders of images")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all probabilities to FILE, one row per image")
     parser.add_argument(
         "--updates", type=int, metavar="J", help="updates on the labeled images (default: as in published tests)"
     )
     parser.add_argument(
-        "--checkpoint", default="-1", help="an iteration, -1 for the latest, or best on validation (default: -1)"
+        "--checkpoint",
+        default="-1",
+        help="an iteration, -1 for the latest, or best for the best on validation (default: -1)",
     )
     parser.add_argument(
         *("--normalise_with", "--query_norm"),
@@ -352,7 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         + "; ".join(f"{value}: {images}" for value, images in NORMALIZED.items())
         + " (default: support)",
     )
-    parser.add_argument("--export", metavar="DIR", help="write the model to DIR as a SavedModel, and classify nothing")
+    parser.add_argument(
+        "--export", metavar="DIR", help="write the model to DIR as a SavedModel instead of classifying images"
+    )
     args = parser.parse_intermixed_args(arguments)
     if bool(args.export) == bool(args.unlabeled) or (args.export and (args.labeled or args.csv)):
         parser.error("give RUN LABELED UNLABELED to classify images, or RUN --export=DIR")
@@ -370,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"Wrote {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
             answer(model, args.labeled, args.unlabeled, args.csv)
-    except BrokenPipeError:  # such as `| head`
+    except BrokenPipeError:  # for example, from `| head`
         _discard_output(sys.stdout)
         sys.exit(1 if args.csv else 0)
     except (InputError, OSError) as error:
@@ -409,7 +413,7 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
         )
         if model.inner.network.batch_statistics:
             images = NORMALIZED[model.normalise_with]
-            print(f"Each image is normalized {images}: --normalise_with={model.normalise_with}.")
+            print(f"Each image is normalized {images} (--normalise_with={model.normalise_with}).")
         print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability  runner-up", flush=True)
     rows = []
     with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= PROGRESS_BAR_FROM else True) as bar:
@@ -430,7 +434,7 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
                         )
             bar.update(len(paths[first : first + size]))
     if not rows:
-        raise InputError("UNLABELED: all images are unreadable; name other images")
+        raise InputError("UNLABELED: all images are unreadable; choose other images")
     if table:
         text = "".join(map(_csv_line, [[*COLUMNS, *adapted.classes], *rows]))
         # A file name may have bytes that are not text; keep them.
@@ -442,7 +446,7 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
 def _check_table(table):
     """Raise InputError if the --csv file exists and is not a table of predictions, or cannot be written."""
     if table.is_dir():
-        raise InputError(f"--csv={table}: is a folder; name a file")
+        raise InputError(f"--csv={table}: is a folder; choose a file name")
     if table.exists():
         if not table.is_file():
             raise InputError(f"--csv={table}: is not a regular file; choose another name, such as answers.csv")
@@ -455,7 +459,7 @@ def _check_table(table):
 
 
 def _csv_line(row):
-    """Return a line that ends with a newline alone. The writer's default terminator makes it quote carriage returns."""
+    """Return a CSV line that ends in \\n. Writing it with \\r\\n first makes the writer quote \\r."""
     line = io.StringIO()
     csv.writer(line).writerow(row)
     return line.getvalue().removesuffix("\r\n") + "\n"
@@ -475,15 +479,15 @@ def _discard_output(stream):
 
 
 def _remark(line):
-    """Print a line to stderr, apart from the predictions."""
+    """Print a line to stderr, so that it stays separate from the predictions."""
     with _closed_stream_allowed(sys.stderr):
         say(line, sys.stderr)
 
 
 def labeled_files(model: Model, folder: str) -> dict[str, str]:
-    """Return path -> class of the labeled images. Raise InputError unless they are N classes of images."""
+    """Return path -> class of the labeled images. Raise InputError unless there are N classes, each with images."""
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; name one with a folder of images per class")
+        raise InputError(f"{folder}: no such folder; give a folder with one subfolder of images per class")
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
         _remark(f"{folder}: ignored {loose:,} images outside class folders")
@@ -513,7 +517,7 @@ def unlabeled_files(labeled: str, unlabeled: Sequence[str]) -> list[str]:
             images = image_files(path)
             _report_other_files(path)
         if not images:
-            raise InputError(f"{path}: contains no images; name images, or folders of images")
+            raise InputError(f"{path}: contains no images; give images, or folders of images")
         paths += images
     return list(dict.fromkeys(paths))
 
@@ -545,7 +549,7 @@ def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.n
 
 
 def _warn_of_duplicates(support):
-    """Warn if two classes share an image. It teaches nothing, and is usually a mistake."""
+    """Warn if two classes share an image, which is usually a mistake and teaches the model nothing."""
     seen = {}
     for path, label, image in support:
         first_path, first_label = seen.setdefault(hashlib.sha256(image.tobytes()).digest(), (path, label))

@@ -187,25 +187,30 @@ class Recipe:
         "datasource",
         "sinusoid",
         "run",
-        "Data set to draw tasks from; folder: your own images, in --data_path. From cifarfs on, the defaults are those "
-        "of MiniImagenet's commands (meta_batch_size=4 update_lr=0.01 num_updates=5 num_filters=32 max_pool=True).",
+        "Data set to draw tasks from; folder: your own images, in --data_path. For cifarfs and those listed after it, "
+        "the defaults are those of MiniImagenet's commands (meta_batch_size=4 update_lr=0.01 num_updates=5 "
+        "num_filters=32 max_pool=True).",
         DATASETS,
     )
     way: int = _field(
-        "num_classes", 5, "data", "N, classes per task (way). Paper: 5 and 20. The sinusoid has none.", Range(2, 10**4)
+        "num_classes",
+        5,
+        "data",
+        "N, classes per task (way). Paper: 5 and 20. Does not apply to the sinusoid.",
+        Range(2, 10**4),
     )
     baseline: str | None = _field(
         "baseline",
         None,
         "method",
-        "oracle: the sinusoid's amplitude and phase are inputs, too; pretraining only.",
+        "The oracle also gets the sinusoid's amplitude and phase as inputs; pretraining only.",
         (None, "oracle"),
     )
     pretrain_steps: int = _field(
         "pretrain_iterations",
         0,
         "method",
-        "Outer steps on the support loss before any update; they come first.",
+        "Outer steps of pretraining, which minimize the support loss without inner steps. They precede meta-training.",
         ITERATIONS,
     )
     metatrain_steps: int = _field(
@@ -231,31 +236,33 @@ class Recipe:
         0.001,
         "method",
         "alpha, size of an inner step on the cross-entropy summed over examples and divided by K, or on the mean "
-        "squared error. Paper: 0.4 and 0.1 Omniglot 5- and 20-way, 0.01 MiniImagenet; the original's sinusoid commands "
-        "0.001.",
+        "squared error. Paper: 0.4 and 0.1 Omniglot 5- and 20-way, 0.01 MiniImagenet. The original's sinusoid "
+        "commands: 0.001.",
         RATE,
     )
     inner_steps: int = _field(
         "num_updates",
         1,
         "method",
-        "J, inner steps in training. Paper: 1 sinusoid and Omniglot 5-way, 5 the others.",
+        "J, inner steps in training. Paper: 1 sinusoid and Omniglot 5-way; 5 otherwise.",
         Range(1, 200),  # 200 compile for minutes
     )
     loss: str = _field(
         "loss",
         "sum_over_shot",
         "method",
-        "Cross-entropy of classes: summed over the examples and divided by K (sum_over_shot, the original's), or their "
-        "mean. On a support set the first is num_classes times the second, and so is the step of the same update_lr.",
+        "Cross-entropy for classification: summed over the examples and divided by K (sum_over_shot, as in the "
+        "original), or averaged over them (mean). On a support set, sum_over_shot is num_classes times mean, so the "
+        "same update_lr takes a step num_classes times as large.",
         LOSSES,
     )
     network: str = _field(
         "network",
         "paper",
         "method",
-        "The paper's network of the data set, or one of mmfewshot's, whose batch norm has a gamma and a beta that the "
-        "inner loop adapts, too: conv4_affine (with num_filters) or resnet12. Their meta-gradient is not clipped.",
+        "The paper's network for the data set (paper), or one of mmfewshot's: conv4_affine (which uses num_filters) or "
+        "resnet12. Their batch norm has a gamma and a beta, which the inner loop also adapts, and their meta-gradient "
+        "is not clipped.",
         ("paper", "conv4_affine", "resnet12"),
     )
     norm: str | None = _field(
@@ -263,7 +270,7 @@ class Recipe:
         "batch_norm",
         "method",
         "Normalization. batch_norm uses the statistics of the current batch, at test too (transductive). The sinusoid "
-        "has None unless this flag is given.",
+        "uses None unless this flag is given.",
         NORMS,
     )
     filters: int = _field(
@@ -273,7 +280,8 @@ class Recipe:
         "conv",
         True,
         "method",
-        "Convolutional network; --noconv: fully connected (256, 128, 64, 64). The sinusoid's is always 40, 40.",
+        "Convolutional network; --noconv: fully connected (256, 128, 64, 64). The sinusoid's is always fully "
+        "connected (40, 40).",
     )
     max_pool: bool = _field(
         "max_pool", False, "method", "Downsample by 2x2 max-pooling rather than by stride 2. Paper: MiniImagenet."
@@ -293,52 +301,53 @@ class Recipe:
         "learn_update_lr",
         "none",
         "method",
-        "Meta-learn the inner step sizes, which begin as update_lr: one per element of each weight (weight, Meta-SGD), "
-        "or one per array of weights and update (step, as MAML++). At test, updates beyond num_updates use the last.",
+        "Meta-learn the inner step sizes, which start at update_lr: one per element of each weight (weight, Meta-SGD), "
+        "or one per array of weights and update (step, as in MAML++). At test, updates beyond num_updates reuse the "
+        "last update's step sizes.",
         LEARNED_STEP_SIZES,
     )
     query: int = _field(
         "num_query",
         -1,
         "data",
-        "Q, query examples per class. -1, as in the original: K; 15 in training and validation on photographs.",
+        "Q, query examples per class. -1, as in the original: K, but 15 in training and validation on photographs.",
         QUERIES,
     )
     seed: int = _field("seed", 0, "run", "Seed of the initial weights and of the training tasks.", SEED)
     # Recorded only for a user's own images: the others are named by data_set.
     data_path: str | None = _field(
-        "data_path", None, "data", "Folder of the images, if not the data set's own below data/."
+        "data_path", None, "data", "Folder of the images, if not the data set's default in data/."
     )
     split: str | None = _field(
         "split",
         None,
         "data",
         "Number of classes in train, val and test, e.g. 64,16,20, for images in DIR/<class>/ rather than in "
-        "DIR/{train,val,test}/<class>/. They are drawn at random, but always the same. With --test_datasource: of that "
-        "data set.",
+        "DIR/{train,val,test}/<class>/. The split is random, but the same in every run. With --test_datasource: the "
+        "split of that data set.",
     )
     image_size: int | None = _field(
         "image_size",
         None,
         "data",
-        "Height and width in pixels; other images are resized, whatever their shape. Default: the data set's own, 84 "
-        "for folder.",
+        "Height and width in pixels. Images of any other size or shape are resized to it. Default: the data set's own; "
+        "84 for folder.",
         Range(1, 10**4),
     )
     image_channels: int | None = _field(
         "image_channels",
         None,
         "data",
-        "1 gray, 3 color. Default: the data set's own, 3 for folder.",
+        "1: gray, 3: color. Default: the data set's own; 3 for folder.",
         (None, 1, 3),
     )
     augment: bool = _field(
         "augment",
         False,
         "data",
-        "As mmfewshot: train on random crops of whole photographs, half of them flipped, with changed brightness, "
-        "contrast and saturation; test on the center. Normalize pixels with the ImageNet mean and standard deviation. "
-        "See docs/data.md.",
+        "As in mmfewshot: train on random crops of whole photographs, randomly flipped, with random brightness, "
+        "contrast and saturation; test on center crops. Normalize pixels with the ImageNet mean and standard "
+        "deviation. See docs/data.md.",
     )
 
     @property

@@ -61,7 +61,10 @@ class Validation(NamedTuple):
     tasks: int = 0  # of the best
 
     def then(self, iteration: int, accuracy: float, tasks: int) -> "Validation":
-        """Return this with a validation added. The first of ties is the best; a new number of tasks starts over."""
+        """Return a copy with a validation added.
+
+        On a tie the earlier one stays the best. If the number of tasks has changed, the comparison starts over.
+        """
         if accuracy > (self.accuracy if tasks == self.tasks else -math.inf):
             return Validation(iteration, iteration, accuracy, tasks)
         return self._replace(last=iteration)
@@ -171,9 +174,9 @@ class Run:
     def check_flags(self, flags: Mapping, defaults: Mapping, training: bool = True) -> None:
         """Raise InputError listing the flags that differ between the folder's run and `flags`.
 
-        A flag missing from flags.json has its default. The numbers of iterations may differ, except that training may
-        not move the end of a pretraining that is over. Without flags.json (the original's released model), a run can be
-        tested but not trained further.
+        A flag missing from flags.json has its default. The numbers of iterations may differ, except that
+        pretrain_iterations may not change after pretraining has ended. Without flags.json (the original's released
+        model), a run can be tested but not trained further.
         """
         try:
             fix = "restore a copy, or choose another --logdir"
@@ -283,7 +286,7 @@ class Run:
     def restore(self, model: Model, prefix: str) -> None:
         """Load a checkpoint into the model. The original's checkpoints hold only weights.
 
-        Raise InputError if the checkpoint is of a different network, DamagedError if it cannot be read.
+        Raise InputError if the checkpoint belongs to a different network, DamagedError if it cannot be read.
         """
         with _reader(prefix) as reader:
             self.validation = _restore(reader, prefix, model)
@@ -341,7 +344,7 @@ class ReadOnlyRun(Run):
         """Do nothing."""
 
     def save(self, model: Model) -> str:
-        """Return the prefix, or raise the error, of the chief's save, without writing anything."""
+        """Return the prefix that the chief's save returns, or raise its error about the weights. Write nothing."""
         self._check_finite(model)
         return self.prefix(int(model.step) - 1)
 
@@ -360,7 +363,7 @@ def write_results(
         name: of the files, without suffix.
         values: [tasks, 1 + updates], accuracies (0 to 1), or losses for regression.
         entry: what was tested. An earlier entry with the same values is replaced.
-        known: further keys of the entry, whose values more training may change.
+        known: further keys of the entry. More training may change their values, so they do not identify it.
         paper_updates: the columns that the paper reports.
     Raise InputError if the results cannot be written or results.json is damaged.
     """
@@ -477,7 +480,7 @@ def _weight_shapes(shapes):
     }
 
 
-# Until November 2026, tf.train.Checkpoint wrote the checkpoints. They have this key, and keys named after attributes.
+# In checkpoints that tf.train.Checkpoint wrote, until November 2026. Their other keys are named after attributes.
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
