@@ -2,7 +2,7 @@
 
 A task is a pure function of (seed, split, task number). Seed and split choose a Philox stream, and the task number
 chooses a block of random words in it. Tasks therefore do not depend on the meta-batch size, on resuming, on how an
-evaluation is divided, or on the machine.
+evaluation is divided into chunks, or on the machine.
 """
 
 import zlib
@@ -67,7 +67,7 @@ class ImageTasks:
         query: int,
         query_shares: str = "balanced",
     ):
-        """classes: those of each split that tasks will be drawn from.
+        """classes: the classes of each split that tasks will be drawn from.
 
         Raise InputError if query_shares is not one of QUERY_SHARES.
         """
@@ -77,7 +77,7 @@ class ImageTasks:
 
     @property
     def examples(self) -> int:
-        """The most images that a task can take from one class."""
+        """The maximum number of images that a task can take from one class."""
         return self.shot + self.query * (1 if self.query_shares == "balanced" else self.way)
 
     @classmethod
@@ -151,8 +151,8 @@ class ImageTasks:
     def _pixels(self, seed, split, first, count):
         """Return pixels, uint8 [T, N * (K + Q), height, width, channels], and labels [T, N * (K + Q)].
 
-        They are example 0 of every class, then example 1, and so on, each time in a new order of the classes. The first
-        K examples are the support set. With uneven queries, a class's surplus examples are left out.
+        Example 0 of every class comes first, then example 1, and so on, each time in a new order of the classes. The
+        first K examples are the support set. With uneven queries, a class's surplus examples are left out.
         """
         classes, way, examples = self.classes[split], self.way, self.examples
         chosen, quarters, words = self._draw_classes(seed, split, first, count)
@@ -192,7 +192,7 @@ class ImageTasks:
 def tasks_from_arrays(
     support_x: np.ndarray, support_y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray, way: int | None = None
 ) -> Tasks:
-    """Check your own arrays, and return them as a meta-batch for MAML: float32, with one-hot labels if `way` is given.
+    """Check a user's arrays, and return them as a meta-batch for MAML: float32, with one-hot labels if `way` is given.
 
     Args:
         support_x, query_x: numbers [T, n, *D]; n may differ between support and query.
@@ -205,8 +205,8 @@ def tasks_from_arrays(
         inputs, targets = np.asarray(inputs), np.asarray(targets)
         if inputs.ndim < 3 or inputs.dtype.kind not in "fiub" or not inputs.size:
             raise InputError(
-                f"{part}_x: has type {inputs.dtype} and shape {list(inputs.shape)}; give numbers [tasks, examples, "
-                "...], at least one of each"
+                f"{part}_x: has type {inputs.dtype} and shape {list(inputs.shape)}; give a "
+                "non-empty numeric array [tasks, examples, ...]"
             )
         if way is not None:
             wrong = targets.ndim != 2 or targets.dtype.kind not in "iu" or not targets.size
@@ -219,7 +219,7 @@ def tasks_from_arrays(
         if targets.ndim != 3 or targets.dtype.kind not in "fiub" or targets.shape[:2] != inputs.shape[:2]:
             raise InputError(
                 f"{part}_y: has type {targets.dtype} and shape {list(targets.shape)}, but {part}_x has shape "
-                f"{list(inputs.shape)}; give targets [tasks, examples, outputs], or class numbers with way"
+                f"{list(inputs.shape)}; give targets [tasks, examples, outputs], or class numbers and way"
             )
         x[part], y[part] = inputs.astype(np.float32), targets.astype(np.float32)
         for name, values in ((f"{part}_x", x[part]), (f"{part}_y", y[part])):
@@ -227,13 +227,13 @@ def tasks_from_arrays(
                 raise InputError(f"{name}: contains NaN, or infinity in float32; remove it")
     if len(x["support"]) != len(x["query"]) or x["support"].shape[2:] != x["query"].shape[2:]:
         raise InputError(
-            f"support_x and query_x: shapes {list(x['support'].shape)} and {list(x['query'].shape)} differ in tasks or "
-            "example shape; give both for the same tasks"
+            f"support_x and query_x: shapes {list(x['support'].shape)} and {list(x['query'].shape)} differ in the "
+            "number of tasks or the shape of an example; give both for the same tasks"
         )
     if y["support"].shape[2] != y["query"].shape[2]:
         raise InputError(
-            f"support_y and query_y: shapes {list(y['support'].shape)} and {list(y['query'].shape)} differ in outputs; "
-            "give the same number in both"
+            f"support_y and query_y: shapes {list(y['support'].shape)} and {list(y['query'].shape)} differ in the "
+            "number of outputs; give the same number in both"
         )
     return Tasks(x["support"], y["support"], x["query"], y["query"])
 
@@ -262,7 +262,7 @@ def _query_counts(words: np.ndarray, total: int) -> np.ndarray:
 def _without_replacement(words: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return k distinct numbers below sizes[row] in each row, from the first k steps of a Fisher-Yates shuffle.
 
-    words: random 64-bit words [rows, k]. Modulo a size of a few thousand, their bias is below 1e-15.
+    words: random 64-bit words [rows, k]. The bias of their remainders is below 1e-15 for sizes of a few thousand.
     """
     rows, k = words.shape
     pool = np.tile(np.arange(sizes.max()), (rows, 1))

@@ -1,4 +1,4 @@
-"""What the machine offers (cores, memory, GPUs), and TensorFlow's settings, which must be made before it starts.
+"""The machine's cores, memory and GPUs, and TensorFlow's settings, which must be applied before it starts.
 
 Programs import this module first: TensorFlow reads the environment when it is imported. This module imports TensorFlow
 only in the functions that need it.
@@ -14,16 +14,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# If one process of a run dies, TensorFlow logs many lines in each of the others, and main.py prints one.
+# If one process of a run dies, TensorFlow logs many lines in each of the others. main.py prints one instead.
 SEVERAL = os.environ.get("TF_CONFIG") or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3" if SEVERAL else "2")
 
-# Jupyter names a backend that may not be installed here. Matplotlib, which TensorFlow imports, would fail then.
+# Jupyter sets a Matplotlib backend that may not be installed here. TensorFlow's import of Matplotlib would then fail.
 _backend = re.match(r"module://(\w+)", os.environ.get("MPLBACKEND", ""))
 if _backend and not importlib.util.find_spec(_backend[1]):
     del os.environ["MPLBACKEND"]
 
-for _stream in (sys.stdout, sys.stderr):  # file names may have letters that the terminal cannot encode
+for _stream in (sys.stdout, sys.stderr):  # file names may have characters that the terminal cannot encode
     if hasattr(_stream, "reconfigure"):
         _stream.reconfigure(errors="backslashreplace")
 
@@ -31,7 +31,7 @@ VECTOR_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx512f", "avx2", "avx")  # b
 
 
 def _cgroup_limits(file: str, root: Path) -> Iterator[str]:
-    """Yield the limits that cgroup v2 (Linux) sets for this process: those of its group and of all groups around it."""
+    """Yield the limits that cgroup v2 (Linux) sets for this process: those of its group and its parents."""
     with contextlib.suppress(OSError):
         group = root / "sys/fs/cgroup" / (root / "proc/self/cgroup").read_text().partition("0::/")[2].strip()
         for folder in (group, *group.parents):
@@ -68,22 +68,22 @@ def processor() -> str:
 
 
 def instruction_set() -> str:
-    """Return the newest vector instructions of this processor that choose TensorFlow's kernels, such as avx512_vnni."""
+    """Return this processor's best vector instruction set among those that decide TensorFlow's kernels."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text(errors="replace").split()) if info.exists() else set()
     return next((name for name in VECTOR_INSTRUCTIONS if name in flags), platform.machine())
 
 
 def onednn() -> bool:
-    """Tell whether TensorFlow computes with oneDNN: as its variable says, or by default on processors with VNNI."""
+    """Return whether TensorFlow uses oneDNN: as TF_ENABLE_ONEDNN_OPTS says, or by default if there is VNNI."""
     setting = os.environ.get("TF_ENABLE_ONEDNN_OPTS", "").lower()
     return setting in ("1", "true") if setting else instruction_set().endswith("_vnni")
 
 
 def prefer_onednn(on: bool) -> None:
-    """Turn oneDNN on or off on a processor on which TensorFlow leaves it off, unless the environment says which.
+    """Turn oneDNN on or off if TensorFlow leaves it off on this processor and TF_ENABLE_ONEDNN_OPTS is not set.
 
-    This must come before TensorFlow's import; later it has no effect.
+    Call this before TensorFlow is imported; later it has no effect.
     """
     if "tensorflow" not in sys.modules and not instruction_set().endswith("_vnni"):
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1" if on else "0")
@@ -98,7 +98,7 @@ def gpus() -> list[str]:
 
 
 def computed() -> dict[str, object]:
-    """Describe what determines the rounding of this process's numbers, and so the bits of the weights."""
+    """Return everything that determines the rounding of this process's numbers, and so the bits of the weights."""
     import tensorflow as tf
     from tensorflow.python.framework.config import is_op_determinism_enabled
 
@@ -126,7 +126,7 @@ def start(
     place: tuple[int, int] = (0, 1),
     join: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make TensorFlow's settings, then start it. This must come before TensorFlow's first operation.
+    """Apply TensorFlow's settings, then start it. Call this before TensorFlow's first operation.
 
     Args:
         parallel_tasks: tasks computed in parallel, one per core; None: as many as there are cores.
@@ -134,7 +134,7 @@ def start(
         tensor_float_32: allow TensorFloat-32 on GPUs, as TensorFlow does by default.
         deterministic: make a GPU compute the same bits every time. A CPU does anyway, but this changes its rounding.
         place: index of this process among those of its host, and their number. Each takes its own GPU.
-        join: called once the settings are made, to join the other processes of the run.
+        join: called once the settings are applied, to join the other processes of the run.
     """
     import tensorflow as tf
     from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
@@ -146,7 +146,7 @@ def start(
     if deterministic:
         tf.config.experimental.enable_op_determinism()
     # If TensorFlow estimates that a graph needs over 200 MB, its memory optimizer adds three or more gradients of a
-    # tensor in whatever order they are ready. MiniImagenet then has other bits every time. No public option stops that.
+    # tensor in whatever order they are ready, so MiniImagenet's bits vary between runs. No public option prevents that.
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT
     context.context()._config = config

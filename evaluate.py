@@ -29,13 +29,13 @@ TITLE = "Mean validation accuracy/loss, stddev, and confidence intervals"  # the
 
 
 class Protocol(NamedTuple):
-    """How a trained model is tested: the choices that the recipe of its training leaves open."""
+    """How a trained model is tested: the choices that its training recipe does not make."""
 
     split: str  # "test" or "val"
     shot: int  # K
     inner_lr: float  # alpha
     query: int = -1  # Q, query examples per class; -1: K
-    other_data_set: str | None = None  # draw tasks from this data set instead of the training's
+    other_data_set: str | None = None  # draw tasks from this data set instead of the one trained on
     data_folder: str | None = None  # of a user's own images; None: the data set's own folder
     class_split: str | None = None  # such as "64,16,20", if the folders do not define the splits
     tasks: int = 600  # the paper's
@@ -45,7 +45,7 @@ class Protocol(NamedTuple):
     query_shares: str = "balanced"  # see data_generator.ImageTasks
 
     def name(self, recipe: Recipe) -> str:
-        """Return the name of the test's files: the original's, plus a suffix for each other value not at its default.
+        """Return the name of the test's files: the original's, plus a suffix for each other non-default value.
 
         Image folder names are truncated if the result is too long for a file system.
         """
@@ -68,7 +68,7 @@ class Protocol(NamedTuple):
 
 
 def _folder_suffix(folder, max_length):
-    """Return the part of a name that identifies a folder. A checksum of its path tells folders of one name apart."""
+    """Return the part of a name that identifies a folder. The path's checksum distinguishes folders of one name."""
     return f"-{Path(folder).name[:max_length]}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
 
 
@@ -91,7 +91,7 @@ def evaluate(
         split: "val" or "test".
         count: number of tasks, 1 or more.
         updates: inner steps.
-        seed: of the tasks.
+        seed: seed of the tasks.
         stopped: called before every chunk of tasks; True stops the evaluation.
         query_norm: see maml.adaptation_curve.
         workers: the processes that share the chunks; None: only this one.
@@ -129,15 +129,15 @@ def check_same_start(maml: MAML, data: SinusoidTasks | ImageTasks, workers: Clus
 
 
 def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterable[str]) -> int:
-    """Count the classes of a split whose names are among those trained on. Warn if there are any."""
+    """Return how many classes of a split have the name of a class trained on. Warn if there are any."""
     if not isinstance(data, ImageTasks) or split not in data.classes:
         return 0
     trained, names = set(trained), data.classes[split].names
     known = [name for name in names if name in trained]
     if known:
         say(
-            f"WARNING: {len(known):,} of the {len(names):,} {split} classes have the names of training classes, such "
-            f"as {known[0]}. If they are the same classes, the accuracy does not measure learning of new ones.",
+            f"WARNING: {len(known):,} of the {len(names):,} {split} classes have the same names as training classes, "
+            f"such as {known[0]}. If they are the same classes, the accuracy does not measure learning of new ones.",
             sys.stderr,
         )
     return len(known)
@@ -158,7 +158,7 @@ def test(
     Args:
         maml: the model, with the weights of the checkpoint.
         data: the data set to draw tasks from.
-        recipe: of the model's training.
+        recipe: the recipe that the model was trained with.
         protocol: how to test the model.
         run: the run that trained the model.
         prefix: path of the checkpoint, such as <run folder>/model59000.

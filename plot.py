@@ -65,7 +65,7 @@ LINES = list(zip((BLUE, ORANGE, GREEN, PURPLE, SKY), "osD^v", strict=True))  # c
 # Paper, figure 2.
 UPDATES = {0: ("before any update", ORANGE, ":"), 1: ("1 update", SKY, "--"), 10: ("10 updates", BLUE, "-")}
 QUERIES = 5  # query images per class in a task figure
-SCREEN = 110  # pixels per inch, for pages
+SCREEN = 110  # pixels per inch, for web pages
 PERCENT_TICKS = [1, 2, 5, 10, 20, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]
 SMOOTHED = 1 / 20  # window of the running mean, as a share of the run
 
@@ -116,7 +116,7 @@ def updates_figure(
     paper: label -> K -> the paper's accuracy and the half-width of its interval, in percent, drawn as a dashed line.
     """
     if len(tests) > len(LINES):
-        raise InputError(f"label=path: {len(tests)} labels are too many; give at most {len(LINES)}")
+        raise InputError(f"label=path: has {len(tests)} labels; give at most {len(LINES)}")
     metrics = {label: {test["metric"] for test in entries} for label, entries in tests.items()}
     if len(set().union(*metrics.values())) > 1:
         listed = "; ".join(f"{label}: {', '.join(sorted(names))}" for label, names in metrics.items())
@@ -193,7 +193,7 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
 def task_figure(title: str, names: Sequence[str], task: Tasks, probabilities: np.ndarray) -> Figure:
     """Draw an N-way task: one row per class, with its support images, and its query images with their predicted class.
 
-    names: of the N classes. task: a single task whose images are ready to display, 0 to 1.
+    names: of the N classes. task: a single task whose images are ready to display, with values from 0 to 1.
     probabilities: of the query images, [N * Q, N].
     """
     letters = _letters(names)
@@ -294,7 +294,7 @@ def pixels(figure: Figure, dpi: int = SCREEN) -> np.ndarray:
 
 @matplotlib.rc_context(STYLE)
 def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
-    """Write <output>.png at this many pixels per inch, .svg and .pdf. Raise InputError if they cannot be written."""
+    """Write <output>.png (`dpi` pixels per inch), .svg and .pdf. Raise InputError if they cannot be written."""
     if not output.name:
         raise InputError(f"--output={output}: is a folder; add a file name without its extension")
     with writing(output.parent):
@@ -332,7 +332,7 @@ def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) 
 
     Batch norm normalizes the query images together, as in the paper's tests.
 
-    folder: the run. shot: K. number: of the task. data_path: folder of the data set; None: the one used in training.
+    folder: the run. shot: K. number: the task's. data_path: the data set's folder; None: the one used in training.
     Return the class names, the task with images ready to display, and the probabilities of its query images [N * Q, N].
     """
     model = predict.load(folder, normalise_with="batch")
@@ -340,7 +340,7 @@ def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) 
     # A folder named by the user may hold images of any size, as in training.
     any_size = images.any_size or model.recipe.image_size is not None or data_path is not None
     if not (data_path or images.folder):
-        raise InputError(f"{folder}: does not record its image folder; give --data_path")
+        raise InputError(f"{folder}: its image folder is not recorded; give --data_path")
     image_folder = data_path or ROOT / images.folder
     images = images._replace(any_size=any_size)
     data = ImageTasks.from_folder(images, image_folder, ("test",), model.recipe.way, shot, QUERIES)
@@ -501,7 +501,7 @@ def _tests(path, update_lr):
 def _published(path):
     """Return K -> the paper's accuracy and the half-width of its interval, in percent, for results/<row>.json.
 
-    Only MAML has them: records of other methods have longer names.
+    Return an empty dict for other methods than MAML, whose files have longer names.
     """
     published = runs.read_json(ROOT / "results" / "published.json", list, "restore it from git")
     return {

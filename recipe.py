@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Range(NamedTuple):
-    """The numbers that a flag accepts. The upper bounds are far above any use and catch typing errors."""
+    """The numbers that a flag accepts. The upper bounds are far above any practical value, and catch typos."""
 
     least: float
     most: float
-    also: tuple[float, ...] = ()  # stands for another value
+    also: tuple[float, ...] = ()  # special values outside the range, such as -1
 
     def __contains__(self, value: object) -> bool:
         return value in self.also or self.least <= value <= self.most
@@ -30,7 +30,7 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         also = "".join(f", or {value}" for value in self.also)
         if isinstance(self.least, float):
-            return f"a number above 0, and within float32{also}"
+            return f"a positive number within the range of float32{also}"
         return f"{self.least} or more, and at most {self.most:,}{also}"
 
 
@@ -65,19 +65,19 @@ QUERY_SHARES = ("balanced", "dirichlet")  # see data_generator.ImageTasks
 class Images(NamedTuple):
     """What an image data set has on disk, and how its tasks are made."""
 
-    folder: str | None  # below the project's root, or absolute; None: --data_path names it
-    prepare: str  # the script, or the page, that says how to fill the folder
+    folder: str | None  # relative to the project's root, or absolute; None: --data_path names it
+    prepare: str  # the script that fills the folder, or the page that explains how
     size: tuple[int, int]  # height, width in pixels
     channels: int  # 1 gray, 3 red, green, blue
     rotations: bool  # a class in a task is a class on disk rotated by 0, 90, 180 or 270 degrees
     invert: bool  # pixel = 1 - u8 / 255 (ink is 1), else u8 / 255
     train_query: int | None  # query images per class in training and its validation; None: as many as support
     split_list: str | None  # data/splits/<name>: the classes of each split; None: folders train, val, test
-    any_size: bool = False  # resize images of another size, else refuse them
-    split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, if no folders say which
+    any_size: bool = False  # resize images of a different size, else refuse them
+    split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, unless folders set them
     skip_broken: bool = False  # leave out unreadable images, else refuse them
     augment: bool = False  # train on random crops
-    kept: int = 128  # then: height and width in pixels at which a whole image is kept
+    kept: int = 128  # with augment: height and width in pixels at which a whole image is kept
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -92,11 +92,12 @@ class Dataset(NamedTuple):
     network: str  # of networks.NETWORKS
     clip: float | None  # bound on each element of the meta-gradient
     curve_steps: int  # least number of updates in a summary of the whole curve (the original's test_num_updates)
-    paper_updates: dict[int, tuple[int, ...]]  # way -> updates at test behind published numbers
+    paper_updates: dict[int, tuple[int, ...]]  # way -> numbers of updates at test in published results
     images: Images | None  # None: the sinusoid
 
 
-# Paper section 5.2 and appendix A.1. The original's defaults are the sinusoid's; its documented commands say the rest.
+# Paper section 5.2 and appendix A.1. The original's defaults are for the sinusoid; its documented commands give the
+# other values.
 MINIIMAGENET = Dataset(
     defaults={},
     network="miniimagenet",
@@ -119,7 +120,7 @@ MINIIMAGENET = Dataset(
 def _photographs(
     folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False, kept: int = 128
 ) -> Dataset:
-    """Return a row of square RGB photographs, with the values of MiniImagenet's documented commands as defaults.
+    """Return a data set of square RGB photographs, with the values of MiniImagenet's commands as defaults.
 
     published: papers report MAML on this data set by the same protocol. kept: see Images.
     """
@@ -180,7 +181,7 @@ def _field(name: str, default: Any, group: str, help: str, accepts: Range | Iter
 class Recipe:
     """Everything that a run's numbers depend on, in standard terms, each field with its flag.
 
-    The defaults are the original's if it has the flag. They also stand for keys that an older flags.json lacks.
+    The defaults are the original's if it has the flag. They also apply to keys that an older flags.json lacks.
     """
 
     data_set: str = _field(
@@ -314,7 +315,7 @@ class Recipe:
         QUERIES,
     )
     seed: int = _field("seed", 0, "run", "Seed of the initial weights and of the training tasks.", SEED)
-    # Recorded only for a user's own images: the others are named by data_set.
+    # Recorded only for a user's own images; data_set identifies all others.
     data_path: str | None = _field(
         "data_path", None, "data", "Folder of the images, if not the data set's default in data/."
     )
@@ -352,7 +353,7 @@ class Recipe:
 
     @property
     def dataset(self) -> Dataset:
-        """The data set's row, with images as this recipe has them."""
+        """The run's entry of DATASETS, with this recipe's settings of the images."""
         row = DATASETS[self.data_set]
         if row.images is None:
             return row
@@ -374,7 +375,7 @@ class Recipe:
         return self.pretrain_steps + self.metatrain_steps
 
     def query_examples(self, training: bool) -> int:
-        """Return Q: the value given, or K; or 15 in training on photographs and its validation."""
+        """Return Q: the flag's value if given; else 15 in training and its validation on photographs; else K."""
         if self.query != -1:
             return self.query
         images = DATASETS[self.data_set].images
@@ -382,16 +383,16 @@ class Recipe:
 
     @property
     def variant(self) -> str:
-        """The part of names that says which member of MAML's family this is; empty for MAML."""
+        """The part of a run's name that identifies the member of MAML's family; empty for MAML."""
         adapt = f".adapt{self.adapt}" if self.adapt != "all" else ""
         return adapt + (f".learnlr{self.learn_inner_lr}" if self.learn_inner_lr != "none" else "")
 
     @property
     def paper_updates(self) -> tuple[int, ...]:
-        """Updates at test behind published numbers; empty if there are none.
+        """The numbers of updates at test in published results; empty if there are none.
 
-        BOIL and learned step sizes are published with as many as in training (Oh et al. 2021, Li et al. 2017, Antoniou
-        et al. 2019), MAML and ANIL with those of the data set, and mmfewshot's networks with 5.
+        Published results of BOIL and learned step sizes use as many updates as in training (Oh et al. 2021, Li et al.
+        2017, Antoniou et al. 2019), those of MAML and ANIL use the data set's, and those of mmfewshot's networks use 5.
         """
         if self.network != "paper":
             return (5,)
@@ -401,7 +402,7 @@ class Recipe:
 
     @property
     def run_name(self) -> str:
-        """The run folder's name: the original's (its main.py), with suffixes for what it leaves out.
+        """The run folder's name: the original's (its main.py), with suffixes for flags that it leaves out.
 
         A suffix appears only if a value is not the default.
         Example: cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm, or the same with .seed3
@@ -445,7 +446,7 @@ FIELDS = {field.metadata["flag"].name: field.name for field in dataclasses.field
 DEFINITIONS = {flag.name: flag for flag in map(_flag_of, dataclasses.fields(Recipe))}
 DEFAULTS = {name: flag.default for name, flag in DEFINITIONS.items()}
 SPLIT = "[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}"
-# The original's folder names, without our suffixes: a folder that has one of those has a flags.json, too.
+# The original's folder names, without our suffixes: a folder with one of those also has a flags.json.
 RUN_NAME = re.compile(
     r"cls_(\d+)\.mbs_(\d+)\.ubs_(\d+)\.numstep(\d+)\.updatelr(\d+(?:\.\d+)?(?:e-?\d+)?)"
     r"(?:hidden(\d+))?(maxpool)?(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)"
@@ -470,7 +471,7 @@ def from_flags(flags: Mapping[str, Any], source: str = "flags.json") -> Recipe:
         else:
             accepted = _is_a(value, flag.kind) and (flag.accepts is None or value in flag.accepts)
         if not accepted:
-            raise InputError(f"{source}: --{flag.name}={printable(value)[:60]} is not a value of that flag; correct it")
+            raise InputError(f"{source}: --{flag.name}={printable(value)[:60]} is invalid; correct it")
     sizes_of_split(recipe.split)
     return recipe
 
@@ -478,14 +479,14 @@ def from_flags(flags: Mapping[str, Any], source: str = "flags.json") -> Recipe:
 def from_run_name(name: str, data_set: str) -> Recipe:
     """Return the recipe of a run folder without flags.json, such as the original's released model, from its name.
 
-    The name is the original's, and does not say the data set. What it leaves out has its default.
-    Raise InputError for another name, or for a value that its flag does not accept.
+    The name has the original's format, which omits the data set. Values that it omits have their defaults.
+    Raise InputError for a name in any other format, or for a value that its flag does not accept.
     """
     found = RUN_NAME.fullmatch(name)
     if not found:
         raise InputError(
-            f"{name}: has no flags.json, and the name does not say how it was trained, as the original's do "
-            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm); give the folder of a run"
+            f"{name}: has no flags.json, and its name is not in the original's format "
+            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm); name a run folder"
         )
     way, meta_batch, shot, inner_steps, inner_lr, filters, max_pool, first_order, baseline, norm = found.groups()
     recipe = Recipe(
@@ -505,7 +506,7 @@ def from_run_name(name: str, data_set: str) -> Recipe:
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """As isinstance, but a bool is not a number, and an integer may stand for a float."""
+    """Check as isinstance does, except that a bool is not a number, and an integer is also accepted as a float."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
@@ -526,10 +527,10 @@ def sizes_of_split(split: str | None) -> tuple[int, int, int] | None:
 def build(recipe: Recipe, layout: "Layout | None" = None) -> "MAML":
     """Return the model with its initial weights.
 
-    recipe: with the K and alpha of what it is built for, which may differ between training and test.
+    recipe: its K and alpha may differ between training and test.
     Raise InputError if its images are too small for its network.
     """
-    # The record is a leaf; this function is above the method, and needs TensorFlow.
+    # Recipe is a leaf of the imports. This function is above the method, and needs TensorFlow.
     from maml import MAML, InnerLoop  # tach-ignore
     from networks import NETWORKS, adapting, with_step_sizes  # tach-ignore
     from parallel import Layout  # tach-ignore
@@ -562,10 +563,10 @@ def input_and_outputs(recipe: Recipe) -> tuple[tuple[int, ...], int]:
 
 
 def check_memory(recipe: Recipe, layout: "Layout", memory: int) -> None:
-    """Raise InputError if the activations of a training step of ResNet-12 certainly fill the memory, in bytes.
+    """Raise InputError if a training step of ResNet-12 certainly needs more than `memory` bytes of activations.
 
-    The system would kill the program without a word. For each pixel, the network's convolutions have some 512 outputs,
-    and a second derivative keeps those of every inner step.
+    The system would otherwise kill the program without a message. For each pixel, the network's convolutions have about
+    512 outputs, and a second derivative keeps those of every inner step.
     """
     images = recipe.dataset.images
     if recipe.network != "resnet12":
@@ -577,6 +578,6 @@ def check_memory(recipe: Recipe, layout: "Layout", memory: int) -> None:
     if needed > memory:
         flags = "--tasks_at_once" if layout.group != 1 else "--threads"
         raise InputError(
-            f"{flags}: {tasks} tasks of ResNet-12 at once need {needed / 2**30:,.0f} GB or more, and there are "
-            f"{memory / 2**30:,.0f} GB; lower {flags}, --image_size or --num_query"
+            f"{flags}: {tasks} tasks of ResNet-12 at once need at least {needed / 2**30:,.0f} GB, but only "
+            f"{memory / 2**30:,.0f} GB are available; lower {flags}, --image_size or --num_query"
         )

@@ -25,13 +25,13 @@ from utils import Tasks
 SUMMARY_INTERVAL = 100
 VALIDATION_INTERVAL = 500
 
-CURVE_INTERVAL = 1000  # for curves beyond J updates. Differs: the original's 100 costs 3 % of an Omniglot run
+CURVE_INTERVAL = 1000  # for curves beyond J updates. Differs: the original's 100 takes 3% of an Omniglot run
 
 
 class Settings(NamedTuple):
-    """How training validates, saves and logs. It affects which checkpoint is the best, but no weight."""
+    """How training validates, saves and logs. It affects which checkpoint is the best, but not the weights."""
 
-    val_split: str = "val"  # "test": validate on the test classes, which never choose the best checkpoint
+    val_split: str = "val"  # "test": validate on the test classes, without choosing a best checkpoint
     val_tasks: int = 200
     eval_seed: int = 0  # seed of the validation tasks
     save_interval: int = 1000  # iterations between checkpoints
@@ -47,7 +47,7 @@ class Clock(NamedTuple):
     end: int
 
     def due(self, iteration: int) -> bool:
-        """Tell whether it is due at this iteration."""
+        """Return whether it is due at this iteration."""
         return self.first <= iteration < self.end and (iteration - self.first) % self.interval == 0
 
     def next(self, iteration: int) -> float:
@@ -58,7 +58,10 @@ class Clock(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What else a training run does, and when. A summary precedes the step of its iteration; the rest follows it."""
+    """What a training run does besides its steps, and when.
+
+    A summary precedes the step of its iteration; the rest follows it.
+    """
 
     summary: Clock  # evaluate the current training tasks
     validation: Clock  # evaluate the validation tasks, which may make this checkpoint the best
@@ -215,7 +218,7 @@ def train(
 
 
 class Steps:
-    """Takes the outer steps. A background thread draws the next tasks meanwhile.
+    """Take the outer steps, while a background thread draws the next tasks.
 
     A block holds the meta-batches of the iterations that one call computes: one, or 100 for a tiny network.
     """

@@ -3,7 +3,7 @@
   Train  python rl/main.py --env=point --iterations=100 --logdir=logs/rl/point
   Test   the same command plus --train=False, or python rl/main.py --run=logs/rl/point/<run> --train=False
 
-docs/rl.md compares the returns with the authors'. experiments/rl_*.sh have the commands behind it.
+docs/rl.md compares the returns with the authors'. experiments/rl_*.sh contain the commands for them.
 """
 
 import json
@@ -137,7 +137,10 @@ def run_identity() -> dict:
 
 
 def take_run(folder: Path) -> None:
-    """Set the flags from a run folder's flags.json. Raise InputError if one contradicts it, except --iterations."""
+    """Set the flags from a run folder's flags.json.
+
+    Raise InputError if a flag other than --iterations contradicts it.
+    """
     try:
         record = read_json(folder / "flags.json", dict, "restore a copy, or name another run")
     except FileNotFoundError:
@@ -153,7 +156,7 @@ def take_run(folder: Path) -> None:
 def asked_for(arguments: list[str]) -> dict | None:
     """Return the identity of the run that a command line starts, or None for invalid flags or --help.
 
-    In the latter case rl/main.py itself answers.
+    In the latter cases rl/main.py prints the error or the help.
     """
     try:
         if FLAGS(["rl/main.py", *arguments]) != ["rl/main.py"] or FLAGS.help:
@@ -186,7 +189,7 @@ def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
 
 
 def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
-    """Take the outer steps that remain in the run folder."""
+    """Take the remaining outer steps of a run."""
     run.check(identity, {}, FLAGS.resume)
     if run.iterations():
         print("Restoring model weights from", run.restore_newest(learner))
@@ -276,7 +279,7 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
                 "ci95": float(ci95[j]),
                 "std": float(stds[j]),
                 "rollouts_of_a_goal": float(rollouts.ends.sum(1).mean()),
-                # Leaves out restarts at the goal, of which quick tasks have more.
+                # Excludes rollouts that start after one reaches the goal: easy tasks have more of them.
                 "mean_of_first_rollouts": float(rollouts.mean_returns(first=True).mean()),
             }
             for j, rollouts in enumerate(curve)

@@ -1,8 +1,8 @@
 """MAML with TRPO as the outer step (paper section 5.3 and Algorithm 3).
 
-The inner step is maml.py's, on the loss policy.policy_gradient. The outer step is a natural-gradient step on the
-surrogate: conjugate gradients solve for it with the Fisher matrix of the adapted policies, differentiated with respect
-to the weights before the inner step.
+The inner step is maml.py's, with the loss policy.policy_gradient. The outer step is a natural-gradient step on the
+surrogate. Conjugate gradients compute its direction, using the Fisher matrix of the adapted policies with respect to
+the weights before the inner step.
 """
 
 import time
@@ -24,9 +24,9 @@ from utils import Weights
 
 # cbfinn/maml_rl, conjugate_gradient_optimizer.py and krylov.py
 CONJUGATE_STEPS = 10
-LEAST_RESIDUAL = 1e-10  # squared norm at which they stop early
+LEAST_RESIDUAL = 1e-10  # stop early if the squared norm of the residual is lower
 DAMPING = 1e-5  # times the identity, added to the Fisher matrix
-BACKTRACKS, RATIO = 15, 0.8  # of the line search
+BACKTRACKS, RATIO = 15, 0.8  # of the line search: number of tries, and factor between them
 
 
 class MetaBatch(NamedTuple):
@@ -43,7 +43,7 @@ class Update(NamedTuple):
     """The outcome of an outer step."""
 
     surrogate_before: float  # minus the mean advantage: lower is better
-    surrogate: float  # at the new weights
+    surrogate: float  # the same at the new weights
     divergence: float  # KL of the adapted policies in nats, mean over each task's transitions, then over tasks
     backtracks: int  # of the line search; BACKTRACKS: it failed, and the weights did not change
     seconds: dict[str, float]  # by part: gradient, fisher_products, line_search
@@ -53,7 +53,11 @@ class MetaTRPO(tf.Module):
     """The meta-learned policy: MAML's inner loop with a TRPO outer step."""
 
     def __init__(self, inner: InnerLoop, *, bound: float, seed: int, cores: int = 1):
-        """inner: with 1 step, or with 0 to train one policy for all tasks. bound: on a step's divergence, in nats."""
+        """Initialize the weights from `seed`.
+
+        inner: the inner loop, with 1 step, or with 0 to train one policy for all tasks. bound: maximum divergence of an
+        outer step, in nats. cores: tasks computed in parallel.
+        """
         super().__init__(name="meta_trpo")
         self.inner, self.bound, self.layout = inner, bound, Layout(cores)
         self.weights = {name: tf.Variable(value, name=name) for name, value in inner.network.init(seed).items()}
@@ -99,7 +103,7 @@ class MetaTRPO(tf.Module):
     def rollouts(
         self, environment: Environment, weights: Weights, goals: np.ndarray, count: int, random: np.random.Generator
     ) -> Rollouts:
-        """Return rollouts.collect with each task's own weights [T, ...]."""
+        """Return rollouts collected with each task's own weights [T, ...]."""
         return collect(environment, lambda observations: act(weights, observations), goals, count, random)
 
     def inner_step(
@@ -122,7 +126,7 @@ class MetaTRPO(tf.Module):
     ) -> Iterator[Rollouts]:
         """Yield rollouts before any update and after each one. An update learns from the previous rollouts.
 
-        sizes: of the updates, in units of alpha.
+        sizes: size of each update, in units of alpha.
         """
         weights = self.before(len(goals))
         yield (rollouts := self.rollouts(environment, weights, goals, count, random))
@@ -172,7 +176,7 @@ class MetaTRPO(tf.Module):
         with self.fisher_product(batch) as product:
             direction, residual = conjugate_gradients(product, gradient)
         times.append(time.perf_counter())
-        # direction @ product(direction), without another product: product(direction) = gradient - residual.
+        # Equals direction @ product(direction): product(direction) = gradient - residual.
         length = direction @ (gradient - residual)
         step = np.sqrt(2 * self.bound / (length + 1e-8)) * direction
         old, before = self.flat(self.values()), float(before)
@@ -200,8 +204,9 @@ class MetaTRPO(tf.Module):
     def surrogate_and_divergence(self, weights: Weights, task: MetaBatch) -> tuple[tf.Tensor, tf.Tensor]:
         """Return one task's surrogate and mean divergence, two scalars differentiable in `weights`.
 
-        weights: before the inner step. The surrogate is minus the mean over the query transitions of advantage times
-        likelihood ratio, of the newly adapted policy to the policy that acted. The divergence is between these two.
+        weights: before the inner step. The surrogate is minus the mean, over the query transitions, of the advantage
+        times the likelihood ratio of the newly adapted policy to the policy that acted. The divergence is between these
+        two policies.
         """
         apply = self.inner.network.apply
         own = apply(task.adapted, task.query_x)
@@ -217,7 +222,7 @@ class MetaTRPO(tf.Module):
         return tuple(tf.reduce_mean(value) for value in each)
 
     def fisher_product(self, batch: MetaBatch) -> "_FisherProduct":
-        """Return a context manager that gives the function v -> (mean Fisher matrix of the tasks + DAMPING * I) v.
+        """Return a context manager that yields the function v -> (mean Fisher matrix of the tasks + DAMPING * I) v.
 
         v is a flat vector. A task's matrix is A F A: A = I - alpha H is the derivative of the inner step, H the Hessian
         of its loss, and F the Fisher matrix of the adapted policy on its own transitions. A F A is the Hessian of the
@@ -232,7 +237,7 @@ class MetaTRPO(tf.Module):
         return np.concatenate([np.ravel(weights[name]).astype(float) for name in self.weights])
 
     def unflat(self, vector: np.ndarray) -> Weights:
-        """Return the weights in a vector, in their own precision: the inverse of `flat`."""
+        """Return the weights stored in a vector, cast to their own dtypes: the inverse of `flat`."""
         weights, first = {}, 0
         for name, weight in self.weights.items():
             last = first + weight.shape.num_elements()
