@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's setting would reach the programs under test
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):  # one core per worker
     cores = sorted(os.sched_getaffinity(0))

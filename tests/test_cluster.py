@@ -313,8 +313,8 @@ def test_an_error_in_one_process_ends_all(server, flags, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ctrl_c_ends_the_wait_for_other_processes(rank, server, flags, tmp_path):
     processes = server.start([[*flags, f"--logdir={tmp_path}"]] * 2, present=[rank])
-    deadline = time.monotonic() + 60
-    while "waiting for" not in Path(f"{processes.files[0]}.out").read_text() and time.monotonic() < deadline:
+    printed, deadline = Path(f"{processes.files[0]}.out"), time.monotonic() + 60
+    while not (printed.exists() and "waiting for" in printed.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)  # until TensorFlow waits
     os.kill(processes.numbers[0], signal.SIGINT)
