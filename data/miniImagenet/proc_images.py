@@ -45,11 +45,7 @@ SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
 CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017; so are the numbers in EXPECTED
 EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
-SPELLINGS = {
-    "train": ("train",),
-    "val": ("val", "validation", "valid"),
-    "test": ("test",),
-}  # of a split's folder or file
+SPELLINGS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # of folders and files
 LAYOUTS = "{train,val,test}/<wnid>/*.jpg, <wnid>/*.jpg, <wnid>*.jpg, or any *.jpg with train.csv, val.csv and test.csv"
 # filename,label in Ravi & Larochelle's files, image_name,image_label in others
 CSV_HEADER = re.compile(r"\w*(file|name|image|id|path)\w*,\w*(label|class|category|wnid)\w*", re.IGNORECASE)
