@@ -364,6 +364,7 @@ def test_a_class_divided_among_split_folders_is_joined(tmp_path, call):
     [
         ("{wnid}/a.jpg", "copy/{wnid}/b.jpg"),  # two data sets in one folder
         ("train/{wnid}/a.jpg", "test/{wnid}/a.jpg"),  # one would replace the other
+        ("{wnid}/a.jpg", "{wnid}/a.jpeg"),
         ("train/{wnid}/a.jpg", "train/{wnid}/n01532829_1.jpg"),  # a photograph of another class
     ],
 )

@@ -141,13 +141,16 @@ def classes_of_folders(rows: list[tuple[str, str, str, archive.File]]) -> list[a
     The images of a class may be divided among the folders of several splits, as for ordinary classification.
     """
     published, images, roots, others = published_splits(), defaultdict(dict), {}, set()
+    stems: set[tuple[str, str]] = set()  # two files of a class that differ only in their suffix would become one .png
     split_of = {name: split for split, names in SPELLINGS.items() for name in names}
     for parent, wnid, name, file in rows:
         root, _, last = parent.rpartition("/")
         split = split_of.get(last.lower())
         others |= {wnid} if split and wnid in published and split != published[wnid] else set()
-        if roots.setdefault(wnid, root if split else parent) != (root if split else parent) or name in images[wnid]:
-            raise archive.InputError(f"{file}: is in a second folder of {wnid}; keep only one of them")
+        root, stem = root if split else parent, (wnid, Path(name).stem)
+        if roots.setdefault(wnid, root) != root or stem in stems:
+            raise archive.InputError(f"{file}: is a second folder or photograph of that name; keep only one of them")
+        stems.add(stem)
         if re.match(r"n\d{8}", name) and not name.startswith(wnid):
             raise archive.InputError(f"{file}: is named after another class than its folder; move it there")
         images[wnid][name] = file
@@ -174,7 +177,8 @@ def classes_of_lists(images: dict[str, archive.Images]) -> list[archive.Class]:
         archive.say(
             f"left out {left_out:,} images after the first {CLASS_SIZE} of their class; the csv files choose others"
         )
-    if others := len(images.keys() - known):
+    others = len(images.keys() - known)
+    if known and others:
         archive.say(f"left out {others:,} classes that are not in {CLASS_LISTS.name}")
     # Keep the archive's order, because a compressed tar is read sequentially.
     chosen = {wnid: set(sorted(images[wnid])[:CLASS_SIZE]) for wnid in known}
@@ -206,8 +210,10 @@ def find_classes(
     if csv_files:
         archive.say(f"Layout: photographs named in {', '.join(str(csv_files[split]) for split in archive.SPLITS)}")
         return classes_of_csv(csv_files, archive.by_name(files))
-    archive.say("Layout: photographs <wnid>*.jpg, without csv files")
-    return classes_by_name(archive.by_name(files))
+    classes = classes_by_name(archive.by_name(files))
+    if any(entry.images for entry in classes):
+        archive.say("Layout: photographs <wnid>*.jpg, without csv files")
+    return classes
 
 
 def named_in(csv_files: dict[str, archive.File], files: Photographs) -> bool:
