@@ -264,8 +264,8 @@ def print_comparison(names: Sequence[str], curves: Sequence[Curve], split: str) 
         names: of the two models.
         curves: of the same tasks in the same order, as `evaluate` returns them for the same data, split and seed.
         split: "test" or "val".
-    The interval of the difference is that of the mean over tasks of (second - first). The difficulty of a task cancels
-    in it, so it is narrower than those of the two means.
+    The interval of the difference is that of the mean over tasks of (second - first). As far as both models find the
+    same tasks hard, it is narrower than the interval for two independent samples of tasks.
     """
     images = curves[0].accuracies.size > 0
     first, second = (np.asarray(curve.accuracies if images else curve.losses, float) for curve in curves)
