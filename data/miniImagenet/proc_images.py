@@ -274,8 +274,8 @@ def main() -> None:
         classes = find_classes(photographs, args.csv, find_csv(files))
         if not any(entry.images for entry in classes):
             raise archive.InputError(
-                f"{source}: has {len(photographs):,} photographs, such as {next(iter(photographs))}, but none of the "
-                f"published classes; use {LAYOUTS}"
+                f"{source}: has {len(photographs):,} photographs, such as {next(iter(photographs))}, but none is of "
+                f"a published class or named in the csv files; use {LAYOUTS}"
             )
     # Differs: the original resizes and moves the photographs in images/; we leave them unchanged.
     suffix = ".png" if args.lossless or args.pickles else ".jpg"  # JPEG at Pillow's default quality, as in the original
