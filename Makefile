@@ -10,13 +10,14 @@ sinusoid_run = logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 published = logs/published/cls_5.mbs_25.ubs_10.numstep1
 published_omniglot = logs/published/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm
 
-.PHONY: help sinusoid figures docs test verify-bits clean
+.PHONY: help sinusoid figures docs test verify verify-bits clean
 
 help:
 	@echo 'make sinusoid     train and test the 10-shot sinusoid, and compare its errors with the original'
 	@echo 'make figures      draw the figures of README.md and docs/, except those of docs/rl.md and a screenshot'
 	@echo 'make docs         write the tables of README.md and docs/ from results/'
 	@echo 'make test         lint and run all tests'
+	@echo 'make verify       check what README.md says under "Why trust it", in a table'
 	@echo 'make verify-bits  train each network for a few steps and compare its weights bit for bit with the record'
 	@echo 'make clean        remove the environment and tool caches; keep runs and data'
 	@echo
@@ -47,6 +48,9 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m tach check
 	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
+
+verify: $(VENV)/installed-dev
+	$(VENV)/bin/python experiments/verify.py
 
 verify-bits: $(VENV)/installed
 	$(VENV)/bin/python experiments/verify_bits.py

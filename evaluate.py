@@ -3,7 +3,7 @@
 import functools
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import fsencode
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,8 @@ TEST_UPDATES = 10  # at least, even if training has fewer (the original's main.p
 GROUPS_PER_CORE = 2  # in memory at once; a stop request waits until they are evaluated
 WHOLE_BATCH_GROUP = 32  # tasks per group if training computes a whole meta-batch as one group
 MAX_NAME_BYTES = 235  # file systems allow 255; this leaves room for .csv and for what write_whole adds
+METRICS = "mean squared error", "accuracy (share of query examples, 0 to 1)"  # of regression, of classification
+EXAMPLES = "support set, before any update", "query set"  # of update 0, of the others
 TITLE = "Mean validation accuracy/loss, stddev, and confidence intervals"  # the original's line
 
 
@@ -184,7 +186,7 @@ def test(
     values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
     print(TITLE)
     print(statistics(values))
-    metric = "accuracy (share of query examples, 0 to 1)" if dataset.images else "mean squared error"
+    metric = METRICS[dataset.images is not None]
     _print_table(values, metric, protocol)
 
     best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
@@ -255,6 +257,35 @@ def test(
         test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
 
 
+def print_comparison(names: Sequence[str], curves: Sequence[Curve], split: str) -> None:
+    """Print the results of two models on the same tasks, and the paired difference, one line per number of updates.
+
+    Args:
+        names: of the two models.
+        curves: of the same tasks in the same order, as `evaluate` returns them for the same data, split and seed.
+        split: "test" or "val".
+    The interval of the difference is that of the mean over tasks of (second - first). As far as both models find the
+    same tasks hard, it is narrower than the interval for two independent samples of tasks.
+    """
+    images = curves[0].accuracies.size > 0
+    first, second = (np.asarray(curve.accuracies if images else curve.losses, float) for curve in curves)
+    with np.errstate(invalid="ignore"):
+        columns = [statistics(values) for values in (first, second, second - first)]
+    for letter, name in zip("AB", names, strict=True):
+        say(f"{letter}: {name}")
+    print(f"\n{METRICS[images]}, the same {len(first)} {split} tasks\n")
+    print("updates          A       95 %          B       95 %      B - A       95 %   of")
+    for update in range(first.shape[1]):
+        (mean, _, ci95), (other, _, other_ci95), (difference, _, its_ci95) = (
+            [part[update] for part in column] for column in columns
+        )
+        print(
+            f"{update:7} {mean:10.4g} +- {ci95:7.3g} {other:10.4g} +- {other_ci95:7.3g} {difference:+10.4g} +- "
+            f"{its_ci95:7.3g}   {EXAMPLES[update > 0]}"
+        )
+    print()
+
+
 def _print_table(values, metric, protocol):
     """Print a readable table, one line per number of updates. values: [tasks, 1 + updates]."""
     means, _, ci95 = statistics(values)
@@ -262,6 +293,5 @@ def _print_table(values, metric, protocol):
     print(f"\n{metric}, {protocol.tasks} {protocol.split} tasks\n")
     print("updates       mean       95 %     median   of")
     for update, (mean, half_width, median) in enumerate(zip(means, ci95, medians, strict=True)):
-        examples = "query set" if update else "support set, before any update"
-        print(f"{update:7} {mean:10.4g} +- {half_width:7.3g} {median:10.4g}   {examples}")
+        print(f"{update:7} {mean:10.4g} +- {half_width:7.3g} {median:10.4g}   {EXAMPLES[update > 0]}")
     print()

@@ -21,6 +21,10 @@ resume or test a run without repeating its flags:
   python main.py --run=logs/omniglot5way/<run>
   python main.py --run=logs/omniglot5way/<run> --train=False --test_set=True
 
+This tests two runs on the same tasks:
+
+  python main.py --run=logs/omniglot5way/<run> --compare=logs/omniglot5way/<other run> --train=False --test_set=True
+
 Your own images, in DIR/<class>/, with 64 classes to train on, 16 to validate and 20 to test:
 
   python main.py --datasource=folder --data_path=DIR --split=64,16,20 --update_batch_size=1 --logdir=logs/own/
@@ -214,6 +218,13 @@ OTHER_FLAGS = (
         accepts=QUERY_SHARES,
     ),
     Flag("results_dir", None, "Folder for the result files of a test, if not the run folder.", "test"),
+    Flag(
+        "compare",
+        None,
+        "At test: the folder of a second run. Test it and --run on the same tasks, print both results and the paired "
+        "difference, and write no files. The flags of a test apply to both runs.",
+        "test",
+    ),
 )
 ALL_FLAGS = {flag.name: flag for flag in (*recipes.DEFINITIONS.values(), *OTHER_FLAGS)}
 UNEVEN_QUERY = (
@@ -650,7 +661,9 @@ def main(argv: list[str], workers: "Cluster") -> None:
     recipe = recipe_of(FLAGS)
     if taken := defaults_taken(FLAGS):
         print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")
-    if FLAGS.train:
+    if FLAGS.compare:
+        compare_runs(recipe, workers)
+    elif FLAGS.train:
         train_run(recipe, workers)
     else:
         test_run(recipe, workers)
@@ -721,16 +734,8 @@ def test_run(recipe: Recipe, workers: "Cluster") -> None:
     import runs
 
     trained, run = trained_recipe(recipe, FLAGS), run_folder(FLAGS)
-    if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
-        raise InputError(f"--query_norm={FLAGS.query_norm}: changes nothing with --norm={recipe.norm}; leave it out")
-    if recipe.learn_inner_lr != "none" and recipe.inner_lr != trained.inner_lr:
-        raise InputError(
-            f"--update_lr={recipe.inner_lr}: this run learned its step sizes; give {trained.inner_lr}, as in training"
-        )
-    uneven = FLAGS.query_shares != "balanced"
-    if uneven and not recipe.dataset.images:
-        raise InputError(f"--query_shares: applies only to classification; the {recipe.data_set} task is regression")
-    prefix = run.checkpoint(FLAGS.test_iter)
+    check_test_flags(recipe, trained)
+    run.checkpoint(FLAGS.test_iter)
     if not FLAGS.run:
         expected = recipes.to_flags(trained)
         del expected["num_query"]  # at test it is the test's own, and so is --split if other data are tested
@@ -741,12 +746,11 @@ def test_run(recipe: Recipe, workers: "Cluster") -> None:
     if workers.chief:
         runs.check_writable(results, "--results_dir")
     dataset = tested_data_set(recipe)
-    query = FLAGS.num_query
     protocol = evaluate.Protocol(
         split="test" if FLAGS.test_set else "val",
         shot=recipe.shot,
         inner_lr=recipe.inner_lr,
-        query=query,
+        query=FLAGS.num_query,
         other_data_set=FLAGS.test_datasource,
         data_folder=users_folder(FLAGS.test_datasource or recipe.data_set, dataset),
         class_split=recipe.split,
@@ -756,17 +760,113 @@ def test_run(recipe: Recipe, workers: "Cluster") -> None:
         updates=FLAGS.test_updates,
         query_shares=FLAGS.query_shares,
     )
-    asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and query == -1 else query)
-    data = open_data(dataset, (protocol.split,), asked, training=False, query_shares=FLAGS.query_shares)
+    data = open_test_data(dataset, recipe)
+    maml, prefix = tested_model(run, recipe, workers)
+    evaluate.check_same_start(maml, data, workers)
+    evaluate.test(maml, data, trained, protocol, run, prefix, results, workers)
+    workers.leave()
+
+
+def check_test_flags(recipe: Recipe, trained: Recipe) -> None:
+    """Raise InputError if a flag of the test does not apply to the run. trained: the recipe of its training."""
+    if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
+        raise InputError(f"--query_norm={FLAGS.query_norm}: changes nothing with --norm={recipe.norm}; leave it out")
+    if recipe.learn_inner_lr != "none" and recipe.inner_lr != trained.inner_lr:
+        raise InputError(
+            f"--update_lr={recipe.inner_lr}: this run learned its step sizes; give {trained.inner_lr}, as in training"
+        )
+    if FLAGS.query_shares != "balanced" and not recipe.dataset.images:
+        raise InputError(f"--query_shares: applies only to classification; the {recipe.data_set} task is regression")
+
+
+def open_test_data(dataset: Dataset, recipe: Recipe) -> "SinusoidTasks | ImageTasks":
+    """Open the source of the tasks of a test."""
+    uneven = FLAGS.query_shares != "balanced"
+    asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query)
+    split = "test" if FLAGS.test_set else "val"
+    return open_data(dataset, (split,), asked, training=False, query_shares=FLAGS.query_shares)
+
+
+def tested_model(run: "Run", recipe: Recipe, workers: "Cluster") -> "tuple[MAML, str]":
+    """Return a run's model with the weights of the checkpoint to test, and the checkpoint's prefix."""
     maml = recipes.build(recipe, layout(workers))
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
     else:
+        prefix = run.checkpoint(FLAGS.test_iter)
         run.restore(maml, prefix)
     say(f"Restoring model weights from {prefix}")
-    evaluate.check_same_start(maml, data, workers)
-    evaluate.test(maml, data, trained, protocol, run, prefix, results, workers)
+    return maml, prefix
+
+
+def compare_runs(recipe: Recipe, workers: "Cluster") -> None:
+    """Test the runs of --run and --compare on the same tasks, and print the paired difference. Write nothing.
+
+    recipe: of --run, with the K and alpha of the test. Raise InputError if the other run's test has other tasks.
+    """
+    import evaluate
+
+    if FLAGS.train or not FLAGS.run:
+        raise InputError("--compare: is for a test of two runs; add --run=FOLDER --train=False")
+    if FLAGS.results_dir:
+        raise InputError("--results_dir: --compare writes no files; leave it out")
+    if not Path(FLAGS.compare).expanduser().is_dir():
+        raise InputError(f"--compare={FLAGS.compare}: no such folder; name a run folder")
+    other_flags = copy.deepcopy(FLAGS)
+    other_flags["run"].value = FLAGS.compare
+    other = recipe_of(other_flags)
+    check_same_tasks(recipe, other)
+    tested = [(recipe, run_folder(FLAGS)), (other, run_folder(other_flags))]
+    for (tested_recipe, run), values in zip(tested, (FLAGS, other_flags), strict=True):
+        check_test_flags(tested_recipe, trained_recipe(tested_recipe, values))
+        run.checkpoint(FLAGS.test_iter)
+
+    split, updates = "test" if FLAGS.test_set else "val", FLAGS.test_updates
+    if updates == -1:
+        updates = max(recipe.inner_steps, other.inner_steps, evaluate.TEST_UPDATES)
+    data, names, curves = open_test_data(tested_data_set(recipe), recipe), [], []
+    for tested_recipe, run in tested:
+        if recipe.dataset.images is None:  # an oracle sees the same sinusoids with their amplitudes and phases
+            data = open_test_data(tested_recipe.dataset, tested_recipe)
+        maml, prefix = tested_model(run, tested_recipe, workers)
+        evaluate.check_same_start(maml, data, workers)
+        known = evaluate.known_classes(data, split, run.trained_classes()) if workers.chief else 0
+        names.append(prefix + (f" (trained on {known:,} classes with names of {split} classes)" if known else ""))
+        options = {"query_norm": FLAGS.query_norm, "workers": workers}
+        curves.append(evaluate.evaluate(maml, data, split, FLAGS.test_tasks, updates, FLAGS.eval_seed, **options))
+    if workers.chief:
+        evaluate.print_comparison(names, curves, split)
     workers.leave()
+
+
+def check_same_tasks(recipe: Recipe, other: Recipe) -> None:
+    """Raise InputError if tests of the runs of --run and --compare, under the same flags, have different tasks."""
+    here, there = tasks_identity(recipe), tasks_identity(other)
+    differing = [name for name in here if here[name] != there[name]]
+    if "datasource" in differing:
+        differing = ["datasource"]  # the others follow from it
+    if differing:
+        changes = ", ".join(f"{name}={there[name]} there, {here[name]} here" for name in differing)
+        fix = "name a run with the same ones"
+        if TEST_OVERRIDES.issuperset(differing):
+            fix = f"give {' and '.join(f'--{name}' for name in differing)} for both runs"
+        raise InputError(f"--compare={FLAGS.compare}: is tested on other tasks than --run ({changes}); {fix}")
+
+
+def tasks_identity(recipe: Recipe) -> dict[str, object]:
+    """Return what the test tasks of a run depend on besides the flags of the test, mostly by the flags' names."""
+    images, own = recipe.dataset.images, FLAGS.test_datasource is None
+    return {
+        "datasource": recipe.data_set if own else FLAGS.test_datasource,
+        "num_classes": images and recipe.way,
+        "update_batch_size": recipe.shot,
+        "split": recipe.split,
+        "data_path": recipe.data_path if own and not FLAGS["data_path"].present else None,
+        "image_size": images and images.size[0],
+        "image_channels": images and images.channels,
+        "augment": images and images.augment,
+        "inverted colors": images and images.invert,
+    }
 
 
 def results_folder(run: "Run") -> Path:

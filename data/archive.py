@@ -296,18 +296,31 @@ def imagenet(source: Path) -> dict[str, File]:
 
 def photographs(source: File) -> dict[str, File]:
     """Return the .jpg and .jpeg files of a folder or archive, at any depth, by their names without folders."""
+    return by_name(jpegs(list_files(source), source))
+
+
+def jpegs(files: dict[str, File], source: File) -> dict[str, File]:
+    """Return the .jpg and .jpeg files among those of a source. Raise InputError if there are none."""
+    images = {}
+    for path, file in files.items():
+        name = path.rpartition("/")[2]
+        if not name.startswith(".") and name.lower().endswith((".jpg", ".jpeg")):
+            images[path] = file
+    if not images:
+        raise InputError(f"{source}: contains no .jpg or .jpeg images; check the path")
+    return images
+
+
+def by_name(files: dict[str, File]) -> dict[str, File]:
+    """Return files by their names without folders. Raise InputError if two have the same name."""
     images: dict[str, File] = {}
     stems: dict[str, File] = {}  # two files that differ only in their suffix would become one .png
-    for path, file in list_files(source).items():
+    for path, file in files.items():
         name = path.rpartition("/")[2]
-        if name.startswith(".") or not name.lower().endswith((".jpg", ".jpeg")):
-            continue
         other = stems.setdefault(Path(name).stem, file)
         if other is not file:
             raise InputError(f"{file}: has the same name as {other}; keep only one of them")
         images[name] = file
-    if not images:
-        raise InputError(f"{source}: contains no .jpg or .jpeg images; check the path")
     return images
 
 

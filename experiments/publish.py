@@ -3,10 +3,12 @@
     python experiments/publish.py <run folder> [--iteration 59999] [--to logs/published]
 
 Test the copy like any run, e.g. with --train=False --test_set=True --logdir=logs/published/. The events keep the curves
-(every 1,000 iterations), the flags, the layout of the charts, the last pictures and the test result.
+(every 1,000 iterations), the flags, the layout of the charts, the last pictures and the test result. SHA256SUMS has the
+checksums of the checkpoint's files, for verify.py and sha256sum --check.
 """
 
 import argparse
+import hashlib
 import itertools
 import os
 import shutil
@@ -24,6 +26,8 @@ import report
 import runs
 from files import InputError, say, writing
 
+PUBLISHED = ROOT / "logs" / "published"
+CHECKSUMS = "SHA256SUMS"
 EVENT_INTERVAL = 1000
 EVENTS = "events.out.tfevents.0.published"
 
@@ -53,10 +57,16 @@ def publish(folder: Path, to: Path, iteration: int = -1) -> Path:
             if (folder / name).is_file():  # a sinusoid run has no classes.json
                 shutil.copyfile(folder / name, copy / name)
         runs.write_checkpoint(copy / prefix.name, {maml.keys[name]: weight for name, weight in maml.weights.items()})
+        (copy / CHECKSUMS).write_text("".join(f"{checksum}  {name}\n" for name, checksum in checksums(copy).items()))
         write_events(folder, copy)
         if (folder / report.TEST_FOLDER).is_dir():
             write_events(folder / report.TEST_FOLDER, copy / report.TEST_FOLDER)
     return copy
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of the checkpoints in a folder, by its name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("model*"))}
 
 
 def write_events(folder: Path, copy: Path) -> None:
@@ -77,7 +87,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run folder, trained and tested")
     parser.add_argument("--iteration", type=int, default=-1, help="checkpoint to publish (-1: the latest)")
-    parser.add_argument("--to", type=Path, default=ROOT / "logs" / "published", help="parent folder of the copy")
+    parser.add_argument("--to", type=Path, default=PUBLISHED, help="parent folder of the copy")
     args = parser.parse_args()
     try:
         say(f"Published: {publish(args.folder, args.to, args.iteration)}")

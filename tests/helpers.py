@@ -157,7 +157,7 @@ def start_main(*arguments: object) -> Ended:
 def run(*arguments: object) -> str:
     """Run main.py in this process and return its output. It must succeed."""
     ended = start_main(*arguments)
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err) == (0, ""), ended.err
     return ended.out
 
 
@@ -180,6 +180,21 @@ def end(process: subprocess.Popen) -> Ended:
     """Wait for a process and return its exit code and output."""
     out, err = process.communicate(timeout=300)
     return Ended(process.returncode, out, without_start_up_lines(err))
+
+
+def train_until_killed(iteration: int, *flags: str) -> None:
+    """Train in another process, and kill -9 it when it is about to write the summary of this iteration."""
+    program = (
+        "import os, signal, sys, main, report\n"
+        "scalars = report.Events.scalars\n"
+        "def kill(events, iteration, values):\n"
+        f"    if iteration == {iteration}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    scalars(events, iteration, values)\n"
+        "report.Events.scalars = kill\n"
+        "main.run(main.parse(sys.argv))\n"
+    )
+    ended = end(spawn("-c", program, *flags, cwd=PROGRAM.parent))
+    assert ended.code == -signal.SIGKILL, ended.err
 
 
 def without_start_up_lines(err: str) -> str:

@@ -282,7 +282,7 @@ def test_missing_photographs_are_reported_and_can_be_added_later(tmp_path, call,
     flags = ("--images", images, "--csv", tmp_path, "--out", tmp_path / "out")
     with names("--allow_missing"):
         call(proc_images, *flags)
-    assert capsys.readouterr().out == "train/a: 2 images missing\ntrain/b: no images\n"
+    assert capsys.readouterr().out.endswith(".csv\ntrain/a: 2 images missing\ntrain/b: no images\n")
 
     call(proc_images, *flags, "--allow_missing")
     assert contents(tmp_path / "out").keys() == {"train/a/a0.jpg", "test/c/c0.jpg"}
@@ -313,6 +313,96 @@ def test_photographs_with_the_same_name_are_refused(tmp_path, duplicate):
         photograph((tmp_path / name).parent, Path(name).name)
     with names(duplicate):
         archive.photographs(tmp_path)
+
+
+def class_folders(root: Path, names: dict[str, str]) -> set[str]:
+    """Write two photographs of the fourth class of each split in <names[split]>/<wnid>/. Return the expected output."""
+    for part in PARTS:
+        photograph(root / names[part] / MINIIMAGENET[part][3], f"{part}0.jpg", f"{part}1.jpg")
+    return {f"{part}/{MINIIMAGENET[part][3]}/{part}{i}.jpg" for part in PARTS for i in (0, 1)}
+
+
+@pytest.mark.parametrize("packed", ["", "zip", "tar"])
+@pytest.mark.parametrize(
+    ("names", "moved"),
+    [
+        ({"train": "train", "val": "val", "test": "test"}, 0),
+        ({"train": "mini/Train", "val": "mini/Validation", "test": "mini/Test"}, 0),
+        ({"train": "", "val": "", "test": ""}, 0),
+        ({"train": "test", "val": "train", "test": "test"}, 2),
+    ],
+)
+def test_miniimagenet_in_class_folders_gets_the_published_split(tmp_path, call, names, moved, packed):
+    """By the name of the folder, whatever the names of the photographs and the split in the source."""
+    source = tmp_path / "source"
+    expected = class_folders(source, names)
+    photograph(source / names["train"] / "n99999999", "other.jpg")
+    if packed:
+        source = (pack if packed == "zip" else pack_tar)(source, tmp_path / f"source.{packed}")
+    output = call(proc_images, "--images", source, "--out", tmp_path / "out", "--allow_missing")
+    assert contents(tmp_path / "out").keys() == expected
+    for name in {"<wnid>/" if not name else f"{name}/<wnid>/" for name in names.values()}:
+        assert name in output.splitlines()[0]
+    assert ("another split" in output) == (moved > 0)
+    assert f"{moved} classes are in another split" in output or not moved
+    assert "left out 1 classes" in output
+    assert "train images: 2 found, 38,400 expected" in output
+
+
+def test_a_class_divided_among_split_folders_is_joined(tmp_path, call):
+    """As for ordinary classification, where train, val and test have the same classes."""
+    wnid = MINIIMAGENET["val"][5]
+    for part in PARTS:
+        photograph(tmp_path / "source" / part / wnid, f"{part}.jpg")
+    flags = "--images", tmp_path / "source", "--out", tmp_path / "out", "--allow_missing"
+    call(proc_images, *flags)
+    assert contents(tmp_path / "out").keys() == {f"val/{wnid}/{part}.jpg" for part in PARTS}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("{wnid}/a.jpg", "copy/{wnid}/b.jpg"),  # two data sets in one folder
+        ("train/{wnid}/a.jpg", "test/{wnid}/a.jpg"),  # one would replace the other
+        ("{wnid}/a.jpg", "{wnid}/a.jpeg"),
+        ("train/{wnid}/a.jpg", "train/{wnid}/n01532829_1.jpg"),  # a photograph of another class
+    ],
+)
+def test_ambiguous_class_folders_are_refused(tmp_path, call, first, second):
+    for path in (first, second):
+        path = tmp_path / "source" / path.format(wnid=MINIIMAGENET["test"][0])
+        photograph(path.parent, path.name)
+    with pytest.raises(InputError, match=re.escape(MINIIMAGENET["test"][0])):
+        call(proc_images, "--images", tmp_path / "source", "--out", tmp_path / "out", "--allow_missing")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_photographs_without_published_classes_are_refused_in_one_line(tmp_path, call, capsys):
+    photograph(tmp_path / "source" / "train" / "house_finch", "bird.jpg")
+    with names(tmp_path / "source"):
+        call(proc_images, "--images", tmp_path / "source", "--out", tmp_path / "out", "--allow_missing")
+    assert "no images" not in capsys.readouterr().out  # not a line per class
+
+
+@pytest.mark.parametrize("place", ["--csv", "folder", "archive"])
+@pytest.mark.parametrize("header", ["filename,label", "image_name,image_label", "\ufeffFile,Class"])
+def test_csv_files_define_the_classes(tmp_path, call, header, place):
+    """Photographs have any names. A published class gets its published split, even if the csv files have another."""
+    root = tmp_path / "source"
+    photograph(root / "images", "0.jpg", "1.jpg", "2.jpg", "3.jpg")
+    labels = {"train": MINIIMAGENET["train"][0], "validation": MINIIMAGENET["val"][1], "test": MINIIMAGENET["val"][2]}
+    listed = root if place != "--csv" else tmp_path
+    for i, (part, label) in enumerate(labels.items()):
+        (listed / f"{part}.csv").write_text(f"{header}\n{i}.jpg,{label}\n", "utf-8")
+    source = pack(root, tmp_path / "source.zip") if place == "archive" else root
+    flags = ("--csv", tmp_path) if place == "--csv" else ()
+    output = call(proc_images, "--images", source, *flags, "--out", tmp_path / "out")
+    parts = ("train", "val", "val")
+    assert contents(tmp_path / "out").keys() == {
+        f"{part}/{label}/{i}.jpg" for i, (part, label) in enumerate(zip(parts, labels.values(), strict=True))
+    }
+    assert "validation.csv" in output.splitlines()[0]
+    assert "1 classes are in another split" in output
 
 
 IMAGENET = {part: MINIIMAGENET[part][0] for part in PARTS}  # one class per split
@@ -460,6 +550,10 @@ def mini_caches(folder: Path, how: str = "NumPy 2", **changes) -> dict[str, np.n
 @pytest.mark.parametrize("how", PICKLERS)
 def test_miniimagenet_from_pickles_is_lossless(tmp_path, call, how):
     pixels = mini_caches(tmp_path / "caches", how)
+    if how == "NumPy 1":  # the other name in circulation
+        (tmp_path / "caches" / "mini-imagenet-cache-val.pkl").rename(
+            tmp_path / "caches" / "mini-imagenet-cache-validation.pkl"
+        )
     output = call(proc_images, "--pickles", tmp_path / "caches", "--out", tmp_path / "out", "--allow_missing")
     assert f"val/{MINIIMAGENET['val'][0]}: 598 images missing\n" in output
     assert "test images: 40 found, 12,000 expected" in output

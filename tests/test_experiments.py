@@ -1,6 +1,7 @@
 """The experiment scripts, their records, the tables made from the records, and published models."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import main
 import publish
 import row
 import table
+import verify
 from files import InputError
 
 ROOT = Path(main.__file__).parent
@@ -487,6 +489,10 @@ def test_a_published_model_has_the_results_of_its_run(tmp_path):
         "model/Variable_5": [1],
     }
     assert (copy / "flags.json").read_bytes() == (folder / "flags.json").read_bytes()
+    lines = [line.split("  ") for line in (copy / "SHA256SUMS").read_text().splitlines()]
+    assert [name for _, name in lines] == ["model2000.data-00000-of-00001", "model2000.index"]
+    for checksum, name in lines:
+        assert checksum == hashlib.sha256((copy / name).read_bytes()).hexdigest()
     events = EventFileLoader(str(copy / "events.out.tfevents.0.published")).Load()
     points = {(value.tag, event.step) for event in events for value in event.summary.value}
     assert {step for tag, step in points if tag == "metatrain_Post-update_loss__step_1"} == {0, 1000, 2000}
@@ -575,26 +581,12 @@ def real_omniglot(shared, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("flags", PUBLISHED, ids=lambda path: path.parent.name)
 def test_published_models_reproduce_their_results(flags, tmp_path, request):
-    training = json.loads(flags.read_text())
-    arguments = {name: value for name, value in training.items() if value is not None or name == "norm"} | {
-        "train_update_batch_size": training["update_batch_size"],
-        "train_update_lr": training["update_lr"],
-        "train": False,
-        "test_set": True,
-        "logdir": flags.parents[1],
-        "results_dir": tmp_path,
-    }
-    if training["datasource"] == "omniglot":
-        arguments["data_path"] = request.getfixturevalue("real_omniglot")
-    entries = json.loads((flags.parent / "results.json").read_text())
-    entries = entries[:1] if training["datasource"] == "omniglot" else entries  # the 5-shot tests take a minute
+    entries, more = json.loads((flags.parent / "results.json").read_text()), ()
+    if json.loads(flags.read_text())["datasource"] == "omniglot":
+        entries = entries[:1]  # the 5-shot tests take a minute
+        more = (f"--data_path={request.getfixturevalue('real_omniglot')}",)
     for entry in entries:
-        protocol = {
-            "update_batch_size": entry["support_examples_a_class_K"],
-            "update_lr": entry["inner_step_size_alpha"],
-        }
-        run_main(*(f"--{name}={value}" for name, value in (arguments | protocol).items()))
-    for reproduced, entry in zip(json.loads((tmp_path / "results.json").read_text()), entries, strict=True):
+        reproduced = verify.repeat_test(flags.parent, entry, tmp_path, *more)
         for column, published in zip(reproduced["results"], entry["results"], strict=True):
             assert column["mean"] == pytest.approx(published["mean"], rel=1e-3, abs=2e-4)
 

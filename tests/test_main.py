@@ -725,6 +725,101 @@ def test_testing_a_published_model_does_not_change_its_folder(few_test_tasks, mo
     assert (tmp_path / "logs" / "tests" / folder.name / "results.json").exists()
 
 
+# -- --compare=<folder> -----------------------------------------------------------------------------------------------
+
+
+def compared(one: Path, other: Path, *flags: str) -> np.ndarray:
+    """Return the rows that --compare prints: updates, A, B and B - A, each with its interval."""
+    before = contents(one), contents(other)
+    printed = run(f"--run={one}", f"--compare={other}", "--train=False", "--test_set=True", *flags)
+    assert (contents(one), contents(other)) == before
+    assert f"A: {one}/model" in printed and f"B: {other}/model" in printed
+    rows = re.findall(r"^ +(\d+)" + r" +(\S+) \+- +(\S+)" * 3 + " +(?:query|support) set", printed, re.MULTILINE)
+    return np.array(rows, float)
+
+
+def assert_compared(one: Path, other: Path, results: Path, *flags: str) -> None:
+    """Each row has the statistics of the two runs' own tests, and of the differences of their values task by task."""
+    rows, values = compared(one, other, *flags), []
+    for folder in (one, other):
+        run(f"--run={folder}", "--train=False", "--test_set=True", f"--results_dir={results / folder.name}", *flags)
+        (path,) = (results / folder.name).glob("*.pkl")
+        values.append(read_pickle(path).astype(float))
+    a, b = values
+    expected = [
+        statistic
+        for column in (a, b, b - a)
+        for statistic in (column.mean(0), 1.96 * column.std(0) / np.sqrt(len(column)))
+    ]
+    np.testing.assert_array_equal(rows[:, 0], range(11))
+    np.testing.assert_allclose(rows[:, 1:].T, expected, rtol=1e-2, atol=1e-6)
+    assert (b != a).any()
+
+
+@pytest.fixture(scope="module")
+def first_order_run(omniglot, tmp_path_factory) -> Finished:
+    flags = "--stop_grad", "--seed=3", "--num_updates=2", "--num_filters=8", "--update_lr=0.2", "--update_batch_size=2"
+    flags = *small_flags(omniglot), *flags, "--metatrain_iterations=2"
+    return finished(tmp_path_factory.mktemp("first_order"), *flags)
+
+
+def test_two_runs_are_compared_task_by_task(omniglot_run, first_order_run, tmp_path):
+    """Runs of different methods and shots, on tasks of one shot, each with its own step size."""
+    flags = "--update_batch_size=1", "--test_tasks=30"
+    assert_compared(omniglot_run.folder, first_order_run.folder, tmp_path, *flags)
+
+
+def test_a_run_does_not_differ_from_itself(omniglot_run, few_test_tasks, tmp_path):
+    copied = shutil.copytree(omniglot_run.folder, tmp_path / "copy")
+    rows = compared(omniglot_run.folder, copied)
+    assert (rows[:, 5:] == 0).all() and (rows[:, 1] > 0).all()
+
+
+def test_an_oracle_is_compared_on_the_same_sinusoids(sinusoid_run, tmp_path):
+    run("--baseline=oracle", "--norm=None", "--metatrain_iterations=2", f"--logdir={tmp_path / 'oracle'}")
+    assert_compared(sinusoid_run.folder, only_run(tmp_path / "oracle"), tmp_path, "--test_tasks=30")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "fix"),
+    [
+        *(("datasource", "miniimagenet", "name a run"), ("num_classes", 4, "name a run")),
+        *(("update_batch_size", 2, "give --update_batch_size"), ("image_size", 20, "name a run")),
+        *(("image_channels", 3, "name a run"), ("split", "20,20,20", "give --split")),
+    ],
+)
+def test_a_run_with_other_tasks_is_not_compared(flag, value, fix, omniglot_run, tmp_path):
+    other = shutil.copytree(omniglot_run.folder, tmp_path / "other")
+    flags = json.loads((other / "flags.json").read_text()) | {flag: value}
+    (other / "flags.json").write_text(json.dumps(flags))
+    line = refusal(f"--run={omniglot_run.folder}", f"--compare={other}", "--train=False")
+    assert f"--compare={other}: " in line and fix in line
+    assert re.search(rf"\({flag}={value} there, [^,]+ here\)", line)  # and no other flag
+
+
+def test_runs_of_different_folders_are_not_compared(photo_run, miniimagenet_like, few_test_tasks, tmp_path):
+    """Unless the folder to test is given."""
+    other = shutil.copytree(photo_run.folder, tmp_path / "other")
+    flags = json.loads((other / "flags.json").read_text()) | {"data_path": str(tmp_path)}
+    (other / "flags.json").write_text(json.dumps(flags))
+    line = refusal(f"--run={photo_run.folder}", f"--compare={other}", "--train=False")
+    assert "data_path" in line and str(tmp_path) in line
+    assert len(compared(photo_run.folder, other, f"--data_path={miniimagenet_like}")) == 11
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        *((["--run={run}"], "--train=False"), (["--train=False"], "--run=FOLDER")),
+        (["--run={run}", "--train=False", "--results_dir=x"], "--results_dir"),
+        (["--run={run}", "--train=False", "--compare=missing"], "--compare=missing"),
+    ],
+)
+def test_compare_needs_two_runs_and_a_test(flags, named, run_copy):
+    flags = [flag.format(run=run_copy.folder) for flag in flags]
+    assert named in refusal(f"--compare={run_copy.folder}", *flags)
+
+
 # -- flags take effect ------------------------------------------------------------------------------------------------
 
 

@@ -2,25 +2,15 @@
 
 import os
 import re
-import signal
 
 import main
-from tests.helpers import PROGRAM, assert_same_ending, end, models, only_run, run, scalars, spawn
+from tests.helpers import PROGRAM, assert_same_ending, end, models, only_run, run, scalars, spawn, train_until_killed
 
 
 def test_kill_and_resume_is_bitwise_identical(tmp_path):
     """kill -9 at the summary of iteration 500, when model299 is the latest checkpoint."""
-    killed = (
-        "import os, signal, sys, main, report\n"
-        "scalars = report.Events.scalars\n"
-        "def kill(events, iteration, values):\n"
-        "    if iteration == 500: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    scalars(events, iteration, values)\n"
-        "report.Events.scalars = kill\n"
-        "main.run(main.parse(sys.argv))\n"
-    )
     flags = "--metatrain_iterations=600", "--norm=None", "--save_interval=299", f"--logdir={tmp_path / 'killed'}"
-    assert end(spawn("-c", killed, *flags, cwd=PROGRAM.parent)).code == -signal.SIGKILL
+    train_until_killed(500, *flags)
     folder = only_run(tmp_path / "killed")
     assert models(folder) == ["model299"]
     assert max(step for points in scalars(folder).values() for step, _ in points) == 400  # to be replaced

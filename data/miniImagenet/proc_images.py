@@ -5,8 +5,12 @@ and test.csv next to images/:
 
     cd data/miniImagenet && python proc_images.py
 
-From an archive of the photographs. Without the csv files, the first nine characters of a photograph's name are its
-class, and data/splits/miniimagenet.json gives the split of each class:
+From a folder or archive of the photographs, in one of these layouts. data/splits/miniimagenet.json, the published
+lists, gives the split of each class:
+
+    train.csv, val.csv, test.csv    next to the photographs, or in --csv: a header, then <file name>,<wnid> per image
+    {train,val,test}/<wnid>/*.jpg   or <wnid>/*.jpg
+    <wnid>*.jpg                     the first nine characters of a photograph's name are its class
 
     python data/miniImagenet/proc_images.py --images images.zip
 
@@ -17,7 +21,8 @@ class are used, which are not the published ones:
 
     python data/miniImagenet/proc_images.py --imagenet ILSVRC2012_img_train.tar --csv DIR
 
-From the widely shared pickles mini-imagenet-cache-{train,val,test}.pkl, whose 84x84 images are saved losslessly as PNG:
+From the widely shared pickles mini-imagenet-cache-{train,val,test}.pkl, or validation for val, whose 84x84 images are
+saved losslessly as PNG:
 
     python data/miniImagenet/proc_images.py --pickles DIR
 
@@ -40,9 +45,13 @@ SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
 CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017; so are the numbers in EXPECTED
 EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
+SPELLINGS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # of folders and files
+LAYOUTS = "{train,val,test}/<wnid>/*.jpg, <wnid>/*.jpg, <wnid>*.jpg, or any *.jpg with train.csv, val.csv and test.csv"
+# filename,label in Ravi & Larochelle's files, image_name,image_label in others
+CSV_HEADER = re.compile(r"\w*(file|name|image|id|path)\w*,\w*(label|class|category|wnid)\w*", re.IGNORECASE)
 CSV_LINE = re.compile(r"([^/\\,.\0][^/\\,\0]*),([^/\\,.\0][^/\\,\0]*)")  # no paths: they become names in --out
 
-Photographs = dict[str, archive.File]  # file name -> where to read it
+Photographs = dict[str, archive.File]  # file name, or path in the source -> where to read it
 
 
 def find_imagenet(source: Path) -> Photographs:
@@ -63,68 +72,169 @@ def find_imagenet(source: Path) -> Photographs:
     return named
 
 
-def classes_of_csv(path: Path, photographs: Photographs) -> list[archive.Class]:
-    """Return the classes of Ravi & Larochelle's <split>.csv: a header `filename,label`, then a line per image."""
-    lines = path.read_text("utf-8", "replace").splitlines()
-    if lines[:1] != ["filename,label"]:
-        raise archive.InputError(f"{path}: does not begin with the line filename,label; fetch it again")
+def read_csv(file: archive.File) -> dict[str, list[str]]:
+    """Return {label: file names} of a csv file: a header such as `filename,label`, then a line per image."""
+    lines = file.read_bytes().decode("utf-8-sig", "replace").splitlines()
+    if not (lines and CSV_HEADER.fullmatch(lines[0])):
+        raise archive.InputError(f"{file}: does not begin with a header such as filename,label; fetch it again")
     names = defaultdict(list)
     for number, line in enumerate(lines[1:], start=2):
         if not (match := CSV_LINE.fullmatch(line)):
             raise archive.InputError(
-                f"{path}: line {number}, {line[:60]!r}, is not <file name>,<label>; fetch it again"
+                f"{file}: line {number}, {line[:60]!r}, is not <file name>,<label>; fetch it again"
             )
         names[match[2]].append(match[1])
+    return names
+
+
+def find_csv(files: dict[str, archive.File]) -> dict[str, archive.File]:
+    """Return train.csv, val.csv and test.csv, by split, of the files of a folder or archive."""
+    found: dict[str, archive.File] = {}
+    for path, file in files.items():
+        stem, _, suffix = path.rpartition("/")[2].lower().rpartition(".")
+        for split in (split for split, names in SPELLINGS.items() if suffix == "csv" and stem in names):
+            if split in found:
+                raise archive.InputError(f"{file}: lists the same split as {found[split]}; keep only one of them")
+            found[split] = file
+    return found
+
+
+def classes_of_csv(csv_files: dict[str, archive.File], photographs: Photographs) -> list[archive.Class]:
+    """Return the classes of csv files. A class of the published lists gets their split, any other that of its file."""
+    published, names, others = published_splits(), defaultdict(list), set()
+    for split in archive.SPLITS:
+        for label, files in read_csv(csv_files[split]).items():
+            names[f"{published.get(label, split)}/{label}"] += files
+            others |= {label} if published.get(label, split) != split else set()
+    say_moved(others)
     return [
         archive.Class(
-            folder=f"{path.stem}/{label}",
+            folder=folder,
             images={name: photographs[name] for name in files if name in photographs},
             missing=sum(name not in photographs for name in files),
         )
-        for label, files in names.items()
+        for folder, files in names.items()
     ]
 
 
-def classes_by_name(photographs: Photographs) -> list[archive.Class]:
-    """Return the classes of data/splits/miniimagenet.json. The first nine characters of an image's name are its class.
+def published_splits() -> dict[str, str]:
+    """Return {wnid: split} of the published classes."""
+    lists = json.loads(CLASS_LISTS.read_text())
+    return {wnid: split for split in archive.SPLITS for wnid in lists[split]}
 
-    If a class has more than 600 images, use the first 600 by name, and print a line.
+
+def say_moved(wnids: set[str]) -> None:
+    """Print how many classes the source has in another split than the published lists."""
+    if wnids:
+        archive.say(f"{len(wnids)} classes are in another split there; using the splits of {CLASS_LISTS.name}")
+
+
+def in_class_folders(files: Photographs) -> list[tuple[str, str, str, archive.File]] | None:
+    """Return (parent of the class folder, wnid, name, file) of every photograph; None if one is not in a <wnid>/."""
+    matches = [(re.fullmatch(r"(?:(.*)/)?(n\d{8})/([^/]+)", path), file) for path, file in files.items()]
+    return [(*match.groups(""), file) for match, file in matches] if all(match for match, _ in matches) else None
+
+
+def classes_of_folders(rows: list[tuple[str, str, str, archive.File]]) -> list[archive.Class]:
+    """Return the published classes among class folders. rows: see in_class_folders.
+
+    The images of a class may be divided among the folders of several splits, as for ordinary classification.
     """
+    published, images, roots, others = published_splits(), defaultdict(dict), {}, set()
+    stems: set[tuple[str, str]] = set()  # two files of a class that differ only in their suffix would become one .png
+    split_of = {name: split for split, names in SPELLINGS.items() for name in names}
+    for parent, wnid, name, file in rows:
+        root, _, last = parent.rpartition("/")
+        split = split_of.get(last.lower())
+        others |= {wnid} if split and wnid in published and split != published[wnid] else set()
+        root, stem = root if split else parent, (wnid, Path(name).stem)
+        if roots.setdefault(wnid, root) != root or stem in stems:
+            raise archive.InputError(f"{file}: is a second folder or photograph of that name; keep only one of them")
+        stems.add(stem)
+        if re.match(r"n\d{8}", name) and not name.startswith(wnid):
+            raise archive.InputError(f"{file}: is named after another class than its folder; move it there")
+        images[wnid][name] = file
+    say_moved(others)
+    return classes_of_lists(images)
+
+
+def classes_by_name(photographs: Photographs) -> list[archive.Class]:
+    """Return the published classes. The first nine characters of an image's name are its class."""
     images: dict[str, archive.Images] = defaultdict(dict)
-    left_out = 0
-    for name, file in sorted(photographs.items()):
-        if len(images[name[:9]]) < CLASS_SIZE:
-            images[name[:9]][name] = file
-        else:
-            left_out += 1
+    for name, file in photographs.items():
+        images[name[:9]][name] = file
+    return classes_of_lists(images)
+
+
+def classes_of_lists(images: dict[str, archive.Images]) -> list[archive.Class]:
+    """Return the classes of data/splits/miniimagenet.json, given {wnid: images}.
+
+    If a class has more than 600 images, use the first 600 by name. Print how many images and classes are left out.
+    """
+    known = published_splits().keys() & images.keys()
+    left_out = sum(max(0, len(images[wnid]) - CLASS_SIZE) for wnid in known)
     if left_out:
         archive.say(
             f"left out {left_out:,} images after the first {CLASS_SIZE} of their class; the csv files choose others"
         )
-    return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
+    others = len(images.keys() - known)
+    if known and others:
+        archive.say(f"left out {others:,} classes that are not in {CLASS_LISTS.name}")
+    # Keep the archive's order, because a compressed tar is read sequentially.
+    chosen = {wnid: set(sorted(images[wnid])[:CLASS_SIZE]) for wnid in known}
+    kept = {wnid: {name: file for name, file in images[wnid].items() if name in chosen[wnid]} for wnid in known}
+    return archive.by_lists(kept, CLASS_LISTS, CLASS_SIZE)
 
 
-def find_classes(photographs: Photographs, csv_folder: Path | None) -> list[archive.Class]:
-    """Return the classes in the csv files, or by image names if HERE, the default folder, lacks csv files."""
-    csv_files = [(csv_folder or HERE) / f"{split}.csv" for split in archive.SPLITS]
-    missing = [path for path in csv_files if not path.is_file()]
-    if csv_folder is None and missing == csv_files:
-        archive.say(f"no csv files in {HERE}; using the images' names and {CLASS_LISTS}")
-        return classes_by_name(photographs)
-    if missing:
-        raise archive.InputError(f"{missing[0]}: no such file; provide train.csv, val.csv and test.csv")
-    return [entry for path in csv_files for entry in classes_of_csv(path, photographs)]
+def find_classes(
+    files: Photographs, csv_folder: Path | None, csv_in_source: dict[str, archive.File] | None = None
+) -> list[archive.Class]:
+    """Return the classes of photographs, and print the layout.
+
+    Args:
+        files: the photographs by their paths in the source.
+        csv_folder: of --csv; None: HERE, which may lack csv files.
+        csv_in_source: the csv files in the source, by split.
+    """
+    csv_files = find_csv({path.name: path for path in (csv_folder or HERE).glob("*.csv")})
+    if missing := [split for split in archive.SPLITS if split not in csv_files and (csv_folder or csv_files)]:
+        path = (csv_folder or HERE) / f"{missing[0]}.csv"
+        raise archive.InputError(f"{path}: no such file; provide train.csv, val.csv and test.csv")
+    rows = in_class_folders(files)
+    if rows and not csv_folder and not named_in(csv_files, files):
+        parents = sorted({f"{parent}/<wnid>/".lstrip("/") for parent, *_ in rows})
+        archive.say(f"Layout: class folders {', '.join(parents)}")
+        return classes_of_folders(rows)
+    if not csv_folder and len(csv_in_source or {}) == len(archive.SPLITS):
+        csv_files = csv_in_source
+    if csv_files:
+        archive.say(f"Layout: photographs named in {', '.join(str(csv_files[split]) for split in archive.SPLITS)}")
+        return classes_of_csv(csv_files, archive.by_name(files))
+    classes = classes_by_name(archive.by_name(files))
+    if any(entry.images for entry in classes):
+        archive.say("Layout: photographs <wnid>*.jpg, without csv files")
+    return classes
+
+
+def named_in(csv_files: dict[str, archive.File], files: Photographs) -> bool:
+    """Return whether the csv files name any of the photographs."""
+    names = {path.rpartition("/")[2] for path in files}
+    return any(not names.isdisjoint(listed) for file in csv_files.values() for listed in read_csv(file).values())
 
 
 def classes_of_pickles(folder: Path) -> list[archive.Class]:
-    """Return the classes of mini-imagenet-cache-{train,val,test}.pkl.
+    """Return the classes of mini-imagenet-cache-{train,val,test}.pkl, and print the names of the files.
 
     Each is a dict with image_data, uint8 [n, 84, 84, 3], and class_dict, WordNet ID -> list of indices. Images are
     named by their index.
     """
     images: dict[str, archive.Images] = {}
+    paths = []
     for split in archive.SPLITS:
-        path = folder / f"mini-imagenet-cache-{split}.pkl"
+        candidates = [folder / f"mini-imagenet-cache-{name}.pkl" for name in SPELLINGS[split]]
+        paths.append(next((path for path in candidates if path.is_file()), candidates[0]))
+    archive.say(f"Layout: pickles {', '.join(map(str, paths))}")
+    for path in paths:
         cache = archive.unpickle(path)
         try:
             pixels = cache["image_data"]
@@ -134,16 +244,16 @@ def classes_of_pickles(folder: Path) -> list[archive.Class]:
                 images[wnid] = {f"{int(index):05}": pixels[int(index)] for index in indices}
         except Exception as error:  # the pickle may have any structure
             raise archive.InputError(f"{path}: is not a MiniImagenet cache ({error}); fetch it again") from error
-    return archive.by_lists(images, CLASS_LISTS, CLASS_SIZE)
+    return classes_of_lists(images)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group()
+    sources = parser.add_mutually_exclusive_group()
     images_help = "folder or archive of the photographs (default: images/ in the script's folder)"
-    source.add_argument("--images", type=Path, default=HERE / "images", help=images_help)
-    source.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's training set")
-    source.add_argument("--pickles", type=Path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
+    sources.add_argument("--images", type=Path, default=HERE / "images", help=images_help)
+    sources.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's training set")
+    sources.add_argument("--pickles", type=Path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
     parser.add_argument("--csv", type=Path, help="folder of the csv files (default: the script's folder)")
     parser.add_argument("--out", type=Path, default=HERE, help=archive.OUT_HELP)
     parser.add_argument("--lossless", action="store_true", help="save as PNG; published results use JPEG")
@@ -155,11 +265,18 @@ def main() -> None:
     if args.pickles and args.csv:
         parser.error("--csv: the pickles already define the classes; remove the flag")
     archive.claim(args.out, HERE)
+    source = args.pickles or args.imagenet or args.images
     if args.pickles:
         classes = classes_of_pickles(args.pickles)
     else:
-        photographs = find_imagenet(args.imagenet) if args.imagenet else archive.photographs(args.images)
-        classes = find_classes(photographs, args.csv)
+        files = find_imagenet(source) if args.imagenet else archive.list_files(source)
+        photographs = archive.jpegs(files, source)
+        classes = find_classes(photographs, args.csv, find_csv(files))
+        if not any(entry.images for entry in classes):
+            raise archive.InputError(
+                f"{source}: has {len(photographs):,} photographs, such as {next(iter(photographs))}, but none is of "
+                f"a published class or named in the csv files; use {LAYOUTS}"
+            )
     # Differs: the original resizes and moves the photographs in images/; we leave them unchanged.
     suffix = ".png" if args.lossless or args.pickles else ".jpg"  # JPEG at Pillow's default quality, as in the original
     classes = archive.refuse_missing(classes, args.allow_missing)
