@@ -210,6 +210,7 @@ OTHER_FLAGS = (
     Flag("results_dir", None, "Folder for a test's files, if not the run folder.", "test"),
 )
 ALL_FLAGS = {flag.name: flag for flag in (*recipes.DEFINITIONS.values(), *OTHER_FLAGS)}
+PATHS = {"run", "logdir", "data_path", "test_data_path", "results_dir"}
 UNEVEN_QUERY = (
     15  # queries per class, on average, under --query_shares: 75 of 5 classes (Veilleux et al., NeurIPS 2021)
 )
@@ -241,11 +242,20 @@ class _Checkpoint(flags.ArgumentParser):
         return int(argument)
 
 
+class _Path(flags.ArgumentParser):
+    """A path. `~` is the home folder."""
+
+    def parse(self, argument):
+        return os.path.expanduser(argument)
+
+
 def define(flag: Flag) -> None:
     """Make absl's flag of a definition."""
     name, default, help, _, kind, accepts = flag
     if name == "test_iter":
         flags.DEFINE(_Checkpoint(), name, default, help)
+    elif name in PATHS:
+        flags.DEFINE(_Path(), name, default, help)
     elif kind is str and accepts is not None:
         flags.DEFINE_enum(name, default, [str(one) for one in accepts if one is not None or default is not None], help)
     else:
@@ -348,7 +358,7 @@ def _value(values, flag):
 
 def recorded(values: flags.FlagValues) -> dict:
     """Return the content of flags.json in the folder of --run; for the authors' released model, what its name says."""
-    folder = Path(values["run"].value).expanduser()
+    folder = Path(values["run"].value)
     try:
         return read_json(folder / "flags.json", dict, "put a copy in its place, or name another run")
     except FileNotFoundError:
@@ -430,7 +440,7 @@ def defaults_taken(values: flags.FlagValues) -> list[str]:
 def run_path(values: flags.FlagValues) -> Path:
     """Return the path of the run folder that flags name, whether it exists or not."""
     if values["run"].value:
-        return Path(values["run"].value).expanduser()
+        return Path(values["run"].value)
     recipe = recipe_of(values)
     trained = recipe if values.train else trained_recipe(recipe, values)
     return Path(values.logdir) / trained.run_name

@@ -33,7 +33,7 @@ import tensorflow as tf
 
 import devices
 import recipe
-from files import InputError, folder_lock, lock, move_in, printable, read_json, say, write_whole, writing
+from files import InputError, folder_lock, lock, move_in, nfc, printable, read_json, say, write_whole, writing
 from maml import MAML
 from parallel import Layout
 from recipe import DATASETS, Recipe
@@ -154,7 +154,7 @@ class Run:
 
     def trained_classes(self) -> list[str]:
         """Return the names of the classes trained on, sorted; an empty list if they were not recorded."""
-        return self._recorded("classes.json", str)
+        return [nfc(name) for name in self._recorded("classes.json", str)]
 
     def _recorded(self, name, items):
         try:

@@ -63,6 +63,7 @@ DOCUMENTED = {
 
 
 @pytest.mark.parametrize("command", DOCUMENTED)
+@pytest.mark.usefixtures("generated_are_published")
 def test_a_documented_command_trains_and_tests(command, few_test_tasks, omniglot, miniimagenet_like, tmp_path):
     name, results, paper = DOCUMENTED[command]
     iterations = 3 if "sinusoid" in command else 1

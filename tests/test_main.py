@@ -294,6 +294,7 @@ def test_the_test_may_use_a_different_shot_and_step_size(omniglot_run, few_test_
     assert entry["inner_step_size_alpha"] == 0.1
 
 
+@pytest.mark.usefixtures("generated_are_published")
 def test_test_updates_sets_the_number_of_updates(omniglot_run, few_test_tasks, tmp_path):
     flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
     for more in (["--test_updates=2"], [], ["--test_updates=12"]):
@@ -382,6 +383,7 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert entry["classes_also_trained_on"] == 2
 
 
+@pytest.mark.usefixtures("generated_are_published")
 def test_a_test_prints_a_table_and_the_papers_column(omniglot_run, photo_run, few_test_tasks, tmp_path):
     """The table has a line per update. The paper's column is printed only for the paper's data sets."""
     flags = "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
@@ -396,6 +398,92 @@ def test_a_test_prints_a_table_and_the_papers_column(omniglot_run, photo_run, fe
     photos = photo_run.flags[2].removeprefix("--data_path=")
     cross = "--test_datasource=miniimagenet", f"--test_data_path={photos}"
     assert "The paper's column" not in run(*omniglot_run.flags, *flags, *cross)
+
+
+def marked(printed: str, results: Path) -> bool:
+    """Return whether a test marks a column as the paper's. It must do so in print and in results.json, or in neither."""
+    *_, entry = json.loads((results / "results.json").read_text())
+    marks = {column["the_papers_number"] for column in entry["results"]}
+    assert marks == ({True, False} if "The paper's column" in printed else {False})
+    return True in marks
+
+
+def test_a_column_is_the_papers_only_with_its_split(omniglot_run, few_test_tasks, request, tmp_path):
+    """Training and test classes must be all of the published ones: here 20 per split, and later 1,100 and 423."""
+    tested = *omniglot_run.flags, "--train=False", f"--results_dir={tmp_path / 'results'}"
+
+    def is_marked(*flags) -> bool:
+        return marked(start_main(*tested, "--test_set=True", *flags).out, tmp_path / "results")
+
+    assert not is_marked()
+    request.getfixturevalue("generated_are_published")
+    assert is_marked()
+    assert not marked(run(*tested), tmp_path / "results")  # the validation classes
+    # Other training classes.
+    copy = shutil.copytree(omniglot_run.folder, tmp_path / "runs" / omniglot_run.folder.name)
+    names = json.loads((copy / "classes.json").read_text())
+    for trained, whether in ((names[1:], False), ([*names, "another"], False), ([f"a/b/{n}" for n in names], True)):
+        (copy / "classes.json").write_text(json.dumps(trained))
+        assert is_marked(f"--logdir={copy.parent}") == whether
+    (copy / "classes.json").unlink()  # as in the published models
+    assert is_marked(f"--logdir={copy.parent}")
+    # One test class less, one that is not published, and one that was trained on.
+    folder = Path(omniglot_run.flags[2].removeprefix("--data_path="))
+    published = json.loads((main.ROOT / "data" / "splits" / "omniglot.json").read_text())
+    for left_out, added in ((1, None), (0, "Klingon/character01"), (1, "Klingon/character01")):
+        data = tmp_path / f"{left_out}{added is not None}"
+        for name in [*published["train"][:20], *published["val"][:20], *published["test"][left_out:20]]:
+            (data / name).parent.mkdir(parents=True, exist_ok=True)
+            (data / name).symlink_to(folder / name)
+        if added:
+            (data / added).parent.mkdir()
+            (data / added).symlink_to(folder / published["test"][0])
+        assert not is_marked(f"--data_path={data}")
+
+
+def test_a_run_without_a_record_warns_of_published_training_classes(omniglot_run, few_test_tasks, tmp_path):
+    """Also if they are in other folders, of a data set without a published split."""
+    copy = shutil.copytree(omniglot_run.folder, tmp_path / "runs" / omniglot_run.folder.name)
+    (copy / "classes.json").unlink()
+    published = json.loads((main.ROOT / "data" / "splits" / "omniglot.json").read_text())
+    folder = Path(omniglot_run.flags[2].removeprefix("--data_path="))
+    for name in [*published["train"][:3], *published["test"][:4]]:
+        place = tmp_path / "data" / "images_background" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(folder / name)
+    flags = f"--run={copy}", "--train=False", "--test_set=True", "--test_datasource=folder", "--split=0,0,7"
+    ended = start_main(*flags, f"--test_data_path={tmp_path / 'data'}")
+    assert ended.code == 0
+    assert "WARNING: 3 of the 7 test classes" in ended.err
+    (entry,) = json.loads((copy / "results.json").read_text())
+    assert entry["classes_also_trained_on"] == 3
+
+
+def test_the_warning_of_trained_classes_compares_unicode_forms(photo_run, photos, few_test_tasks, tmp_path):
+    copy = shutil.copytree(photo_run.folder, tmp_path / "run")
+    (copy / "classes.json").write_text(json.dumps(["cafe\u0301"]))
+    (photos / "test" / "n00000012").rename(photos / "test" / "caf\u00e9")
+    ended = start_main(f"--run={copy}", "--train=False", "--test_set=True", f"--data_path={photos}")
+    assert "WARNING: 1 of the 6 test classes" in ended.err
+
+
+@pytest.mark.parametrize("flag", ["run", "logdir", "data_path", "test_data_path", "results_dir"])
+def test_the_home_folder_is_expanded_in_every_path(flag, monkeypatch, tmp_path):
+    """Shells leave ~ in --flag=~/folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for text, path in (("~/a", str(tmp_path / "a")), ("~", str(tmp_path)), ("a~", "a~"), ("a/~/b", "a/~/b")):
+        assert main.parsed([f"--{flag}={text}"])[flag].value == path
+        assert main.parsed([f"--{flag}", text])[flag].value == path
+
+
+def test_a_run_at_home_is_trained_and_tested(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    run("--logdir=~/logs", "--metatrain_iterations=1", "--meta_batch_size=1")
+    (folder,) = (tmp_path / "logs").iterdir()
+    run(f"--run=~/logs/{folder.name}", "--train=False", "--test_tasks=2", "--results_dir=~/results")
+    assert (tmp_path / "results" / "results.json").is_file()
 
 
 def test_an_omniglot_model_is_tested_on_photographs(omniglot_run, miniimagenet_like, tmp_path):
