@@ -401,7 +401,7 @@ def test_a_test_prints_a_table_and_the_papers_column(omniglot_run, photo_run, fe
 
 
 def marked(printed: str, results: Path) -> bool:
-    """Return whether a test marks a column as the paper's. It must do so in print and in results.json, or in neither."""
+    """Return whether a test marks a column as the paper's: in print and in results.json, or in neither."""
     *_, entry = json.loads((results / "results.json").read_text())
     marks = {column["the_papers_number"] for column in entry["results"]}
     assert marks == ({True, False} if "The paper's column" in printed else {False})
