@@ -15,6 +15,7 @@ import devices
 from cluster import Cluster
 from data_generator import ImageTasks, SinusoidTasks
 from files import say
+from images import own_name, published_classes
 from maml import MAML
 from recipe import Recipe
 from report import test_scalar
@@ -135,7 +136,7 @@ def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterabl
     if not isinstance(data, ImageTasks) or split not in data.classes:
         return 0
     trained, names = set(trained), data.classes[split].names
-    known = [name for name in names if name in trained]
+    known = [name for name in names if own_name(name, trained) in trained]
     if known:
         say(
             f"WARNING: {len(known):,} of the {len(names):,} {split} classes have the same names as training classes, "
@@ -143,6 +144,22 @@ def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterabl
             sys.stderr,
         )
     return len(known)
+
+
+def trained_classes(recipe: Recipe, run: Run) -> set[str]:
+    """Return the names of the classes that a run was trained on; the published ones if it did not record them."""
+    published = published_classes(recipe.dataset.images).get("train", []) if recipe.dataset.images else []
+    if recorded := run.trained_classes():
+        return {own_name(name, published) for name in recorded}
+    return set() if recipe.split else set(published)  # with --split, they are others
+
+
+def has_published_split(data: SinusoidTasks | ImageTasks, split: str, recipe: Recipe, trained: Iterable[str]) -> bool:
+    """Return whether a split is the published test split, and the classes trained on are the published ones."""
+    if not isinstance(data, ImageTasks):
+        return True  # the sinusoid has no classes
+    published = published_classes(recipe.dataset.images).get("train", [])
+    return split == "test" and data.classes[split].published and set(trained) == set(published)
 
 
 def test(
@@ -168,7 +185,8 @@ def test(
         workers: the processes that share the tasks. Only the chief prints and writes.
     Raise InputError if a file cannot be written.
     """
-    also_trained = known_classes(data, protocol.split, run.trained_classes()) if workers.chief else 0
+    trained = trained_classes(recipe, run)
+    also_trained = known_classes(data, protocol.split, trained) if workers.chief else 0
     updates = max(recipe.inner_steps, TEST_UPDATES) if protocol.updates == -1 else protocol.updates
     curve = evaluate(
         maml,
@@ -191,8 +209,9 @@ def test(
 
     best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
     is_best = iteration == best.best
-    paper = () if protocol.other_data_set not in (None, recipe.data_set) else recipe.paper_updates
-    paper = tuple(update for update in paper if update <= updates)
+    reported = () if protocol.other_data_set not in (None, recipe.data_set) else recipe.paper_updates
+    reported = tuple(update for update in reported if update <= updates)
+    paper = reported if has_published_split(data, protocol.split, recipe, trained) else ()
     entry = {
         "run": run.folder.name,
         "data_set": protocol.other_data_set or recipe.data_set,
@@ -251,9 +270,11 @@ def test(
         if dataset.images:
             result = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
         print(f"The paper's column, update{update}: {metric} {result} over {protocol.tasks} {protocol.split} tasks.")
+    if reported and not paper:
+        print("No column is the paper's: that takes exactly the published training and test classes.")
     say(f"Written: {results / name}.csv, .pkl and results.json.")
     if results == run.folder and logged and standard and not protocol.other_data_set:
-        column = paper[-1] if paper else recipe.inner_steps
+        column = reported[-1] if reported else recipe.inner_steps
         test_scalar(run.folder, iteration, "accuracy" if dataset.images else "loss", means[column])
 
 

@@ -35,6 +35,19 @@ def printable(value: object) -> str:
     return "".join(map(escaped, str(value)))
 
 
+def nfc(name: str) -> str:
+    """Return a name in Unicode's composed form, so that spellings of one name sort and compare alike.
+
+    macOS and archives made there write "é" as two characters, most other systems as one.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def user_path(text: str) -> Path:
+    """Return the path of a flag. `~` is the home folder; shells leave it in --flag=~/folder."""
+    return Path(os.path.expanduser(text))
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise InputError unless the value of `name` is one of the choices."""
     if value not in choices:
@@ -91,7 +104,7 @@ def read_json(path: Path, kind: type, fix: str, items: type = dict) -> list | di
     """
     try:
         value = json.loads(path.read_bytes())
-        if not (isinstance(value, kind) and all(isinstance(item, items) for item in value if kind is list)):
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, items) for item in value)):
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
         raise

@@ -9,14 +9,14 @@ Source: open-mmlab/mmfewshot, configs/classification/maml, and the mmcls pipelin
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -25,11 +25,18 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from files import InputError, folder_lock, say, write_whole
+from files import InputError, folder_lock, nfc, say, write_whole
 from recipe import Images
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # the index of a split is part of the key of its random stream
+LAYOUT = "train/<class>/, val/<class>/, test/<class>/"
+SPELLINGS = {split: split for split in SPLITS} | {  # of a split's folder, in lower case
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "testing": "test",
+}
 CACHE_FORMAT = 4
 DECODED_AHEAD = 256  # images to decode before writing them
 
@@ -38,7 +45,7 @@ CROP_RATIO = 3 / 4, 4 / 3  # width / height
 ATTEMPTS = 10  # random boxes to try before taking the largest centered box
 JITTER = 0.6, 1.4  # factors of brightness, contrast and saturation
 ENHANCERS = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
-ORDERS = list(permutations(range(3)))
+ORDERS = list(itertools.permutations(range(3)))
 SHORT_SIDE = 1.15  # of a photograph at test, relative to the crop; rounded down to pixels: 96 for a crop of 84
 CROP_WORDS = 2 * ATTEMPTS + 2 + 1 + 3 + 1  # random words per crop: boxes, position, flip, colors and their order
 # ImageNet's, for red, green and blue from 0 to 1
@@ -54,26 +61,17 @@ class Classes(NamedTuple):
     counts: np.ndarray  # [classes]
     pixels: np.ndarray  # uint8 [images, height, width, channels], shared by the splits of one folder
     aspects: np.ndarray | None = None  # [images], width / height before resizing; None: not augmented
+    published: bool = False  # whether these are exactly the published classes of the split
 
-    def check(self, split: str, folder: Path, way: int, examples: int) -> None:
-        """Raise InputError if there are fewer than `way` classes, or fewer than K + Q = `examples` images per class."""
-        if len(self.names) < way:
-            raise InputError(
-                f"--num_classes={way}: the {split} split of {folder} has {len(self.names)} classes; "
-                "lower it, or add classes"
-            )
-        smallest = int(np.argmin(self.counts))
-        if self.counts[smallest] < examples:
-            raise InputError(
-                f"{folder}: class {self.names[smallest]} ({split}) has {self.counts[smallest]} images, but a task "
-                f"needs {examples} per class (support and query); add images, or lower --update_batch_size or "
-                "--num_query"
-            )
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of images of each class."""
+        return dict(zip(self.names, self.counts.tolist(), strict=True))
 
     def named(self, names: list[str]) -> "Classes":
         """Return the classes with these names, sorted by name. They share the pixels."""
         chosen = set(names)
-        index = [i for i, name in enumerate(self.names) if name in chosen]
+        index = sorted((i for i, name in enumerate(self.names) if name in chosen), key=self.names.__getitem__)
         names = [self.names[i] for i in index]
         return self._replace(names=names, starts=self.starts[index], counts=self.counts[index])
 
@@ -81,10 +79,25 @@ class Classes(NamedTuple):
 # -- folders and splits -----------------------------------------------------------------------------------------------
 
 
-def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[str, Classes]:
+def count_splits(
+    images: Images, folder: Path, splits: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, dict[str, int]]:
+    """Return the number of image files of each class, {split: {class: images}}. Decode none, and print nothing.
+
+    optional: further splits, which are empty if they are missing.
+    Raise InputError if the folder, a split or a class folder does not match `images`.
+    """
+    found = load_splits(images, folder, splits, optional, decode=False)
+    return {split: found[split].sizes if split in found else {} for split in (*splits, *optional)}
+
+
+def load_splits(
+    images: Images, folder: Path, splits: tuple[str, ...], optional: tuple[str, ...] = (), decode: bool = True
+) -> dict[str, Classes]:
     """Return the classes of each given split, with decoded images.
 
-    Splits in one folder share its pixels.
+    Splits in one folder share its pixels. Classes of a published data set have their published names, whatever folders
+    they are in. Print a line if they are not the published ones. optional, decode: see count_splits.
     Raise InputError if the folder, a split, a class folder or an image does not match `images`.
     """
     if not os.path.isdir(folder):
@@ -92,23 +105,130 @@ def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[s
             f"{folder}: no such data folder; prepare it as described in {images.prepare}, or set --data_path "
             "(--test_data_path for --test_datasource)"
         )
-    if images.split_sizes is None and images.split_list is None:
-        return {split: _load_classes(images, folder, split) for split in splits}
-    sizes = ",".join(map(str, images.split_sizes or ()))
-    if sizes and (images.split_list or any(os.path.isdir(folder / split) for split in SPLITS)):
-        has = "a published split" if images.split_list else "folders named train, val or test"
-        raise InputError(f"--split={sizes}: {folder} already has {has}; remove the flag")
-    classes = _load_classes(images, folder, ".")
-    if sizes:
-        if sum(images.split_sizes) != len(classes.names):
+    published, here = published_classes(images), _split_folders(folder)
+    if images.split_sizes:
+        sizes = ",".join(map(str, images.split_sizes))
+        if here:
+            raise InputError(f"--split={sizes}: {folder} already has folders {_listed(here.values())}; remove the flag")
+        if published and not images.split_folders:
+            raise InputError(f"--split={sizes}: {folder} already has a published split; remove the flag")
+    if not here:
+        loaded = _split_classes(images, folder, published, (*splits, *optional), decode)
+        return _report_unpublished(published, folder, loaded) if decode else loaded
+    for split in splits:
+        if split not in here:
             raise InputError(
-                f"--split={sizes}: must add up to the {len(classes.names)} classes of {folder}; change the numbers"
+                f"{folder / split}: no such folder, but {folder} has {_listed(_subfolders(folder))}; add it, with "
+                f"classes of its own: the layout is {LAYOUT}"
             )
+    wanted = [*splits, *(split for split in optional if split in here)]
+    files = {split: _class_files(images, folder / here[split], may_be_empty=split in optional) for split in wanted}
+    loaded = {
+        split: _load_classes(images, folder, folder / here[split], files[split], split, published, decode)
+        for split in wanted
+    }
+    return _report_unpublished(published, folder, loaded) if decode else loaded
+
+
+def published_classes(images: Images) -> dict[str, list[str]]:
+    """Return the published classes of each split; an empty dict if the data set has no published split."""
+    if images.split_list is None:
+        return {}
+    published = json.loads((ROOT / "data" / "splits" / images.split_list).read_bytes())
+    return {split: published[split] for split in SPLITS}
+
+
+def own_name(path: str, known: Container[str]) -> str:
+    """Return the part of a class folder's path that is one of the `known` names; the whole path if there is none.
+
+    Example: Greek/character01 of images_background/Greek/character01.
+    """
+    parts = path.split("/")
+    for last in range(len(parts), 0, -1):
+        for first in range(last):
+            if (name := "/".join(parts[first:last])) in known:
+                return name
+    return path
+
+
+def _split_folders(folder: Path) -> dict[str, str]:
+    """Return split -> name of its folder in `folder`. Raise InputError if a split has two folders."""
+    names = [name for name in _subfolders(folder) if name.lower() in SPELLINGS]
+    found = _splits_among({name: bool(_subfolders(folder / name)) for name in names})
+    for two in found.values():
+        if len(two) > 1:
+            raise InputError(f"{folder}: has both {_listed(two, ' and ')}; keep only one of them")
+    return {split: name for split, (name,) in found.items()}
+
+
+def _splits_among(folders: Mapping[str, bool]) -> dict[str, list[str]]:
+    """Return split -> names, for folders of one parent that are named after splits: name -> whether it has subfolders.
+
+    One without subfolders, and alone, is a class, such as CIFAR-100's train.
+    """
+    found = defaultdict(list)
+    for name in folders:
+        if name.lower() in SPELLINGS:
+            found[SPELLINGS[name.lower()]].append(name)
+    lone_class = len(found) < 2 and not any(folders[name] for names in found.values() for name in names)
+    return {} if lone_class else found
+
+
+def _class_files(images: Images, root: Path, may_be_empty: bool = False) -> dict[str, list[str]]:
+    """Return class_folders of `root`. Raise InputError if there are no images, or if there are splits below."""
+    files = class_folders(os.path.normpath(root))
+    if not (any(files.values()) or may_be_empty):
+        raise InputError(f"{root}: has no class folders with images; fill it as {images.prepare} says")
+    inside = defaultdict(dict)  # parent -> its subfolders -> whether they have subfolders
+    for path in sorted(files):
+        parts = path.split("/")
+        for i, name in enumerate(parts):
+            parent = inside["/".join(parts[:i])]
+            parent[name] = parent.get(name, False) or i + 1 < len(parts)
+    parents = {parent: names for parent, folders in inside.items() if (names := _splits_among(folders))}
+    if parents:
+        parent, names = next(iter(parents.items()))
+        where = f"its folder {parent} has" if parent else "has"
+        fix = f"give {root / parent} as the data folder" if parent and len(parents) == 1 else f"use the layout {LAYOUT}"
+        raise InputError(f"{root}: {where} folders {_listed(itertools.chain(*names.values()))}; {fix}")
+    return files
+
+
+def _split_classes(
+    images: Images, folder: Path, published: Mapping, splits: tuple[str, ...], decode: bool
+) -> dict[str, Classes]:
+    """Return the classes of each given split of a folder that has class folders, but no folders of splits."""
+    files = _class_files(images, folder)
+    known = set().union(*published.values())
+    if published:  # Skip folders without images, such as __pycache__: an unknown name would change the whole split.
+        files = {name: names for name, names in files.items() if names or images.split_sizes}
+    unknown = sorted(name for name in files if own_name(nfc(name), known) not in known)
+    if images.split_sizes and sum(images.split_sizes) != len(files):
+        raise InputError(
+            f"--split={','.join(map(str, images.split_sizes))}: must add up to the {len(files)} classes of {folder}; "
+            "change the numbers"
+        )
+    if unknown and images.split_folders and not images.split_sizes:
+        if published:
+            found = f"{len(unknown):,} of its {len(files):,} classes are not published ones ({_listed(unknown)})"
+            fix = f"prepare it as {images.prepare} says, or use the layout {LAYOUT}, or <class>/ with published names"
+        else:
+            found = f"has {len(files):,} class folders ({_listed(sorted(files))}), but no train, val and test"
+            fix = f"use the layout {LAYOUT}, or <class>/ with --split"
+        raise InputError(f"{folder}: {found}; {fix}")
+    classes = _load_classes(images, folder, folder, files, "all", published, decode)
+    if images.split_sizes:
         names = _shuffled_split(classes.names, images.split_sizes)
     else:
-        # Skip folders without images, such as __pycache__: an unknown name would change the whole split.
-        filled = [name for name, count in zip(classes.names, classes.counts, strict=True) if count]
-        names = _published_split(filled, ROOT / "data" / "splits" / images.split_list, folder)
+        readable = [name for name, count in zip(classes.names, classes.counts, strict=True) if count]
+        classes, names = classes.named(readable), published
+    if unknown and not images.split_sizes:  # the published split was made by the same shuffle
+        total = len(classes.names)
+        train, val = (round(total * len(published[split]) / len(known)) for split in ("train", "val"))
+        sizes = (train, val, total - train - val)
+        if decode:
+            say(f"{folder}: its {total:,} classes are split {'/'.join(map(str, sizes))} by a seed-1 shuffle.")
+        names = _shuffled_split(classes.names, sizes)
     return {split: classes.named(names[split]) for split in splits}
 
 
@@ -124,53 +244,75 @@ def _shuffled_split(names: list[str], sizes: tuple[int, int, int]) -> dict[str, 
     return {"train": shuffled[:train], "val": shuffled[train : train + val], "test": shuffled[train + val :]}
 
 
-def _published_split(names: list[str], split_list: Path, folder: Path) -> dict[str, list[str]]:
-    """Return the class names of each split as published. Print a line if `names` are not the published classes."""
-    published = json.loads(split_list.read_bytes())
-    published = {split: published[split] for split in SPLITS}
+def _report_unpublished(published: Mapping, folder: Path, loaded: dict[str, Classes]) -> dict[str, Classes]:
+    """Return the splits with `published` set. Print a line if their classes are not those of the published ones."""
+    if not published:
+        return loaded
+    split_of = {name: split for split, names in published.items() for name in names}
+    here = [(name, split) for split, classes in loaded.items() for name in classes.names]
+    unknown = [name for name, _ in here if name not in split_of]
+    moved = [f"{name} ({split_of[name]})" for name, split in here if split_of.get(name, split) != split]
+    expected = sum(len(published[split]) for split in loaded)
+    if unknown:
+        say(f"{folder}: {len(unknown):,} of {len(here):,} classes are not published ones: {_listed(unknown)}.")
+    if moved:
+        say(f"{folder}: {len(moved):,} of {len(here):,} classes are not in their published split: {_listed(moved)}.")
+    if not (unknown or moved) and len(here) < expected:
+        say(f"{folder} has {len(here):,} of the {expected:,} published classes, each in its published split.")
+    return {
+        split: classes._replace(published=classes.names == sorted(published[split]))
+        for split, classes in loaded.items()
+    }
+
+
+def _listed(names: Iterable[str], separator: str = ", ") -> str:
+    """Return the first ten names, and the number of the others."""
+    names = list(names)
+    return separator.join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
+def _load_classes(
+    images: Images,
+    folder: Path,
+    root: Path,
+    files: dict[str, list[str]],
+    name: str,
+    published: Mapping,
+    decode: bool,
+) -> Classes:
+    """Return the classes in `files` of `root`, decoded once and cached in folder/.cache under `name`."""
+    root = os.path.normpath(root)
+    # Differs: the original's split and tasks depend on the order of files on the disk.
+    folders = sorted(files, key=nfc)
     known = set().union(*published.values())
-    if set(names) == known:
-        return published
-    if set(names) <= known:
-        say(f"{folder} has {len(names):,} of the {len(known):,} published classes, each in its published split.")
-        return published
-    # The published split was made by the same shuffle.
-    train, val = (round(len(names) * len(published[split]) / len(known)) for split in ("train", "val"))
-    sizes = (train, val, len(names) - train - val)
-    listed = "/".join(map(str, sizes))
-    say(
-        f"{folder} has {len(names):,} classes, not the {len(known):,} published; they are split {listed} by a seed-1 "
-        "shuffle."
-    )
-    return _shuffled_split(names, sizes)
-
-
-def _load_classes(images: Images, folder: Path, split: str) -> Classes:
-    """Return the classes of folder/split ('.' for the folder itself), decoded once and cached in folder/.cache."""
-    root = os.path.normpath(folder / split)
-    files = class_folders(root) if os.path.isdir(root) else {}
-    if not any(files.values()):
-        raise InputError(
-            f"{root}: contains no images; fill it with class folders as described in {images.prepare}"
-            + ("" if images.split_list or split == "." else f", or set --split if {folder} itself has class folders")
-        )
-    names = sorted(files)  # Differs: the original's split and tasks depend on the order of files on the disk
-    paths = [f"{name}/{file}" for name in names for file in files[name]]
-    pixels, broken, aspects = _cached(images, folder, root, paths, "all" if split == "." else split)
+    names = [own_name(nfc(path), known) for path in folders]
+    first = {}
+    for path, own in zip(folders, names, strict=True):
+        if first.setdefault(own, path) != path:
+            raise InputError(f"{root}: {first[own]} and {path} are both class {own}; remove one of them")
+    paths = [f"{path}/{file}" for path in folders for file in files[path]]
+    pixels, broken, aspects = _cached(images, folder, root, paths, name) if decode else (np.empty(0), [], [])
     if broken:
-        listed = ", ".join(broken[:10]) + (f" and {len(broken) - 10:,} more" if len(broken) > 10 else "")
-        say(f"{root}: left out {len(broken):,} unreadable images of {len(paths):,}: {listed}")
+        say(f"{root}: left out {len(broken):,} unreadable images of {len(paths):,}: {_listed(broken)}")
     broken_counts = Counter(path.rpartition("/")[0] for path in broken)
-    counts = np.array([len(files[name]) - broken_counts[name] for name in names])
-    return Classes(names, np.cumsum(counts) - counts, counts, pixels, np.array(aspects) if images.augment else None)
+    counts = np.array([len(files[path]) - broken_counts[path] for path in folders], int)
+    aspects = np.array(aspects) if images.augment else None
+    return Classes(names, np.cumsum(counts) - counts, counts, pixels, aspects).named(names)
 
 
 def class_folders(root: str) -> dict[str, list[str]]:
     """Return the class folders below `root`: path relative to it -> sorted file names of its images.
 
-    Include empty folders, so that errors can name them. Raise InputError if a folder cannot be read.
+    Empty folders count, so that errors can name them. Raise InputError if a folder cannot be read, or if two have the
+    same name in different Unicode forms.
     """
-    return {name: images for name, images, _, leaf in _folders(root) if name and (images or leaf)}
+    found, spelled = {}, {}
+    for name, images, _, leaf in _folders(root):
+        if name and (images or leaf):
+            found[name] = images
+            if spelled.setdefault(nfc(name), name) != name:
+                raise InputError(f"{root}: has two folders {name} that differ only in Unicode form; rename one of them")
+    return found
 
 
 def image_files(root: str) -> list[str]:
@@ -188,19 +330,29 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], bool]]:
 
     Skip hidden files and folders, and the __MACOSX folders that macOS adds to archives.
     """
-
-    def fail(error):
-        raise InputError(f"{error.filename}: cannot read ({error.strerror}); make it readable, or remove it") from error
-
-    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_fail, followlinks=True):
         if os.path.islink(folder) and os.path.realpath(folder) in map(os.path.realpath, Path(folder).parents):
             raise InputError(f"{folder}: is a link to a parent folder; remove it")
-        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        folders[:] = filter(_is_visible, folders)
         images, others = [], []
-        for name in sorted(files):
+        for name in sorted(sorted(files), key=nfc):
             if name[0] != ".":
                 (images if os.path.splitext(name)[1].lower() in _suffixes() else others).append(name)
         yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, not folders
+
+
+def _subfolders(folder: str | Path) -> list[str]:
+    """Return the sorted names of the folders in `folder` that _folders does not skip."""
+    _, folders, _ = next(os.walk(folder, onerror=_fail))
+    return sorted(filter(_is_visible, folders))
+
+
+def _is_visible(name):
+    return name[0] != "." and name != "__MACOSX"
+
+
+def _fail(error):
+    raise InputError(f"{error.filename}: cannot read ({error.strerror}); make it readable, or remove it") from error
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, help="number of processes (default: one per GPU)")
     parser.add_argument("--restarts", type=int, default=0, metavar="K", help="restart up to K times (default: 0)")
-    parser.add_argument("program", help="main.py")
+    parser.add_argument("program", type=os.path.expanduser, help="main.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of main.py, the same for all processes")
     args = parser.parse_args()
     names = gpus()

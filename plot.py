@@ -39,7 +39,7 @@ import recipe
 import report
 import runs
 from data_generator import ImageTasks, SinusoidTasks
-from files import InputError, printable, say, write_whole, writing
+from files import InputError, nfc, printable, say, user_path, write_whole, writing
 from images import ROOT
 from maml import InnerLoop, adapt, inner_step, prepare
 from utils import Tasks, Weights
@@ -373,8 +373,8 @@ def confusions(path: Path) -> tuple[list[str], np.ndarray]:
         raise InputError(f"{path}: is not a predictions table; {fix}")
     counts = np.zeros((len(classes), len(classes)), int)
     for image, guess, *_ in rows:
-        parent = "/" + Path(image).parent.as_posix()
-        true = [name for name in classes if parent.endswith("/" + name)]
+        parent = nfc("/" + Path(image).parent.as_posix())
+        true = [name for name in classes if parent.endswith("/" + nfc(name))]
         if not true:
             raise InputError(
                 f"{path}: {image} is not in a folder named after a class ({', '.join(classes)}); run predict.py on "
@@ -395,7 +395,7 @@ def _labeled(text):
     label, _, path = text.rpartition("=")
     if not label:
         raise argparse.ArgumentTypeError(f"{text}: label is missing; write label={text}")
-    return label, Path(path)
+    return label, user_path(path)
 
 
 def main() -> None:
@@ -422,7 +422,7 @@ def main() -> None:
     ):
         command = figures.add_parser(name, help=help.replace("%", "%%"), description=help)  # argparse expands % in help
         command.add_argument("inputs", nargs="+", type=_labeled, metavar="label=path")
-        command.add_argument("--output", type=Path, required=True, help="path of the figure, without extension")
+        command.add_argument("--output", type=user_path, required=True, help="path of the figure, without extension")
         command.add_argument("--dpi", type=int, default=300, help="pixels per inch of the PNG (300)")
         if name in ("sinusoid", "updates"):
             command.add_argument("--update_lr", type=float, help="alpha of the updates, if there are several")
@@ -431,7 +431,7 @@ def main() -> None:
         if name == "task":
             command.add_argument("--shots", type=int, nargs=1, default=[1], help="K, support images per class (1)")
             command.add_argument(
-                "--data_path", type=Path, help="folder of the data set, if not the one used in training"
+                "--data_path", type=user_path, help="folder of the data set, if not the one used in training"
             )
         if name in ("sinusoid", "task"):
             command.add_argument("--task", type=int, default=0, help="number of the test task (0)")

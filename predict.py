@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import recipe as recipes
 import runs
-from files import InputError, check_choice, printable, say, write_whole, writing
+from files import InputError, check_choice, nfc, printable, say, user_path, write_whole, writing
 from images import (
     ROOT,
     UnreadableError,
@@ -334,10 +334,15 @@ def _other_models(way, folder):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. Errors that the user can fix are printed on one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="folder of a trained model")
-    parser.add_argument("labeled", metavar="LABELED", nargs="?", help="folder with one subfolder of images per class")
-    parser.add_argument("unlabeled", metavar="UNLABELED", nargs="*", help="images, or folders of images")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all probabilities to FILE, one row per image")
+    path = {"type": os.path.expanduser}
+    parser.add_argument("run", **path, metavar="RUN", help="folder of a trained model")
+    parser.add_argument(
+        "labeled", **path, metavar="LABELED", nargs="?", help="folder with one subfolder of images per class"
+    )
+    parser.add_argument("unlabeled", **path, metavar="UNLABELED", nargs="*", help="images, or folders of images")
+    parser.add_argument(
+        "--csv", type=user_path, metavar="FILE", help="write all probabilities to FILE, one row per image"
+    )
     parser.add_argument(
         "--updates", type=int, metavar="J", help="updates on the labeled images (default: as in published tests)"
     )
@@ -355,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         + " (default: support)",
     )
     parser.add_argument(
-        "--export", metavar="DIR", help="write the model to DIR as a SavedModel instead of classifying images"
+        "--export", **path, metavar="DIR", help="write the model to DIR as a SavedModel instead of classifying images"
     )
     args = parser.parse_intermixed_args(arguments)
     if bool(args.export) == bool(args.unlabeled) or (args.export and (args.labeled or args.csv)):
@@ -500,7 +505,7 @@ def labeled_files(model: Model, folder: str) -> dict[str, str]:
     for name, files in classes.items():
         if not files:
             raise InputError(f"{folder}: class folder {name} contains no images; add one, or remove the folder")
-    return {os.path.join(folder, name, file): name for name in sorted(classes) for file in classes[name]}
+    return {os.path.join(folder, name, file): nfc(name) for name in sorted(classes, key=nfc) for file in classes[name]}
 
 
 def unlabeled_files(labeled: str, unlabeled: Sequence[str]) -> list[str]:

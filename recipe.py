@@ -72,7 +72,8 @@ class Images(NamedTuple):
     rotations: bool  # a class in a task is a class on disk rotated by 0, 90, 180 or 270 degrees
     invert: bool  # pixel = 1 - u8 / 255 (ink is 1), else u8 / 255
     train_query: int | None  # query images per class in training and its validation; None: as many as support
-    split_list: str | None  # data/splits/<name>: the classes of each split; None: folders train, val, test
+    split_list: str | None  # data/splits/<name>: the published classes of each split; None: there are none
+    split_folders: bool = True  # prepared as folders train, val and test; else as one folder of classes
     any_size: bool = False  # resize images of a different size, else refuse them
     split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, unless folders set them
     skip_broken: bool = False  # leave out unreadable images, else refuse them
@@ -112,20 +113,26 @@ MINIIMAGENET = Dataset(
         rotations=False,
         invert=False,
         train_query=15,
-        split_list=None,
+        split_list="miniimagenet.json",
     ),
 )
 
 
 def _photographs(
-    folder: str | None, prepare: str, size: int = 84, any_size: bool = False, published: bool = False, kept: int = 128
+    folder: str | None,
+    prepare: str,
+    split_list: str | None,
+    size: int = 84,
+    any_size: bool = False,
+    published: bool = False,
+    kept: int = 128,
 ) -> Dataset:
     """Return a data set of square RGB photographs, with the values of MiniImagenet's commands as defaults.
 
-    published: papers report MAML on this data set by the same protocol. kept: see Images.
+    published: papers report MAML on this data set by the same protocol. split_list, kept: see Images.
     """
     images = MINIIMAGENET.images._replace(
-        folder=folder, prepare=prepare, size=(size, size), any_size=any_size, kept=kept
+        folder=folder, prepare=prepare, size=(size, size), any_size=any_size, kept=kept, split_list=split_list
     )
     defaults = {"meta_batch": 4, "inner_lr": 0.01, "inner_steps": 5, "filters": 32, "max_pool": True}
     paper_updates = MINIIMAGENET.paper_updates if published else {}
@@ -158,14 +165,17 @@ DATASETS = {
             invert=True,
             train_query=None,
             split_list="omniglot.json",
+            split_folders=False,
         ),
     ),
     "miniimagenet": MINIIMAGENET,
-    "cifarfs": _photographs("data/cifar_fs", "data/cifar_fs/prepare.py", size=32, published=True, kept=32),
-    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", size=32, published=True, kept=32),
-    "cub": _photographs("data/cub", "data/cub/prepare.py"),
-    "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py"),
-    "folder": _photographs(None, "docs/data.md (Your own images)", any_size=True),
+    "cifarfs": _photographs(
+        "data/cifar_fs", "data/cifar_fs/prepare.py", "cifar_fs.json", size=32, published=True, kept=32
+    ),
+    "fc100": _photographs("data/fc100", "data/fc100/prepare.py", "fc100.json", size=32, published=True, kept=32),
+    "cub": _photographs("data/cub", "data/cub/prepare.py", "cub.json"),
+    "tieredimagenet": _photographs("data/tiered_imagenet", "data/tiered_imagenet/prepare.py", "tiered_imagenet.json"),
+    "folder": _photographs(None, "docs/data.md (Your own images)", None, any_size=True),
 }
 
 

@@ -30,6 +30,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from forms import BETA1, Problem, check, jax_form, torch_func, torch_loop
 
+from files import user_path
+
 CONFIGS = ("omniglot_5way", "omniglot_20way", "miniimagenet_1shot", "miniimagenet_5shot")
 FORMS = {"sliced": "ours, slices and matrix products", "grouped": "ours, grouped convolutions"}
 PEERS = {
@@ -261,7 +263,7 @@ def matmul_peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["export", "run"])
-    parser.add_argument("folder", type=Path, help="folder of the exported programs")
+    parser.add_argument("folder", type=user_path, help="folder of the exported programs")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=CONFIGS, metavar="NAME", help=str(CONFIGS))
     parser.add_argument("--tasks", type=int, help="tasks per meta-batch (default: the configuration's)")
     parser.add_argument(
@@ -270,7 +272,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of a group's convolution (all)")
     peers = "; ".join(f"{name}: {peer[0]}" for name, peer in PEERS.items())
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="NAME", help=peers)
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--json", type=user_path, help="also write the table to this file")
     args = parser.parse_args()
     if args.what == "export":
         export(args.folder, args.configs, args.tasks, args.platform, args.forms)

@@ -43,6 +43,8 @@ from forms import (
 )
 from step_time import CONFIGS
 
+from files import user_path
+
 COMPARED = tuple(name for name in CONFIGS if name != "omniglot_fc")
 BLOCK = 100  # sinusoid steps per call, as in main.py
 ROUNDS, STEPS = 5, 4  # turns; timed calls in each
@@ -268,7 +270,7 @@ def main() -> None:
     peers = "; ".join(f"{name}: {form[0]}" for name, form in FORMS.items())
     parser.add_argument("--peers", nargs="+", choices=FORMS, default=list(FORMS), metavar="NAME", help=peers)
     parser.add_argument("--limit", type=float, default=60, help="timeout in seconds for a peer's start or step (60)")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--json", type=user_path, help="also write the table to this file")
     args = parser.parse_args()
     packages = ("tensorflow", "torch", "higher", "torchopt", "jax")
     try:

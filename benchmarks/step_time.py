@@ -29,6 +29,8 @@ import devices  # isort: skip  sets TensorFlow's environment before the import
 
 import numpy as np
 
+from files import user_path
+
 try:
     import resource
 except ImportError:  # Windows
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--first_order", action="store_true", help="also time each with --stop_grad")
     parser.add_argument("--steps", type=int, default=30, help="timed steps; for the sinusoid, blocks of 100 (30)")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--json", type=user_path, help="also write the table to this file")
     parser.add_argument("--flags", default="", help="additional flags of main.py for all configurations")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a child's name and flags
     args = parser.parse_args()

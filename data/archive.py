@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import InputError, printable, say
+from files import InputError, printable, say, user_path
 
 SPLITS = ("train", "val", "test")
 MARKER = ".prepared"  # a file in the output folder with the name of its data set
@@ -100,10 +100,10 @@ def arguments(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--archive", nargs="+", type=Path, help="archives, or folders with their contents")
+    source.add_argument("--archive", nargs="+", type=user_path, help="archives, or folders with their contents")
     if published:
         source.add_argument("--download", action="store_true", help=f"download {published.url} into --out")
-    parser.add_argument("--out", type=Path, default=here, help=OUT_HELP)
+    parser.add_argument("--out", type=user_path, default=here, help=OUT_HELP)
     parser.add_argument("--allow_missing", action="store_true", help="continue if classes or images are missing")
     if photographs:
         parser.add_argument("--short_side", type=short_side, help=SHORT_SIDE_HELP)

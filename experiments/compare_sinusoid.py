@@ -19,7 +19,7 @@ BASELINES = {r"oracle": "sinusoid_oracle", r"\.pretrain(?!\d)": "sinusoid_pretra
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="results.json of a run folder")
+    parser.add_argument("results", type=lambda text: Path(text).expanduser(), help="results.json of a run folder")
     path = parser.parse_args().results
     if not path.is_file():
         parser.exit(1, f"{path}: does not exist; test the run with --train=False --test_set=True first\n")

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 import report
 import runs
-from files import InputError, say, writing
+from files import InputError, say, user_path, writing
 
 PUBLISHED = ROOT / "logs" / "published"
 CHECKSUMS = "SHA256SUMS"
@@ -85,9 +85,9 @@ def write_events(folder: Path, copy: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a run folder, trained and tested")
+    parser.add_argument("folder", type=user_path, help="a run folder, trained and tested")
     parser.add_argument("--iteration", type=int, default=-1, help="checkpoint to publish (-1: the latest)")
-    parser.add_argument("--to", type=Path, default=PUBLISHED, help="parent folder of the copy")
+    parser.add_argument("--to", type=user_path, default=PUBLISHED, help="parent folder of the copy")
     args = parser.parse_args()
     try:
         say(f"Published: {publish(args.folder, args.to, args.iteration)}")

@@ -34,7 +34,7 @@ from absl.flags import Error
 import main
 import recipe
 import report
-from files import write_whole
+from files import user_path, write_whole
 
 
 def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
@@ -169,7 +169,7 @@ def parse(arguments: list[str]) -> tuple[Path, list[str], list[list[str]]]:
     Exit with status 2 if it is invalid.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", type=Path, help="script in experiments/ that names the row")
+    parser.add_argument("script", type=user_path, help="script in experiments/ that names the row")
     parser.add_argument("flags", nargs="*", help="flags of main.py, as above")
     script = parser.parse_args(arguments[:1]).script.resolve()  # the rest, even --help, goes to main.py
     scripts = ROOT / "experiments"

@@ -327,6 +327,7 @@ def summary(results: Path) -> str:
 
 def _over_seeds(tests):
     """Write the mean over seeds of the first column that the paper reports."""
+    tests = [(record, test) for record, test in tests or () if _paper_columns(test)]
     if not tests:
         return "not run yet"
     columns = [next(column for column in test["results"] if column["the_papers_number"]) for _, test in tests]

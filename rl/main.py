@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import runs
 from cluster import stopping_on_signals
-from files import InputError, read_json, write_whole, writing
+from files import InputError, read_json, user_path, write_whole, writing
 from maml import InnerLoop
 from recipe import EXAMPLES, ITERATIONS, Range
 from report import Events, tell
@@ -169,7 +169,7 @@ def asked_for(arguments: list[str]) -> dict | None:
 def run_folder(identity: dict) -> runs.Run:
     """Return the run of these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
     if FLAGS.run:
-        return runs.Run(Path(FLAGS.run))
+        return runs.Run(user_path(FLAGS.run))
     name = "{env}.mbs_{meta_batch_size}.rollouts_{num_rollouts}.updatelr{update_lr}.kl{meta_step_size}".format(
         **identity
     )
@@ -177,7 +177,7 @@ def run_folder(identity: dict) -> runs.Run:
         name += f".{identity['baseline']}"
     if identity["seed"]:
         name += f".seed{identity['seed']}"
-    return runs.Run(Path(FLAGS.logdir) / name)
+    return runs.Run(user_path(FLAGS.logdir) / name)
 
 
 def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
@@ -306,7 +306,7 @@ def program(argv: list[str]) -> None:
         if unexpected:
             raise InputError(f"{unexpected[0]}: is not a flag; write --name=value")
         if FLAGS.run:
-            take_run(Path(FLAGS.run))
+            take_run(user_path(FLAGS.run))
         main()
     except flags.Error as error:
         sys.exit(f"rl/main.py: {' '.join(str(error).split())} (python rl/main.py --help lists the flags)")

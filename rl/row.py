@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
 
 import row  # experiments/row.py
-from files import write_whole
+from files import user_path, write_whole
 from rl import main
 
 
@@ -46,7 +46,7 @@ def record(script: Path, arguments: list[str]) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", type=Path, help="the script in experiments/ that calls this program")
+    parser.add_argument("script", type=user_path, help="the script in experiments/ that calls this program")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of rl/main.py")
     args = parser.parse_args()
     script = args.script.resolve()

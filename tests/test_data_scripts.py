@@ -1014,3 +1014,14 @@ def test_published_csv_files_match_the_class_lists(shared):
     assert [one.folder for one in by_csv] == [f"{part}/{label}" for part in PARTS for label in MINIIMAGENET[part]]
     assert {(len(one.images), one.missing) for one in by_csv} == {(600, 0)}
     assert by_csv == proc_images.classes_by_name(photographs)
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path, call, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    draw(tmp_path / "raw", "Greek")
+    call(resize_images, "~/raw", "--out=~/out")
+    assert (tmp_path / "out" / "Greek").is_dir()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--archive", "~/a", "~/b", "--out=~/other"])
+    args = archive.arguments("", tmp_path)
+    assert (args.archive, args.out) == ([tmp_path / "a", tmp_path / "b"], tmp_path / "other")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
@@ -46,3 +47,12 @@ def test_tensorflows_write_errors_name_the_path(tmp_path):
     with pytest.raises(InputError, match=str(tmp_path)) as error, files.writing(tmp_path):
         tf.io.write_file(str(tmp_path / "file" / "below"), "x")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
+    """At the start of a path. An unknown user's is not an error here: the path does not exist."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert files.user_path("~/a") == tmp_path / "a"
+    assert files.user_path("a/~") == Path("a/~")
+    assert files.user_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -26,7 +27,7 @@ import main
 import predict
 from data_generator import ImageTasks
 from files import InputError
-from images import ROOT, SPLITS, Classes, load_splits, read_image
+from images import ROOT, SPLITS, Classes, count_splits, load_splits, read_image
 from recipe import DATASETS, Images
 from tests.helpers import refusal, run
 
@@ -34,7 +35,7 @@ OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].i
 PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
 CHARACTERS = [name for split in SPLITS for name in PUBLISHED[split]]
 # Not square, so that tests fail if height and width are swapped.
-TINY = MINIIMAGENET._replace(size=(3, 2))
+TINY = MINIIMAGENET._replace(size=(3, 2), split_list=None)
 OWN = DATASETS["folder"].images._replace(size=TINY.size)
 
 
@@ -155,10 +156,10 @@ def only_text(folder: Path) -> None:
 WRONG_FOLDERS = {  # name -> (a function that spoils the folder, required parts of the error)
     "missing": (shutil.rmtree, ["{0}:", TINY.prepare, "--data_path"]),
     "a file": (lambda folder: shutil.rmtree(folder) or folder.write_text(""), ["{0}:", "--data_path"]),
-    "empty": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), ["{0}/test:", TINY.prepare]),
+    "empty": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), ["{0}:", TINY.prepare]),
     "only text": (only_text, ["{0}/test:", TINY.prepare]),
-    "not split": (unsplit, ["{0}/test:", "--split"]),
-    "class without images": (lambda folder: (folder / "test" / "d").mkdir(), ["{0}:", "class d (test)", "0 images"]),
+    "not split": (unsplit, ["{0}:", "--split", "train/<class>/"]),
+    "class without images": (lambda folder: (folder / "test" / "d").mkdir(), ["{0}:", "d (test: 0)"]),
     "link to its parent": (lambda folder: (folder / "test" / "a" / "up").symlink_to(".."), ["{0}/test/a/up:"]),
     "dangling link": (lambda folder: (folder / "test" / "a" / "4.png").symlink_to("4.png"), ["{0}/test/a/4.png:"]),
 }
@@ -184,11 +185,36 @@ def test_unreadable_folder_is_named(tiny, monkeypatch):
 def test_missing_classes_and_images_are_named(tiny):
     assert f"{tiny / 'val'}:" in error_of(tiny, splits=("train", "val"))
     assert "--num_classes=4" in error_of(tiny, way=4)
-    for file in ("1.png", "2.png", "3.png"):
+    for file in ("2.png", "3.png"):
         (tiny / "test" / "c" / file).unlink()
     message = error_of(tiny, shot=2, query=2)
-    assert all(part in message for part in (str(tiny), "class c (test)", "--update_batch_size", "--num_query"))
+    assert all(part in message for part in (str(tiny), "c (test: 2)", "--update_batch_size", "--num_query"))
     ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2)  # this split has enough images, and only it is checked
+
+
+def test_all_classes_that_are_too_small_are_listed_before_an_image_is_decoded(tiny, opened):
+    for split, name, kept in (("train", "a", 1), ("train", "c", 3), ("test", "b", 0)):
+        for file in sorted((tiny / split / name).iterdir())[kept:]:
+            file.unlink()
+    message = error_of(tiny, splits=("train", "test"), shot=2, query=2)
+    assert re.findall(r"\w \(\w+: \d\)", message) == ["a (train: 1)", "c (train: 3)", "b (test: 0)"]
+    assert "--num_query" not in message  # a class with one image is too small for any
+    assert error_of(tiny, splits=("train", "val")).startswith(str(tiny / "val"))
+    assert opened == []
+
+
+def test_optional_splits_are_counted_but_not_required(tiny, opened):
+    (tiny / "test" / "b" / "0.png").unlink()
+    optional = ("val", "test")
+    tasks = ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2, optional=optional)
+    assert tasks.counts == {"train": dict.fromkeys("abc", 4), "val": {}, "test": {"a": 4, "b": 3, "c": 4}}
+    assert len(opened) == 12  # of train
+    assert count_splits(TINY, tiny, (), SPLITS) == tasks.counts
+
+
+def test_unreadable_images_do_not_count(tiny):
+    (tiny / "test" / "b" / "2.png").write_bytes(b"not an image")
+    assert "b (test: 3)" in error_of(tiny, TINY._replace(skip_broken=True), shot=2, query=2)
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -265,6 +291,7 @@ def test_complete_omniglot_has_the_published_split(tmp_path, capsys):
         (folder / name).mkdir(parents=True)
     (folder / "__pycache__" / "resize_images.cpython-311.pyc").write_bytes(b"code")
     assert names_of(folder) == {split: sorted(PUBLISHED[split]) for split in SPLITS}
+    assert all(classes.published for classes in load_splits(OMNIGLOT, folder, SPLITS).values())
     assert capsys.readouterr().out == ""
 
 
@@ -275,7 +302,7 @@ def test_part_of_omniglot_keeps_its_splits(tmp_path, capsys):
     assert str(folder) in capsys.readouterr().out
     shutil.rmtree(folder)
     blank_omniglot(folder, PUBLISHED["train"][:10])
-    assert "the test split of" in error_of(folder, OMNIGLOT, ("train", "test"), way=5)
+    assert "test (0)" in error_of(folder, OMNIGLOT, ("train", "test"), way=5)
 
 
 @pytest.mark.parametrize("unknown", ["Klingon/character01", "another"])
@@ -292,6 +319,180 @@ def test_unknown_class_causes_a_new_shuffled_split(tmp_path, capsys, unknown):
         }
     )
     assert str(folder) in capsys.readouterr().out
+
+
+# -- names and layouts ------------------------------------------------------------------------------------------------
+
+WNIDS = {split: images.published_classes(MINIIMAGENET)[split] for split in SPLITS}
+FLAT = [wnid for split in SPLITS for wnid in WNIDS[split]]
+PHOTOS = MINIIMAGENET._replace(size=(3, 2))
+
+
+def fill(folder: Path, names, images=2) -> Path:
+    """Make class folders with hard links to images whose colors differ between, but not within, classes."""
+    for seed, name in enumerate(names):
+        save_image(folder / name / "0.png", seed)
+        for image in range(1, images):
+            os.link(folder / name / "0.png", folder / name / f"{image}.png")
+    return folder
+
+
+def colors(classes: Classes) -> dict[str, bytes]:
+    """Return the first image of each class."""
+    return {name: classes.pixels[start].tobytes() for name, start in zip(classes.names, classes.starts, strict=True)}
+
+
+def splits_of(like: Images, folder: Path) -> dict[str, Classes]:
+    return load_splits(like, folder, SPLITS)
+
+
+@pytest.mark.parametrize("prefix", ["", "images_background/", "a/python/images_evaluation/"])
+def test_omniglot_is_recognized_below_other_folders(tmp_path, capsys, prefix):
+    """By the classes' own names; each keeps its published split and its images."""
+    part = {split: PUBLISHED[split][:3] for split in SPLITS}
+    names = [name for split in SPLITS for name in part[split]]
+    places = {name: f"{prefix if place % 2 else ''}{name}" for place, name in enumerate(names)}
+    folder = fill(tmp_path / "data", places.values())
+    like = OMNIGLOT._replace(size=(3, 2), channels=3)
+    expected = {places[name]: name for name in names}
+    for split, classes in splits_of(like, folder).items():
+        assert classes.names == sorted(part[split])
+        for place, name in expected.items():
+            if name in part[split]:
+                with Image.open(folder / place / "0.png") as image:
+                    assert colors(classes)[name] == np.asarray(image).tobytes()
+    assert "9 of the 1,623" in capsys.readouterr().out  # and not shuffled
+
+
+def test_one_class_in_two_folders_is_refused(tmp_path):
+    folder = fill(
+        tmp_path / "data", ["images_background/Greek/character01", "images_background_small1/Greek/character01"]
+    )
+    assert "Greek/character01" in error_of(folder, OMNIGLOT)
+
+
+@pytest.mark.parametrize("layout", ["{wnid}", "images/{wnid}", "{wnid}/images", "{split}/{wnid}", "{split}/x/{wnid}"])
+def test_miniimagenet_in_any_layout_has_the_published_split(tmp_path, capsys, layout):
+    names = [layout.format(split=split, wnid=wnid) for split in SPLITS for wnid in WNIDS[split]]
+    loaded = splits_of(PHOTOS, fill(tmp_path / "data", names))
+    assert {split: classes.names for split, classes in loaded.items()} == {s: sorted(WNIDS[s]) for s in SPLITS}
+    assert all(classes.published for classes in loaded.values())
+    assert capsys.readouterr().out == ""
+
+
+def test_only_exactly_the_published_classes_are_published(tmp_path, capsys):
+    """The line printed names the others. --split is not advised where there is a published split."""
+    folder = fill(tmp_path / "flat", FLAT)
+    asked = splits_of(PHOTOS._replace(split_sizes=(64, 16, 20)), folder)
+    assert not any(classes.published for classes in asked.values())
+    moved = set(asked["test"].names) - set(WNIDS["test"])
+    assert moved and f"{min(moved)} (" in capsys.readouterr().out
+
+    (folder / FLAT[0]).rename(folder / "n99999999")
+    message = error_of(folder, PHOTOS)
+    assert "n99999999" in message and "--split" not in message and PHOTOS.prepare in message
+    unknown = splits_of(PHOTOS._replace(split_sizes=(64, 16, 20)), folder)
+    assert not any(classes.published for classes in unknown.values())
+    assert "n99999999" in capsys.readouterr().out
+
+    for name, names in {
+        "another": [*WNIDS["test"][1:], "n99999999"],
+        "one less": WNIDS["test"][1:],
+        "one more": [*WNIDS["test"], WNIDS["train"][0]],
+    }.items():
+        folder = fill(tmp_path / name, [f"test/{wnid}" for wnid in names])
+        assert not load_splits(PHOTOS, folder, ("test",))["test"].published
+        assert str(folder) in capsys.readouterr().out
+    folder = fill(tmp_path / "whole", [f"test/{wnid}" for wnid in WNIDS["test"]])
+    assert load_splits(PHOTOS, folder, ("test",))["test"].published
+    assert not load_splits(PHOTOS._replace(split_list=None), folder, ("test",))["test"].published
+    fc100 = DATASETS["fc100"].images._replace(size=(3, 2))
+    cifar = images.published_classes(DATASETS["cifarfs"].images)
+    folder = fill(tmp_path / "cifar", [f"{split}/{name}" for split in SPLITS for name in cifar[split]])
+    assert not any(classes.published for classes in splits_of(fc100, folder).values())
+
+
+SPELLED = [
+    ("Train", "Val", "Test"),
+    ("TRAIN", "VAL", "TEST"),
+    ("train", "validation", "test"),
+    ("training", "valid", "testing"),
+    ("Train", "Validation", "test"),
+]
+
+
+@pytest.mark.parametrize("spelled", SPELLED, ids="-".join)
+def test_every_spelling_of_the_splits_is_accepted(tmp_path, spelled):
+    names = [f"{split}/{split}{label}" for split in spelled for label in "ab"]
+    loaded = splits_of(OWN, fill(tmp_path / "data", names))
+    assert [classes.names for classes in loaded.values()] == [[f"{name}a", f"{name}b"] for name in spelled]
+    assert "--split=2,2,2" in error_of(tmp_path / "data", OWN._replace(split_sizes=(2, 2, 2)))
+
+
+WRONG_LAYOUTS = {  # name -> (class folders, required parts of the error)
+    "one folder too deep": (["my/train/a", "my/val/b", "my/test/c"], ["{0}/my as"]),
+    "one folder too deep, other spelling": (["my/Train/a", "my/valid/b", "my/TEST/c"], ["{0}/my as"]),
+    "without val": (["train/a", "test/b"], ["{0}/val:", "test, train", "train/<class>/"]),
+    "an unknown spelling": (["train/a", "dev/b", "test/c"], ["{0}/val:", "dev"]),
+    "two spellings": (["train/a", "val/b", "validation/c", "test/d"], ["{0}:", "val and validation"]),
+    "splits in classes": (["a/train", "a/test", "b/train", "b/test"], ["{0}:", "train/<class>/"]),
+    "splits in a split": (["train/train/a", "train/test/b", "val/c", "test/d"], ["{0}/train:", "test, train"]),
+    "images without classes": (["train", "val", "test"], ["{0}/train:", OWN.prepare]),
+    "classes alone": (["a", "b", "c"], ["{0}:", "a, b, c", "train/<class>/", "--split"]),
+}
+
+
+@pytest.mark.parametrize(("names", "named"), WRONG_LAYOUTS.values(), ids=WRONG_LAYOUTS.keys())
+def test_wrong_layouts_are_refused(tmp_path, opened, names, named):
+    """In one line that says what was found, before any image is read. --split does not mix the user's own splits."""
+    folder = fill(tmp_path / "data", names)
+    message = error_of(folder, OWN, splits=SPLITS)
+    assert all(part.format(folder) in message for part in named), message
+    if any("/" in name or name in SPLITS for name in names):
+        assert "--split" not in message
+        error_of(folder, OWN._replace(split_sizes=(1, 1, len(names) - 2)), splits=SPLITS)
+    assert not opened
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    """As in CIFAR-100."""
+    names = ["apple", "train", "whale"]
+    folder = fill(tmp_path / "flat", names)
+    assert load_splits(OWN._replace(split_sizes=(0, 0, 3)), folder, ("test",))["test"].names == names
+    cifar = fill(tmp_path / "cifar", [f"test/{name}" for name in names])
+    assert load_splits(OWN, cifar, ("test",))["test"].names == names
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), None], ids=["split", "folders"])
+def test_nfc_and_nfd_names_give_the_same_classes(tmp_path, sizes):
+    """Sorted alike, as are the images of a class: a composed é is after z, a decomposed one between e and f."""
+    loaded, tasks = [], []
+    for form, accented in (("nfc", NFC), ("nfd", NFD)):
+        names = [accented, "cafz", "cafez", "a"]
+        folder = fill(tmp_path / form, names if sizes else [f"{s}/{name}" for s in SPLITS for name in names])
+        parent = folder if sizes else folder / "test"
+        for seed, file in enumerate(("cafz", accented, "cafez")):
+            save_image(parent / "a" / f"{file}.png", 100 + seed)
+        like = OWN._replace(split_sizes=sizes)
+        loaded.append(splits_of(like, folder))
+        way = 1 if sizes else 3
+        tasks.append(ImageTasks(like, loaded[-1], way, 1, 1).draw(0, "test", 0, 50))
+    for split in SPLITS:
+        assert loaded[0][split].names == loaded[1][split].names == sorted(loaded[0][split].names)
+        assert_same(loaded[1][split], loaded[0][split])
+    assert NFC in {name for split in SPLITS for name in loaded[1][split].names}
+    for one, other in zip(*tasks, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_one_name_in_two_unicode_forms_is_refused(tmp_path):
+    names = [f"test/{name}" for name in (NFC, NFD, "b")]
+    folder = fill(tmp_path / "data", names)
+    if len(os.listdir(folder / "test")) == 3:  # a file system may merge them
+        assert f"{folder / 'test'}:" in error_of(folder, OWN)
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

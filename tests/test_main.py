@@ -21,8 +21,14 @@ import pytest
 import tensorflow as tf
 from absl.testing import flagsaver
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.api_pb2 import STATUS_RUNNING, STATUS_UNKNOWN, ListSessionGroupsRequest
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData as PluginData
 
 import devices
@@ -32,9 +38,11 @@ import maml as method
 import networks
 import plot
 import recipe
+import report
 import runs
 import train
 from data_generator import ImageTasks, SinusoidTasks
+from images import SPLITS
 from maml import adapt, support_loss
 from recipe import DATASETS
 from report import Events
@@ -207,7 +215,7 @@ def test_tensorboards_custom_charts_and_hparams_table(omniglot_run, sinusoid_run
         sessions = PluginData.FromString(
             context.SummaryMetadata(copy.name, "_hparams_/session_start_info").plugin_data.content
         )
-        assert sessions.session_start_info.group_name == copy.name
+        assert sessions.session_start_info.group_name == ""  # TensorBoard then uses the run's path
         plugin = context.SummaryMetadata(copy.name, "_hparams_/experiment").plugin_data
         columns = PluginData.FromString(plugin.content).experiment
         run_tags = {tag for tag in tags if tag != "loss"} | {metric}
@@ -217,6 +225,23 @@ def test_tensorboards_custom_charts_and_hparams_table(omniglot_run, sinusoid_run
         assert displayed == (accuracies if curves == 4 else []) + losses
         first = {info.name for info in columns.hparam_infos if info.differs}
         assert first == {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}
+
+
+def test_tensorboards_hparams_table_has_a_row_per_run(tmp_path):
+    """Also for runs of one name in different log directories."""
+    for logdir, value in (("a", 0.661), ("b", 0.995)):
+        with Events(tmp_path / logdir / "cls_5", 0) as events:
+            events.overview(0, recipe.Recipe())
+        report.test_scalar(tmp_path / logdir / "cls_5", 0, "loss", value)
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    table = Context(TBContext(data_provider=provider))
+    request = ListSessionGroupsRequest(allowed_statuses=[STATUS_UNKNOWN, STATUS_RUNNING], slice_size=9)
+    groups = Handler(RequestContext(), table, "", request).run().session_groups
+    assert [group.name for group in groups] == ["a/cls_5", "b/cls_5"]
+    values = [[value.value for value in group.metric_values if value.name.tag == "loss"] for group in groups]
+    assert values == [[pytest.approx(0.661)], [pytest.approx(0.995)]]
 
 
 def test_a_summary_has_the_norm_of_its_iterations_meta_gradient(uninterrupted):
@@ -294,6 +319,7 @@ def test_the_test_may_use_a_different_shot_and_step_size(omniglot_run, few_test_
     assert entry["inner_step_size_alpha"] == 0.1
 
 
+@pytest.mark.usefixtures("generated_are_published")
 def test_test_updates_sets_the_number_of_updates(omniglot_run, few_test_tasks, tmp_path):
     flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
     for more in (["--test_updates=2"], [], ["--test_updates=12"]):
@@ -365,7 +391,13 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert re.search("WARNING: 6 of the 6 val .*n00000000", ended.err)
     assert ended.code == 0
     folder = only_run(tmp_path / "logs")
-    assert json.loads((folder / "classes.json").read_text()) == [f"n{label:08}" for label in range(6)]
+    classes = {f"n{label:08}": 24 for label in range(6)}
+    recorded = json.loads((folder / "classes.json").read_text())
+    assert recorded == {
+        "train": classes,
+        "val": classes,
+        "test": {path.name: 24 for path in (photos / "test").iterdir()},
+    }
 
     (photos / "train" / "n00000000").rename(photos / "train" / "renamed")
     ended = start_main(*flags, "--metatrain_iterations=2")
@@ -374,7 +406,7 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert ended.code == 0
     changed = start_main(*flags, "--metatrain_iterations=3").err
     assert re.search(rf"WARNING: {re.escape(str(folder))}: 1 of its 7 .*\b0 are new", changed)
-    assert json.loads((folder / "classes.json").read_text()) == [*(f"n{label:08}" for label in range(6)), "renamed"]
+    assert json.loads((folder / "classes.json").read_text())["train"] == classes | {"renamed": 24}
 
     ended = start_main(*flags, "--metatrain_iterations=3", "--train=False", "--test_set=True")
     assert re.search("WARNING: 2 of the 6 test .*n00000000", ended.err)
@@ -382,6 +414,7 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert entry["classes_also_trained_on"] == 2
 
 
+@pytest.mark.usefixtures("generated_are_published")
 def test_a_test_prints_a_table_and_the_papers_column(omniglot_run, photo_run, few_test_tasks, tmp_path):
     """The table has a line per update. The paper's column is printed only for the paper's data sets."""
     flags = "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
@@ -396,6 +429,92 @@ def test_a_test_prints_a_table_and_the_papers_column(omniglot_run, photo_run, fe
     photos = photo_run.flags[2].removeprefix("--data_path=")
     cross = "--test_datasource=miniimagenet", f"--test_data_path={photos}"
     assert "The paper's column" not in run(*omniglot_run.flags, *flags, *cross)
+
+
+def marked(printed: str, results: Path) -> bool:
+    """Return whether a test marks a column as the paper's: in print and in results.json, or in neither."""
+    *_, entry = json.loads((results / "results.json").read_text())
+    marks = {column["the_papers_number"] for column in entry["results"]}
+    assert marks == ({True, False} if "The paper's column" in printed else {False})
+    return True in marks
+
+
+def test_a_column_is_the_papers_only_with_its_split(omniglot_run, few_test_tasks, request, tmp_path):
+    """Training and test classes must be all of the published ones: here 20 per split, and later 1,100 and 423."""
+    tested = *omniglot_run.flags, "--train=False", f"--results_dir={tmp_path / 'results'}"
+
+    def is_marked(*flags) -> bool:
+        return marked(start_main(*tested, "--test_set=True", *flags).out, tmp_path / "results")
+
+    assert not is_marked()
+    request.getfixturevalue("generated_are_published")
+    assert is_marked()
+    assert not marked(run(*tested), tmp_path / "results")  # the validation classes
+    # Other training classes.
+    copy = shutil.copytree(omniglot_run.folder, tmp_path / "runs" / omniglot_run.folder.name)
+    names = json.loads((copy / "classes.json").read_text())
+    for trained, whether in ((names[1:], False), ([*names, "another"], False), ([f"a/b/{n}" for n in names], True)):
+        (copy / "classes.json").write_text(json.dumps(trained))
+        assert is_marked(f"--logdir={copy.parent}") == whether
+    (copy / "classes.json").unlink()  # as in the published models
+    assert is_marked(f"--logdir={copy.parent}")
+    # One test class less, one that is not published, and one that was trained on.
+    folder = Path(omniglot_run.flags[2].removeprefix("--data_path="))
+    published = json.loads((main.ROOT / "data" / "splits" / "omniglot.json").read_text())
+    for left_out, added in ((1, None), (0, "Klingon/character01"), (1, "Klingon/character01")):
+        data = tmp_path / f"{left_out}{added is not None}"
+        for name in [*published["train"][:20], *published["val"][:20], *published["test"][left_out:20]]:
+            (data / name).parent.mkdir(parents=True, exist_ok=True)
+            (data / name).symlink_to(folder / name)
+        if added:
+            (data / added).parent.mkdir()
+            (data / added).symlink_to(folder / published["test"][0])
+        assert not is_marked(f"--data_path={data}")
+
+
+def test_a_run_without_a_record_warns_of_published_training_classes(omniglot_run, few_test_tasks, tmp_path):
+    """Also if they are in other folders, of a data set without a published split."""
+    copy = shutil.copytree(omniglot_run.folder, tmp_path / "runs" / omniglot_run.folder.name)
+    (copy / "classes.json").unlink()
+    published = json.loads((main.ROOT / "data" / "splits" / "omniglot.json").read_text())
+    folder = Path(omniglot_run.flags[2].removeprefix("--data_path="))
+    for name in [*published["train"][:3], *published["test"][:4]]:
+        place = tmp_path / "data" / "images_background" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(folder / name)
+    flags = f"--run={copy}", "--train=False", "--test_set=True", "--test_datasource=folder", "--split=0,0,7"
+    ended = start_main(*flags, f"--test_data_path={tmp_path / 'data'}")
+    assert ended.code == 0
+    assert "WARNING: 3 of the 7 test classes" in ended.err
+    (entry,) = json.loads((copy / "results.json").read_text())
+    assert entry["classes_also_trained_on"] == 3
+
+
+def test_the_warning_of_trained_classes_compares_unicode_forms(photo_run, photos, few_test_tasks, tmp_path):
+    copy = shutil.copytree(photo_run.folder, tmp_path / "run")
+    (copy / "classes.json").write_text(json.dumps(["cafe\u0301"]))
+    (photos / "test" / "n00000012").rename(photos / "test" / "caf\u00e9")
+    ended = start_main(f"--run={copy}", "--train=False", "--test_set=True", f"--data_path={photos}")
+    assert "WARNING: 1 of the 6 test classes" in ended.err
+
+
+@pytest.mark.parametrize("flag", ["run", "logdir", "data_path", "test_data_path", "results_dir"])
+def test_the_home_folder_is_expanded_in_every_path(flag, monkeypatch, tmp_path):
+    """Shells leave ~ in --flag=~/folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for text, path in (("~/a", str(tmp_path / "a")), ("~", str(tmp_path)), ("a~", "a~"), ("a/~/b", "a/~/b")):
+        assert main.parsed([f"--{flag}={text}"])[flag].value == path
+        assert main.parsed([f"--{flag}", text])[flag].value == path
+
+
+def test_a_run_at_home_is_trained_and_tested(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    run("--logdir=~/logs", "--metatrain_iterations=1", "--meta_batch_size=1")
+    (folder,) = (tmp_path / "logs").iterdir()
+    run(f"--run=~/logs/{folder.name}", "--train=False", "--test_tasks=2", "--results_dir=~/results")
+    assert (tmp_path / "results" / "results.json").is_file()
 
 
 def test_an_omniglot_model_is_tested_on_photographs(omniglot_run, miniimagenet_like, tmp_path):
@@ -1014,7 +1133,7 @@ def photos(miniimagenet_like, tmp_path) -> Path:
 def small_miniimagenet(folder: Path, logdir: Path) -> list[str]:
     return [
         *("--datasource=miniimagenet", f"--data_path={folder}", f"--logdir={logdir}", "--num_filters=4"),
-        *("--update_batch_size=1", "--metatrain_iterations=1", "--meta_batch_size=1"),
+        *("--update_batch_size=1", "--update_lr=0.01", "--metatrain_iterations=1", "--meta_batch_size=1"),
     ]
 
 
@@ -1022,7 +1141,34 @@ def test_a_class_with_too_few_images_is_reported(photos, tmp_path):
     for path in sorted((photos / "val" / "n00000008").iterdir())[5:]:
         path.unlink()
     line = refusal(*small_miniimagenet(photos, tmp_path / "logs"))
-    assert all(part in line for part in (str(photos), "n00000008", "--update_batch_size", "--num_query"))
+    assert all(part in line for part in (str(photos), "n00000008 (val: 5)", "--update_batch_size", "--num_query"))
+
+
+@pytest.mark.parametrize("kept", [1, None], ids=["one image", "no test classes"])
+def test_test_classes_that_are_too_small_cause_one_warning(kept, photos, tmp_path):
+    """Before the first step. The run can still be trained."""
+    for folder in sorted((photos / "test").iterdir())[: 2 if kept else None]:
+        for path in sorted(folder.iterdir())[kept:]:
+            path.unlink()
+    ended = start_main(*small_miniimagenet(photos, tmp_path / "logs"))
+    (line,) = ended.err.splitlines()
+    assert ended.code == 0 and line.startswith(f"WARNING: {photos}: ")
+    small = re.findall(r"n\d+ \(test: \d+\)", line)
+    assert small == [f"n{label:08} (test: {kept or 0})" for label in range(12, 14 if kept else 18)]
+    shutil.rmtree(photos / "test")
+    ended = start_main(*small_miniimagenet(photos, tmp_path / "logs"), "--metatrain_iterations=2")
+    assert ended.code == 0 and "test (0)" in ended.err and len(ended.err.splitlines()) == 1
+
+
+def test_the_sinusoids_step_size_on_images_causes_one_warning(photos, omniglot, tmp_path):
+    """It lists the values of the documented commands. Other data sets have a default of their own."""
+    flags = "--metatrain_iterations=1", "--meta_batch_size=1", "--num_filters=4"
+    for name, folder, values in (("omniglot", omniglot, ("0.4", "0.1")), ("miniimagenet", photos, ("0.01",))):
+        ended = start_main(*flags, f"--datasource={name}", f"--data_path={folder}", f"--logdir={tmp_path / name}")
+        (line,) = ended.err.splitlines()
+        assert ended.code == 0 and line.startswith("WARNING: --update_lr=0.001: ")
+        assert {*re.findall(r"--update_lr=(\S+)", line)} == {"0.001:", *values}
+    run(*flags, "--datasource=folder", f"--data_path={photos}", "--num_updates=1", f"--logdir={tmp_path / 'own'}")
 
 
 def test_an_unreadable_image_is_reported(photos, tmp_path):
@@ -1056,13 +1202,32 @@ def test_test_images_of_the_wrong_size_are_refused_without_image_size(
     assert len(names) == 5 and task.query_x.shape == (25, 84, 84, 3)
 
 
-def test_a_run_with_different_data_is_refused(photo_run, miniimagenet_like, tmp_path):
-    (tmp_path / "moved").symlink_to(miniimagenet_like)
+def test_images_that_moved_since_training_are_accepted(photo_run, photos, few_test_tasks, tmp_path):
+    """The run continues as the same run, to the same bits, and its tests have the same files."""
+    copies = []
+    for name, moved in (("stayed", []), ("moved", [f"--data_path={photos}"])):
+        shutil.copytree(photo_run.folder, tmp_path / name / photo_run.folder.name)
+        flags = *photo_run.flags, f"--logdir={tmp_path / name}", *moved, "--metatrain_iterations=3"
+        run(*flags)
+        run(*flags, "--train=False", "--test_set=True")
+        copies.append(only_run(tmp_path / name))
+    assert_same_ending(*copies)
+    stayed, moved = (json.loads((copy / "flags.json").read_text()) for copy in copies)
+    assert moved.pop("data") == {"folder": str(photos)} != stayed.pop("data")
+    assert moved == stayed
+    stayed, moved = (read_csv(copy / "test_ubs1_stepsize0.01.csv")[1] for copy in copies)
+    np.testing.assert_array_equal(stayed, moved)
+    run(*flags[:-2], "--metatrain_iterations=4")  # back to where they were
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_run_with_different_data_is_refused(split, photo_run, miniimagenet_like, photos):
+    next((photos / split).glob("*/*.jpg")).unlink()
     assert_refused(
         photo_run,
-        f"--data_path={miniimagenet_like} there, {tmp_path / 'moved'} here",
+        f"--data_path={miniimagenet_like} there, {photos} here",
         *photo_run.flags,
-        f"--data_path={tmp_path / 'moved'}",
+        f"--data_path={photos}",
     )
     assert_refused(photo_run, "--split=None there, 2,2,2 here", "--split=2,2,2")
 

@@ -383,3 +383,11 @@ def test_invalid_flags_and_unwritable_outputs_are_named(tmp_path, monkeypatch, c
     ):
         assert named in refusal(monkeypatch, capsys, *arguments)
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "results.json").symlink_to(RUN / "results.json")
+    command(monkeypatch, "updates", "MAML=~/results.json", "--update_lr=0.01", "--output=~/figure")
+    assert (tmp_path / "figure.png").is_file()

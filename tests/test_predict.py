@@ -508,3 +508,24 @@ def test_published_model_classifies_omniglot_test_characters(shared, model):
     for label in range(5):
         alone = adapted.predict(queries[true == label]).argmax(1) == label
         assert alone.sum() == right[true == label].sum()
+
+
+def test_the_home_folder_is_expanded_in_every_path(characters, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "run").symlink_to(PUBLISHED)
+    shutil.copytree(characters, tmp_path / "characters")
+    predict.main(["~/run", "~/characters/labeled", "~/characters/unlabeled", "--csv=~/table.csv"])
+    assert (tmp_path / "table.csv").is_file()
+    predict.main(["~/run", "--export=~/exported"])
+    assert (tmp_path / "exported" / "saved_model.pb").is_file()
+
+
+def test_labels_and_their_order_do_not_depend_on_unicode_forms(model, tmp_path):
+    labels = []
+    for form, accented in (("nfc", "caf\u00e9"), ("nfd", "cafe\u0301")):
+        for name in (accented, "cafz", "a", "b", "c"):
+            (tmp_path / form / name).mkdir(parents=True)
+            Image.new("1", (28, 28)).save(tmp_path / form / name / "0.png")
+        labels.append(list(predict.labeled_files(model, str(tmp_path / form)).values()))
+    assert labels[0] == labels[1] == ["a", "b", "c", "cafz", "caf\u00e9"]

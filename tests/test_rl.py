@@ -656,3 +656,14 @@ def test_table_and_figures_show_records_and_authors(tmp_path):
         [-2.288] * 4,
     ]
     assert len(report.paths_figure(ours["point"][0]).axes) == 2
+
+
+def test_the_home_folder_is_expanded_in_every_path(program, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    with pytest.raises(SystemExit) as refused:
+        program("--run=~/nowhere")
+    assert str(tmp_path / "nowhere") in refused.value.code
+    with pytest.raises(SystemExit) as refused:
+        program("--logdir=~/logs", "--train=False")
+    assert str(tmp_path / "logs") in refused.value.code

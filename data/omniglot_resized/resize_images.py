@@ -95,9 +95,11 @@ def prepare(sources: list[Path], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", type=Path, help="archives or folders (default: --out itself)")
+    parser.add_argument(
+        "sources", nargs="*", type=archive.user_path, help="archives or folders (default: --out itself)"
+    )
     parser.add_argument("--download", action="store_true", help=f"download the two archives at {ADDRESS} into --out")
-    parser.add_argument("--out", type=Path, default=HERE, help=archive.OUT_HELP)
+    parser.add_argument("--out", type=archive.user_path, default=HERE, help=archive.OUT_HELP)
     args = parser.parse_args()
     archive.claim(args.out, HERE)
     downloaded = [archive.download(published, args.out) for published in PUBLISHED] if args.download else []
