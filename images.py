@@ -382,7 +382,9 @@ def _cached(
     """
     cache = folder / ".cache"
     if images.any_size:
-        name += "_{}x{}x{}".format(*images.stored, images.channels) + "_whole" * images.augment
+        name += (
+            "_{}x{}x{}".format(*images.stored, images.channels) + "_whole" * images.augment + "_binary" * images.invert
+        )
     array_file, index_file = cache / f"{name}.npy", cache / f"{name}.json"
     shape = (len(paths), *images.stored, images.channels)
     index = {"format": CACHE_FORMAT, "shape": list(shape), "files": _digest(root, paths)}
@@ -514,6 +516,9 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
     try:
         with Image.open(path, formats=_formats()) as image:
             ImageOps.exif_transpose(image, in_place=True)
+            if images.invert and images.any_size and not images.augment and image.mode == "1":
+                # Omniglot's drawings stay binary, as resize_images.py writes them.
+                image = image.resize((width, height))
             image = _converted(image, images.channels)
             aspect = image.width / image.height
             if images.any_size and image.size != (width, height):
