@@ -889,7 +889,8 @@ def compare_runs(recipe: Recipe, workers: "Cluster") -> None:
             data = open_test_data(tested_recipe.dataset, tested_recipe)
         maml, prefix = tested_model(run, tested_recipe, workers)
         evaluate.check_same_start(maml, data, workers)
-        known = evaluate.known_classes(data, split, run.trained_classes()) if workers.chief else 0
+        trained = evaluate.trained_classes(tested_recipe, run)
+        known = evaluate.known_classes(data, split, trained) if workers.chief else 0
         names.append(prefix + (f" (trained on {known:,} classes with names of {split} classes)" if known else ""))
         options = {"query_norm": FLAGS.query_norm, "workers": workers}
         curves.append(evaluate.evaluate(maml, data, split, FLAGS.test_tasks, updates, FLAGS.eval_seed, **options))
