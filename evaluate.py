@@ -151,7 +151,7 @@ def trained_classes(recipe: Recipe, run: Run) -> set[str]:
     published = published_classes(recipe.dataset.images).get("train", []) if recipe.dataset.images else []
     if recorded := run.trained_classes():
         return {own_name(name, published) for name in recorded}
-    return set() if recipe.split else set(published)  # with --split, they are others
+    return set() if recipe.split else set(published)  # --split makes a split of its own
 
 
 def has_published_split(data: SinusoidTasks | ImageTasks, split: str, recipe: Recipe, trained: Iterable[str]) -> bool:
@@ -271,7 +271,7 @@ def test(
             result = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
         print(f"The paper's column, update{update}: {metric} {result} over {protocol.tasks} {protocol.split} tasks.")
     if reported and not paper:
-        print("No column is the paper's: that takes exactly the published training and test classes.")
+        print("No column is the paper's: the training and test classes are not exactly the published ones.")
     say(f"Written: {results / name}.csv, .pkl and results.json.")
     if results == run.folder and logged and standard and not protocol.other_data_set:
         column = reported[-1] if reported else recipe.inner_steps

@@ -178,7 +178,7 @@ def _class_files(images: Images, root: Path, may_be_empty: bool = False) -> dict
     """Return class_folders of `root`. Raise InputError if there are no images, or if there are splits below."""
     files = class_folders(os.path.normpath(root))
     if not (any(files.values()) or may_be_empty):
-        raise InputError(f"{root}: has no class folders with images; fill it as {images.prepare} says")
+        raise InputError(f"{root}: has no class folders with images; fill it as described in {images.prepare}")
     inside = defaultdict(dict)  # parent -> its subfolders -> whether they have subfolders
     for path in sorted(files):
         parts = path.split("/")
@@ -211,7 +211,7 @@ def _split_classes(
     if unknown and images.split_folders and not images.split_sizes:
         if published:
             found = f"{len(unknown):,} of its {len(files):,} classes are not published ones ({_listed(unknown)})"
-            fix = f"prepare it as {images.prepare} says, or use the layout {LAYOUT}, or <class>/ with published names"
+            fix = f"prepare it as described in {images.prepare}, or use the layout {LAYOUT}, or <class>/ with published names"
         else:
             found = f"has {len(files):,} class folders ({_listed(sorted(files))}), but no train, val and test"
             fix = f"use the layout {LAYOUT}, or <class>/ with --split"
@@ -256,7 +256,10 @@ def _report_unpublished(published: Mapping, folder: Path, loaded: dict[str, Clas
     if unknown:
         say(f"{folder}: {len(unknown):,} of {len(here):,} classes are not published ones: {_listed(unknown)}.")
     if moved:
-        say(f"{folder}: {len(moved):,} of {len(here):,} classes are not in their published split: {_listed(moved)}.")
+        listed = _listed(moved)
+        say(
+            f"{folder}: {len(moved):,} of {len(here):,} classes are not in their published split (named here): {listed}."
+        )
     if not (unknown or moved) and len(here) < expected:
         say(f"{folder} has {len(here):,} of the {expected:,} published classes, each in its published split.")
     return {

@@ -227,7 +227,7 @@ OTHER_FLAGS = (
     ),
 )
 ALL_FLAGS = {flag.name: flag for flag in (*recipes.DEFINITIONS.values(), *OTHER_FLAGS)}
-PATHS = {"run", "logdir", "data_path", "test_data_path", "results_dir"}
+PATHS = {"run", "compare", "logdir", "data_path", "test_data_path", "results_dir"}
 UNEVEN_QUERY = (
     15  # queries per class, on average, under --query_shares: 75 of 5 classes (Veilleux et al., NeurIPS 2021)
 )
@@ -768,7 +768,7 @@ def warn_about_step_size(recipe: Recipe) -> None:
     if commands and recipe.metatrain_steps and recipe.inner_lr == recipes.DEFAULTS["update_lr"]:
         documented = " or ".join(re.sub(r" --logdir=\S+", "", command) for command in commands)
         say(
-            f"WARNING: --update_lr={recipe.inner_lr}: is the default for the sinusoid, and no published value for "
+            f"WARNING: --update_lr={recipe.inner_lr}: is the sinusoid's default, and not a published value for "
             f"{recipe.data_set}; the documented commands have {documented}",
             sys.stderr,
         )
@@ -869,7 +869,7 @@ def compare_runs(recipe: Recipe, workers: "Cluster") -> None:
         raise InputError("--compare: is for a test of two runs; add --run=FOLDER --train=False")
     if FLAGS.results_dir:
         raise InputError("--results_dir: --compare writes no files; leave it out")
-    if not Path(FLAGS.compare).expanduser().is_dir():
+    if not Path(FLAGS.compare).is_dir():
         raise InputError(f"--compare={FLAGS.compare}: no such folder; name a run folder")
     other_flags = copy.deepcopy(FLAGS)
     other_flags["run"].value = FLAGS.compare
