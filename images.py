@@ -211,7 +211,7 @@ def _split_classes(
     if unknown and images.split_folders and not images.split_sizes:
         if published:
             found = f"{len(unknown):,} of its {len(files):,} classes are not published ones ({_listed(unknown)})"
-            fix = f"prepare it as described in {images.prepare}, or use the layout {LAYOUT}, or <class>/ with published names"
+            fix = f"prepare it as described in {images.prepare}, or use {LAYOUT} or published names in <class>/"
         else:
             found = f"has {len(files):,} class folders ({_listed(sorted(files))}), but no train, val and test"
             fix = f"use the layout {LAYOUT}, or <class>/ with --split"
@@ -256,10 +256,7 @@ def _report_unpublished(published: Mapping, folder: Path, loaded: dict[str, Clas
     if unknown:
         say(f"{folder}: {len(unknown):,} of {len(here):,} classes are not published ones: {_listed(unknown)}.")
     if moved:
-        listed = _listed(moved)
-        say(
-            f"{folder}: {len(moved):,} of {len(here):,} classes are not in their published split (named here): {listed}."
-        )
+        say(f"{folder}: {len(moved):,} of {len(here):,} classes belong to another published split: {_listed(moved)}.")
     if not (unknown or moved) and len(here) < expected:
         say(f"{folder} has {len(here):,} of the {expected:,} published classes, each in its published split.")
     return {
