@@ -61,7 +61,7 @@ def test_importing_devices_starts_neither_a_process_nor_tensorflow():
     assert end(spawn("-c", program, cwd=ROOT)) == (0, "", "")
 
 
-# -- oneDNN: on for photographs where TensorFlow leaves it off, and the same for a whole run ----------------------------
+# -- oneDNN: on for photographs where TensorFlow leaves it off, and the same for a whole run ---------------------------
 
 
 @pytest.fixture
