@@ -48,7 +48,7 @@ class Protocol(NamedTuple):
     query_shares: str = "balanced"  # see data_generator.ImageTasks
 
     def name(self, recipe: Recipe) -> str:
-        """Return the name of the test's files: the original's, plus a suffix for each other non-default value.
+        """Return the name of the test's files: the original's, plus a suffix for every setting not at its default.
 
         Image folder names are truncated if the result is too long for a file system.
         """
@@ -71,7 +71,7 @@ class Protocol(NamedTuple):
 
 
 def _folder_suffix(folder, max_length):
-    """Return the part of a name that identifies a folder. The path's checksum distinguishes folders of one name."""
+    """Return the part of a name that identifies a folder. Its checksum tells apart folders with the same name."""
     return f"-{Path(folder).name[:max_length]}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
 
 

@@ -42,7 +42,7 @@ def batch_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor | None = None, ep
     Source: the original's utils.py (normalize): no gamma, epsilon 0.001, no moving averages.
     """
     # Differs: exact to second order. The original's formula stops a gradient, as tf.nn.moments does.
-    # The kernels need images. Small fc networks gain more from XLA, which fuses the plain operations.
+    # The fused kernels take 4-D inputs only. Small fc networks gain more from XLA, which fuses the plain operations.
     h = _normalize(x, epsilon) if x.shape.rank == 4 else normalize_plain(x, epsilon)
     return (h if gamma is None else h * gamma) + beta
 

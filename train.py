@@ -260,7 +260,7 @@ class Steps:
     def advance(self, end: int) -> float | None:
         """Take the steps up to and including iteration end - 1, or until a stop.
 
-        Return the norm of the first step's meta-gradient before the clip; None if a stop came first.
+        Return the norm of the first step's meta-gradient before clipping; None if a stop came first.
         """
         first_norm = None
         while self.done < end and not self.stop.reason:

@@ -175,7 +175,7 @@ def test_predictions_after_any_number_of_updates(model, characters):
         (np.zeros((5, 28, 28), np.int64), "abcde", "^images: .*int64"),
         (np.full((5, 28, 28), 255.0), "abcde", "^images: .*255 to 255"),
         (np.full((5, 28, 28), np.nan), "abcde", "^images: .*nan to nan"),
-        ([np.zeros((28, 28)), np.zeros((29, 28))], "ab", "^images: .*shapes"),
+        ([np.zeros((28, 28)), np.zeros((29, 28))], "ab", "^images: "),
         ("a.png", "a", "^images: a.png"),
         (7, "a", "^images: .*int"),
         ({"a.png"}, "a", "^images: .*set"),
