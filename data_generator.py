@@ -6,6 +6,7 @@ evaluation is divided, or on the machine.
 """
 
 import zlib
+from collections.abc import Mapping
 from os import fsencode
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from images import (
     SPLITS,
     Classes,
     center_crops,
+    count_splits,
     denormalize,
     load_splits,
     normalize,
@@ -72,6 +74,7 @@ class ImageTasks:
         Raise InputError if query_shares is not one of QUERY_SHARES.
         """
         check_choice("query_shares", query_shares, QUERY_SHARES)
+        self.counts = {split: part.sizes for split, part in classes.items()}  # {split: {class: images}}
         self.images, self.classes, self.way, self.shot, self.query = images, classes, way, shot, query
         self.query_shares = query_shares
 
@@ -90,14 +93,25 @@ class ImageTasks:
         shot: int,
         query: int,
         query_shares: str = "balanced",
+        optional: tuple[str, ...] = (),
     ) -> "ImageTasks":
         """Return tasks from the images of a folder.
 
+        optional: splits to count, too. No tasks can be drawn from them, and they may be missing or too small.
         Raise InputError if the folder, a split, a class or an image does not match `images`.
         """
-        tasks = cls(images, load_splits(images, folder, splits), way, shot, query, query_shares)
-        for split in splits:
-            tasks.classes[split].check(split, folder, way, tasks.examples)
+        tasks = cls(images, {}, way, shot, query, query_shares)
+
+        def check(counts):
+            if missing := shortage({split: counts[split] for split in splits}, way, tasks.examples):
+                raise InputError(
+                    f"{folder}: has {missing}; add more, or lower --num_classes, --update_batch_size or --num_query"
+                )
+
+        tasks.counts = count_splits(images, folder, splits, optional)
+        check(tasks.counts)  # before decoding, which may take long
+        tasks.classes = load_splits(images, folder, splits)
+        check({split: part.sizes for split, part in tasks.classes.items()})  # without unreadable images
         return tasks
 
     def draw(self, seed: int, split: str, first: int, count: int) -> Tasks:
@@ -118,7 +132,7 @@ class ImageTasks:
 
     def checksum(self) -> str:
         """Return a checksum of the names and sizes of all classes. If it differs, so do the tasks."""
-        sizes = [(split, *zip(part.names, part.counts.tolist(), strict=True)) for split, part in self.classes.items()]
+        sizes = [(split, *part.sizes.items()) for split, part in self.classes.items()]
         return f"{zlib.crc32(fsencode(str(sizes))):08x}"
 
     def names(self, seed: int, split: str, task: int) -> list[str]:
@@ -187,6 +201,24 @@ class ImageTasks:
         else:
             crops = center_crops(pixels, aspects, size)
         return crops.reshape(*ids.shape, *crops.shape[1:])
+
+
+def shortage(counts: Mapping[str, Mapping[str, int]], way: int, examples: int) -> str:
+    """Return what splits lack for tasks of `way` classes with K + Q = `examples` images each; empty if nothing.
+
+    counts: {split: {class: images}}. All classes that are too small are listed.
+    """
+    splits = [f"{split} ({len(part):,})" for split, part in counts.items() if len(part) < way]
+    classes = [
+        f"{name} ({split}: {count:,})"
+        for split, part in counts.items()
+        for name, count in part.items()
+        if count < examples
+    ]
+    lacking = [f"fewer classes than --num_classes={way} in {', '.join(splits)}"] if splits else []
+    if classes:
+        lacking.append(f"fewer images than the {examples} that a task takes of a class (K + Q) in {', '.join(classes)}")
+    return ", and ".join(lacking)
 
 
 def tasks_from_arrays(

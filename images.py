@@ -63,20 +63,10 @@ class Classes(NamedTuple):
     aspects: np.ndarray | None = None  # [images], width / height before resizing; None: not augmented
     published: bool = False  # whether these are exactly the published classes of the split
 
-    def check(self, split: str, folder: Path, way: int, examples: int) -> None:
-        """Raise InputError if there are fewer than `way` classes, or fewer than K + Q = `examples` images per class."""
-        if len(self.names) < way:
-            raise InputError(
-                f"--num_classes={way}: the {split} split of {folder} has {len(self.names)} classes; "
-                "lower it, or add classes"
-            )
-        smallest = int(np.argmin(self.counts))
-        if self.counts[smallest] < examples:
-            raise InputError(
-                f"{folder}: class {self.names[smallest]} ({split}) has {self.counts[smallest]} images, but a task "
-                f"needs {examples} per class (support and query); add images, or lower --update_batch_size or "
-                "--num_query"
-            )
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of images of each class."""
+        return dict(zip(self.names, self.counts.tolist(), strict=True))
 
     def named(self, names: list[str]) -> "Classes":
         """Return the classes with these names, sorted by name. They share the pixels."""
@@ -89,11 +79,25 @@ class Classes(NamedTuple):
 # -- folders and splits -----------------------------------------------------------------------------------------------
 
 
-def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[str, Classes]:
+def count_splits(
+    images: Images, folder: Path, splits: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, dict[str, int]]:
+    """Return the number of image files of each class, {split: {class: images}}. Decode none, and print nothing.
+
+    optional: further splits, which are empty if they are missing.
+    Raise InputError if the folder, a split or a class folder does not match `images`.
+    """
+    found = load_splits(images, folder, splits, optional, decode=False)
+    return {split: found[split].sizes if split in found else {} for split in (*splits, *optional)}
+
+
+def load_splits(
+    images: Images, folder: Path, splits: tuple[str, ...], optional: tuple[str, ...] = (), decode: bool = True
+) -> dict[str, Classes]:
     """Return the classes of each given split, with decoded images.
 
     Splits in one folder share its pixels. Classes of a published data set have their published names, whatever folders
-    they are in. Print a line if they are not the published ones.
+    they are in. Print a line if they are not the published ones. optional, decode: see count_splits.
     Raise InputError if the folder, a split, a class folder or an image does not match `images`.
     """
     if not os.path.isdir(folder):
@@ -109,18 +113,21 @@ def load_splits(images: Images, folder: Path, splits: tuple[str, ...]) -> dict[s
         if published and not images.split_folders:
             raise InputError(f"--split={sizes}: {folder} already has a published split; remove the flag")
     if not here:
-        return _report_unpublished(published, folder, _split_classes(images, folder, published, splits))
+        loaded = _split_classes(images, folder, published, (*splits, *optional), decode)
+        return _report_unpublished(published, folder, loaded) if decode else loaded
     for split in splits:
         if split not in here:
             raise InputError(
                 f"{folder / split}: no such folder, but {folder} has {_listed(_subfolders(folder))}; add it, with "
                 f"classes of its own: the layout is {LAYOUT}"
             )
-    files = {split: _class_files(images, folder / here[split]) for split in splits}
+    wanted = [*splits, *(split for split in optional if split in here)]
+    files = {split: _class_files(images, folder / here[split], may_be_empty=split in optional) for split in wanted}
     loaded = {
-        split: _load_classes(images, folder, folder / here[split], files[split], split, published) for split in splits
+        split: _load_classes(images, folder, folder / here[split], files[split], split, published, decode)
+        for split in wanted
     }
-    return _report_unpublished(published, folder, loaded)
+    return _report_unpublished(published, folder, loaded) if decode else loaded
 
 
 def published_classes(images: Images) -> dict[str, list[str]]:
@@ -167,10 +174,10 @@ def _splits_among(folders: Mapping[str, bool]) -> dict[str, list[str]]:
     return {} if lone_class else found
 
 
-def _class_files(images: Images, root: Path) -> dict[str, list[str]]:
+def _class_files(images: Images, root: Path, may_be_empty: bool = False) -> dict[str, list[str]]:
     """Return class_folders of `root`. Raise InputError if there are no images, or if there are splits below."""
     files = class_folders(os.path.normpath(root))
-    if not any(files.values()):
+    if not (any(files.values()) or may_be_empty):
         raise InputError(f"{root}: has no class folders with images; fill it as {images.prepare} says")
     inside = defaultdict(dict)  # parent -> its subfolders -> whether they have subfolders
     for path in sorted(files):
@@ -187,7 +194,9 @@ def _class_files(images: Images, root: Path) -> dict[str, list[str]]:
     return files
 
 
-def _split_classes(images: Images, folder: Path, published: Mapping, splits: tuple[str, ...]) -> dict[str, Classes]:
+def _split_classes(
+    images: Images, folder: Path, published: Mapping, splits: tuple[str, ...], decode: bool
+) -> dict[str, Classes]:
     """Return the classes of each given split of a folder that has class folders, but no folders of splits."""
     files = _class_files(images, folder)
     known = set().union(*published.values())
@@ -207,7 +216,7 @@ def _split_classes(images: Images, folder: Path, published: Mapping, splits: tup
             found = f"has {len(files):,} class folders ({_listed(sorted(files))}), but no train, val and test"
             fix = f"use the layout {LAYOUT}, or <class>/ with --split"
         raise InputError(f"{folder}: {found}; {fix}")
-    classes = _load_classes(images, folder, folder, files, "all", published)
+    classes = _load_classes(images, folder, folder, files, "all", published, decode)
     if images.split_sizes:
         names = _shuffled_split(classes.names, images.split_sizes)
     else:
@@ -217,7 +226,8 @@ def _split_classes(images: Images, folder: Path, published: Mapping, splits: tup
         total = len(classes.names)
         train, val = (round(total * len(published[split]) / len(known)) for split in ("train", "val"))
         sizes = (train, val, total - train - val)
-        say(f"{folder}: its {total:,} classes are split {'/'.join(map(str, sizes))} by a seed-1 shuffle.")
+        if decode:
+            say(f"{folder}: its {total:,} classes are split {'/'.join(map(str, sizes))} by a seed-1 shuffle.")
         names = _shuffled_split(classes.names, sizes)
     return {split: classes.named(names[split]) for split in splits}
 
@@ -262,7 +272,13 @@ def _listed(names: Iterable[str], separator: str = ", ") -> str:
 
 
 def _load_classes(
-    images: Images, folder: Path, root: Path, files: dict[str, list[str]], name: str, published: Mapping
+    images: Images,
+    folder: Path,
+    root: Path,
+    files: dict[str, list[str]],
+    name: str,
+    published: Mapping,
+    decode: bool,
 ) -> Classes:
     """Return the classes in `files` of `root`, decoded once and cached in folder/.cache under `name`."""
     root = os.path.normpath(root)
@@ -275,11 +291,11 @@ def _load_classes(
         if first.setdefault(own, path) != path:
             raise InputError(f"{root}: {first[own]} and {path} are both class {own}; remove one of them")
     paths = [f"{path}/{file}" for path in folders for file in files[path]]
-    pixels, broken, aspects = _cached(images, folder, root, paths, name)
+    pixels, broken, aspects = _cached(images, folder, root, paths, name) if decode else (np.empty(0), [], [])
     if broken:
         say(f"{root}: left out {len(broken):,} unreadable images of {len(paths):,}: {_listed(broken)}")
     broken_counts = Counter(path.rpartition("/")[0] for path in broken)
-    counts = np.array([len(files[path]) - broken_counts[path] for path in folders])
+    counts = np.array([len(files[path]) - broken_counts[path] for path in folders], int)
     aspects = np.array(aspects) if images.augment else None
     return Classes(names, np.cumsum(counts) - counts, counts, pixels, aspects).named(names)
 

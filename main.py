@@ -497,17 +497,39 @@ def tested_data_set(recipe: Recipe) -> Dataset:
     return other._replace(images=images._replace(split_sizes=own.split_sizes))
 
 
+def unmoved(recipe: Recipe, run: "Run") -> Recipe:
+    """Return the recipe with the folder of images that its run records, if they have moved from there to --data_path.
+
+    They have if the classes and their numbers of images are the same. The run then stays the same, too.
+    """
+    from images import SPLITS, count_splits
+
+    if FLAGS.run or not recipe.data_path or not run.iterations():
+        return recipe
+    path = run.folder / "flags.json"
+    try:
+        there = recipes.from_flags(read_json(path, dict, "restore a copy, or choose another --logdir"), str(path))
+    except FileNotFoundError:
+        return recipe
+    if not there.data_path or there.data_path == recipe.data_path:
+        return recipe
+    counts = count_splits(there.dataset.images, Path(recipe.data_path), (), SPLITS)
+    return dataclasses.replace(recipe, data_path=there.data_path) if run.has_classes(counts) else recipe
+
+
 def open_data(
     dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool, query_shares: str = "balanced"
 ) -> "SinusoidTasks | ImageTasks":
-    """Open the source of tasks of a recipe, check its folder, and print what is there."""
+    """Open the source of tasks of a recipe, check its folder, and print what is there. Training counts all splits."""
     from data_generator import ImageTasks, SinusoidTasks
+    from images import SPLITS
 
     query = recipe.query_examples(training)
     if dataset.images is None:
         return SinusoidTasks(recipe.shot, query, oracle=recipe.baseline == "oracle")
     images, folder = dataset.images._replace(skip_broken=skips_broken()), ROOT / dataset.images.folder
-    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query, query_shares)
+    others = tuple(split for split in SPLITS if split not in splits) if training else ()
+    data = ImageTasks.from_folder(images, folder, splits, recipe.way, recipe.shot, query, query_shares, others)
     found = "; ".join(
         f"{split} {len(classes.names):,} classes, {classes.counts.sum():,} images"
         for split, classes in data.classes.items()
@@ -696,8 +718,12 @@ def train_run(recipe: Recipe, workers: "Cluster") -> None:
         data=images_record(),
     )
     with run.locked():
+        recipe = unmoved(recipe, run)
         run.check(recipes.to_flags(recipe), recipes.DEFAULTS, FLAGS.resume)
         data = open_data(dataset, ("train", settings.val_split), recipe, training=True)
+        if workers.chief and dataset.images:
+            warn_about_test(data, dataset.images.folder, recipe)
+            warn_about_step_size(recipe)
         with stopping_on_signals() as own_stop:
             stop = workers.agreed(own_stop)
             picture = functools.partial(fit_picture, shot=recipe.shot) if dataset.images is None else None
@@ -705,6 +731,30 @@ def train_run(recipe: Recipe, workers: "Cluster") -> None:
             workers.leave()
     if not finished:
         sys.exit(128 + signal.Signals[stop.reason])
+
+
+def warn_about_test(data: "ImageTasks", folder: str, recipe: Recipe) -> None:
+    """Warn if the run could not be tested on its test classes, with the flags of its training."""
+    from data_generator import shortage
+
+    query = recipe.query_examples(training=False)
+    if missing := shortage({"test": data.counts["test"]}, recipe.way, recipe.shot + query):
+        say(
+            f"WARNING: {folder}: has {missing}, so a test of this run will be refused; add more",
+            sys.stderr,
+        )
+
+
+def warn_about_step_size(recipe: Recipe) -> None:
+    """Warn if a data set of the original is trained with the sinusoid's alpha, the default, as the original does."""
+    commands = re.findall(rf"main\.py (--datasource={recipe.data_set} .*)", __doc__)
+    if commands and recipe.inner_lr == recipes.DEFAULTS["update_lr"]:
+        documented = " or ".join(re.sub(r" --logdir=\S+", "", command) for command in commands)
+        say(
+            f"WARNING: --update_lr={recipe.inner_lr}: is the default for the sinusoid, and no published value for "
+            f"{recipe.data_set}; the documented commands have {documented}",
+            sys.stderr,
+        )
 
 
 def fit_picture(maml: "MAML", shot: int) -> "np.ndarray | None":
@@ -724,7 +774,8 @@ def test_run(recipe: Recipe, workers: "Cluster") -> None:
     import evaluate
     import runs
 
-    trained, run = trained_recipe(recipe, FLAGS), run_folder(FLAGS)
+    run = run_folder(FLAGS)
+    trained = unmoved(trained_recipe(recipe, FLAGS), run)
     if FLAGS.query_norm != "batch" and recipe.norm != "batch_norm":
         raise InputError(f"--query_norm={FLAGS.query_norm}: changes nothing with --norm={recipe.norm}; leave it out")
     if recipe.learn_inner_lr != "none" and recipe.inner_lr != trained.inner_lr:

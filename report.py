@@ -99,7 +99,7 @@ class Events:
         with self._at(iteration):
             for summary in (
                 _table(flags, recipe.inner_steps),
-                hparams.hparams_pb(values, trial_id=self.folder.name),
+                hparams.hparams_pb(values, trial_id=""),  # TensorBoard then names the row after the run's path
                 custom_scalar.pb(_layout(recipe.inner_steps, recipe.dataset.images is not None)),
             ):
                 tf.summary.experimental.write_raw_pb(summary.SerializeToString())

@@ -7,7 +7,7 @@
                     results.json                            the same results with descriptive keys
                     test/events.out.tfevents...             test results for TensorBoard's HParams table
                     computed.json                           the hardware and settings of the iterations
-                    classes.json                            the classes trained on
+                    classes.json                            the images of each class: {split: {class: count}}
                     .lock                                   locked while a process trains
 
 An untrusted run folder is safe to load: only JSON, tensors and events are read, and they cannot run code.
@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -122,7 +122,10 @@ class Run:
 
         A run may continue on another machine, so this record is not part of its identity.
         """
-        recorded = self._recorded("computed.json", dict)
+        try:
+            recorded = read_json(self.folder / "computed.json", list, "delete it")
+        except FileNotFoundError:
+            recorded = []
         earlier = [record for record in recorded if record.get("from_iteration") in range(start)]
         before = computed
         if earlier:
@@ -140,27 +143,48 @@ class Run:
             earlier.append({"from_iteration": start, **computed})
         self._write_json("computed.json", earlier)  # drops the records of iterations that are now repeated
 
-    def record_classes(self, names: Sequence[str]) -> None:
-        """Add to the record of training classes. Warn if they changed."""
-        before = self.trained_classes() if self.iterations() else []
-        added, missing = {*names} - {*before}, {*before} - {*names}
-        if before and (added or missing):
+    def record_classes(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Record the classes, {split: {class: images}}, and earlier training classes. Warn if the latter changed."""
+        before, now = self.classes().get("train", {}) if self.iterations() else {}, counts["train"]
+        added, missing = {*now} - {*before}, {*before} - {*now}
+        resized = [name for name in now if before.get(name) not in (None, now[name])]
+        if before and (added or missing or resized):
             say(
-                f"WARNING: {self.folder}: {len(missing):,} of its {len(before):,} training classes are now missing "
-                f"and {len(added):,} are new, so the tasks differ from those of an uninterrupted run.",
+                f"WARNING: {self.folder}: {len(missing):,} of its {len(before):,} training classes are now missing, "
+                f"{len(added):,} are new, and {len(resized):,} have another number of images, so the tasks differ from "
+                "those of an uninterrupted run.",
                 sys.stderr,
             )
-        self._write_json("classes.json", sorted({*before, *names}))
+        counts = {**counts, "train": dict(sorted({**before, **now}.items()))}
+        self._write_json("classes.json", {split: part for split, part in counts.items() if part})
+
+    def classes(self) -> dict[str, dict[str, int | None]]:
+        """Return the recorded classes, {split: {class: images}}; empty if they were not recorded.
+
+        Until November 2026, only the names of the training classes were recorded: their counts are None.
+        """
+        path = self.folder / "classes.json"
+        try:
+            recorded = read_json(path, object, "delete it")
+        except FileNotFoundError:
+            return {}
+        if isinstance(recorded, list) and all(isinstance(name, str) for name in recorded):
+            recorded = {"train": dict.fromkeys(recorded)}
+        if not isinstance(recorded, dict) or not all(
+            isinstance(part, dict) and all(isinstance(count, int | None) for count in part.values())
+            for part in recorded.values()
+        ):
+            raise InputError(f"{path}: is damaged (not {{split: {{class: images}}}}); delete it")
+        return {split: {nfc(name): count for name, count in part.items()} for split, part in recorded.items()}
+
+    def has_classes(self, counts: Mapping[str, Mapping[str, int]]) -> bool:
+        """Return whether these are the recorded classes, with as many images: those of the same data set."""
+        recorded = self.classes()
+        return bool(recorded) and all(counts.get(split) == part for split, part in recorded.items())
 
     def trained_classes(self) -> list[str]:
         """Return the names of the classes trained on, sorted; an empty list if they were not recorded."""
-        return [nfc(name) for name in self._recorded("classes.json", str)]
-
-    def _recorded(self, name, items):
-        try:
-            return read_json(self.folder / name, list, "delete it", items)
-        except FileNotFoundError:
-            return []
+        return sorted(self.classes().get("train", ()))
 
     def _write_json(self, name, value):
         path, text = self.folder / name, json.dumps(value, indent=1).encode()

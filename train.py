@@ -123,7 +123,7 @@ def train(
 
     run.record_computed(start, devices.computed())
     if isinstance(data, ImageTasks) and workers.chief:
-        run.record_classes(data.classes["train"].names)
+        run.record_classes(data.counts)
         known_classes(data, settings.val_split, run.trained_classes())
     say(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"

@@ -137,7 +137,7 @@ def test_noconv_trains_the_fully_connected_network_on_images(small, tmp_path):
 def test_miniimagenet_trains_without_max_pool(miniimagenet_like, tmp_path):
     """The original's last layer assumes max-pooling. Ours has the width after four strides of 2: 84 -> 6."""
     flags = "--datasource=miniimagenet", f"--data_path={miniimagenet_like}", "--num_filters=4", "--update_batch_size=1"
-    run(*flags, "--meta_batch_size=1", "--metatrain_iterations=1", f"--logdir={tmp_path}")
+    run(*flags, "--update_lr=0.01", "--meta_batch_size=1", "--metatrain_iterations=1", f"--logdir={tmp_path}")
     stored = variables(only_run(tmp_path), "model0")
     assert stored["model/w5"].shape == (6 * 6 * 4, 5)
 

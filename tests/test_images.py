@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -26,7 +27,7 @@ import main
 import predict
 from data_generator import ImageTasks
 from files import InputError
-from images import ROOT, SPLITS, Classes, load_splits, read_image
+from images import ROOT, SPLITS, Classes, count_splits, load_splits, read_image
 from recipe import DATASETS, Images
 from tests.helpers import refusal, run
 
@@ -158,7 +159,7 @@ WRONG_FOLDERS = {  # name -> (a function that spoils the folder, required parts 
     "empty": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), ["{0}:", TINY.prepare]),
     "only text": (only_text, ["{0}/test:", TINY.prepare]),
     "not split": (unsplit, ["{0}:", "--split", "train/<class>/"]),
-    "class without images": (lambda folder: (folder / "test" / "d").mkdir(), ["{0}:", "class d (test)", "0 images"]),
+    "class without images": (lambda folder: (folder / "test" / "d").mkdir(), ["{0}:", "d (test: 0)"]),
     "link to its parent": (lambda folder: (folder / "test" / "a" / "up").symlink_to(".."), ["{0}/test/a/up:"]),
     "dangling link": (lambda folder: (folder / "test" / "a" / "4.png").symlink_to("4.png"), ["{0}/test/a/4.png:"]),
 }
@@ -187,8 +188,32 @@ def test_missing_classes_and_images_are_named(tiny):
     for file in ("1.png", "2.png", "3.png"):
         (tiny / "test" / "c" / file).unlink()
     message = error_of(tiny, shot=2, query=2)
-    assert all(part in message for part in (str(tiny), "class c (test)", "--update_batch_size", "--num_query"))
+    assert all(part in message for part in (str(tiny), "c (test: 1)", "--update_batch_size", "--num_query"))
     ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2)  # this split has enough images, and only it is checked
+
+
+def test_all_classes_that_are_too_small_are_listed_before_an_image_is_decoded(tiny, opened):
+    for split, name, kept in (("train", "a", 1), ("train", "c", 3), ("test", "b", 0)):
+        for file in sorted((tiny / split / name).iterdir())[kept:]:
+            file.unlink()
+    message = error_of(tiny, splits=("train", "test"), shot=2, query=2)
+    assert re.findall(r"\w \(\w+: \d\)", message) == ["a (train: 1)", "c (train: 3)", "b (test: 0)"]
+    assert error_of(tiny, splits=("train", "val")).startswith(str(tiny / "val"))
+    assert opened == []
+
+
+def test_optional_splits_are_counted_but_not_required(tiny, opened):
+    (tiny / "test" / "b" / "0.png").unlink()
+    optional = ("val", "test")
+    tasks = ImageTasks.from_folder(TINY, tiny, ("train",), 2, 2, 2, optional=optional)
+    assert tasks.counts == {"train": dict.fromkeys("abc", 4), "val": {}, "test": {"a": 4, "b": 3, "c": 4}}
+    assert len(opened) == 12  # of train
+    assert count_splits(TINY, tiny, (), SPLITS) == tasks.counts
+
+
+def test_unreadable_images_do_not_count(tiny):
+    (tiny / "test" / "b" / "2.png").write_bytes(b"not an image")
+    assert "b (test: 3)" in error_of(tiny, TINY._replace(skip_broken=True), shot=2, query=2)
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------

@@ -21,8 +21,14 @@ import pytest
 import tensorflow as tf
 from absl.testing import flagsaver
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData as PluginData
 
 import devices
@@ -32,9 +38,11 @@ import maml as method
 import networks
 import plot
 import recipe
+import report
 import runs
 import train
 from data_generator import ImageTasks, SinusoidTasks
+from images import SPLITS
 from maml import adapt, support_loss
 from recipe import DATASETS
 from report import Events
@@ -207,7 +215,7 @@ def test_tensorboards_custom_charts_and_hparams_table(omniglot_run, sinusoid_run
         sessions = PluginData.FromString(
             context.SummaryMetadata(copy.name, "_hparams_/session_start_info").plugin_data.content
         )
-        assert sessions.session_start_info.group_name == copy.name
+        assert sessions.session_start_info.group_name == ""  # TensorBoard then uses the run's path
         plugin = context.SummaryMetadata(copy.name, "_hparams_/experiment").plugin_data
         columns = PluginData.FromString(plugin.content).experiment
         run_tags = {tag for tag in tags if tag != "loss"} | {metric}
@@ -217,6 +225,23 @@ def test_tensorboards_custom_charts_and_hparams_table(omniglot_run, sinusoid_run
         assert displayed == (accuracies if curves == 4 else []) + losses
         first = {info.name for info in columns.hparam_infos if info.differs}
         assert first == {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}
+
+
+def test_tensorboards_hparams_table_has_a_row_per_run(tmp_path):
+    """Also for runs of one name in different log directories."""
+    for logdir, value in (("a", 0.661), ("b", 0.995)):
+        with Events(tmp_path / logdir / "cls_5", 0) as events:
+            events.overview(0, recipe.Recipe())
+        report.test_scalar(tmp_path / logdir / "cls_5", 0, "loss", value)
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    table = Context(TBContext(data_provider=provider))
+    request = ListSessionGroupsRequest(allowed_statuses=[0])
+    groups = Handler(RequestContext(), table, "", request).run().session_groups
+    assert [group.name for group in groups] == ["a/cls_5", "b/cls_5"]
+    values = [[value.value for value in group.metric_values if value.name.tag == "loss"] for group in groups]
+    assert values == [[pytest.approx(0.661)], [pytest.approx(0.995)]]
 
 
 def test_a_summary_has_the_norm_of_its_iterations_meta_gradient(uninterrupted):
@@ -366,7 +391,13 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert re.search("WARNING: 6 of the 6 val .*n00000000", ended.err)
     assert ended.code == 0
     folder = only_run(tmp_path / "logs")
-    assert json.loads((folder / "classes.json").read_text()) == [f"n{label:08}" for label in range(6)]
+    classes = {f"n{label:08}": 24 for label in range(6)}
+    recorded = json.loads((folder / "classes.json").read_text())
+    assert recorded == {
+        "train": classes,
+        "val": classes,
+        "test": {path.name: 24 for path in (photos / "test").iterdir()},
+    }
 
     (photos / "train" / "n00000000").rename(photos / "train" / "renamed")
     ended = start_main(*flags, "--metatrain_iterations=2")
@@ -375,7 +406,7 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert ended.code == 0
     changed = start_main(*flags, "--metatrain_iterations=3").err
     assert re.search(rf"WARNING: {re.escape(str(folder))}: 1 of its 7 .*\b0 are new", changed)
-    assert json.loads((folder / "classes.json").read_text()) == [*(f"n{label:08}" for label in range(6)), "renamed"]
+    assert json.loads((folder / "classes.json").read_text())["train"] == classes | {"renamed": 24}
 
     ended = start_main(*flags, "--metatrain_iterations=3", "--train=False", "--test_set=True")
     assert re.search("WARNING: 2 of the 6 test .*n00000000", ended.err)
@@ -1007,7 +1038,7 @@ def photos(miniimagenet_like, tmp_path) -> Path:
 def small_miniimagenet(folder: Path, logdir: Path) -> list[str]:
     return [
         *("--datasource=miniimagenet", f"--data_path={folder}", f"--logdir={logdir}", "--num_filters=4"),
-        *("--update_batch_size=1", "--metatrain_iterations=1", "--meta_batch_size=1"),
+        *("--update_batch_size=1", "--update_lr=0.01", "--metatrain_iterations=1", "--meta_batch_size=1"),
     ]
 
 
@@ -1015,7 +1046,34 @@ def test_a_class_with_too_few_images_is_reported(photos, tmp_path):
     for path in sorted((photos / "val" / "n00000008").iterdir())[5:]:
         path.unlink()
     line = refusal(*small_miniimagenet(photos, tmp_path / "logs"))
-    assert all(part in line for part in (str(photos), "n00000008", "--update_batch_size", "--num_query"))
+    assert all(part in line for part in (str(photos), "n00000008 (val: 5)", "--update_batch_size", "--num_query"))
+
+
+@pytest.mark.parametrize("kept", [1, None], ids=["one image", "no test classes"])
+def test_test_classes_that_are_too_small_cause_one_warning(kept, photos, tmp_path):
+    """Before the first step. The run can still be trained."""
+    for folder in sorted((photos / "test").iterdir())[: 2 if kept else None]:
+        for path in sorted(folder.iterdir())[kept:]:
+            path.unlink()
+    ended = start_main(*small_miniimagenet(photos, tmp_path / "logs"))
+    (line,) = ended.err.splitlines()
+    assert ended.code == 0 and line.startswith(f"WARNING: {photos}: ")
+    small = re.findall(r"n\d+ \(test: \d+\)", line)
+    assert small == [f"n{label:08} (test: {kept or 0})" for label in range(12, 14 if kept else 18)]
+    shutil.rmtree(photos / "test")
+    ended = start_main(*small_miniimagenet(photos, tmp_path / "logs"), "--metatrain_iterations=2")
+    assert ended.code == 0 and "test (0)" in ended.err and len(ended.err.splitlines()) == 1
+
+
+def test_the_sinusoids_step_size_on_images_causes_one_warning(photos, omniglot, tmp_path):
+    """It lists the values of the documented commands. Other data sets have a default of their own."""
+    flags = "--metatrain_iterations=1", "--meta_batch_size=1", "--num_filters=4"
+    for name, folder, values in (("omniglot", omniglot, ("0.4", "0.1")), ("miniimagenet", photos, ("0.01",))):
+        ended = start_main(*flags, f"--datasource={name}", f"--data_path={folder}", f"--logdir={tmp_path / name}")
+        (line,) = ended.err.splitlines()
+        assert ended.code == 0 and line.startswith("WARNING: --update_lr=0.001: ")
+        assert {*re.findall(r"--update_lr=(\S+)", line)} == {"0.001:", *values}
+    run(*flags, "--datasource=folder", f"--data_path={photos}", "--num_updates=1", f"--logdir={tmp_path / 'own'}")
 
 
 def test_an_unreadable_image_is_reported(photos, tmp_path):
@@ -1049,13 +1107,32 @@ def test_test_images_of_the_wrong_size_are_refused_without_image_size(
     assert len(names) == 5 and task.query_x.shape == (25, 84, 84, 3)
 
 
-def test_a_run_with_different_data_is_refused(photo_run, miniimagenet_like, tmp_path):
-    (tmp_path / "moved").symlink_to(miniimagenet_like)
+def test_images_that_moved_since_training_are_accepted(photo_run, photos, few_test_tasks, tmp_path):
+    """The run continues as the same run, to the same bits, and its tests have the same files."""
+    copies = []
+    for name, moved in (("stayed", []), ("moved", [f"--data_path={photos}"])):
+        shutil.copytree(photo_run.folder, tmp_path / name / photo_run.folder.name)
+        flags = *photo_run.flags, f"--logdir={tmp_path / name}", *moved, "--metatrain_iterations=3"
+        run(*flags)
+        run(*flags, "--train=False", "--test_set=True")
+        copies.append(only_run(tmp_path / name))
+    assert_same_ending(*copies)
+    stayed, moved = (json.loads((copy / "flags.json").read_text()) for copy in copies)
+    assert moved.pop("data") == {"folder": str(photos)} != stayed.pop("data")
+    assert moved == stayed
+    stayed, moved = (read_csv(copy / "test_ubs1_stepsize0.01.csv")[1] for copy in copies)
+    np.testing.assert_array_equal(stayed, moved)
+    run(*flags[:-2], "--metatrain_iterations=4")  # back to where they were
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_run_with_different_data_is_refused(split, photo_run, miniimagenet_like, photos):
+    next((photos / split).glob("*/*.jpg")).unlink()
     assert_refused(
         photo_run,
-        f"--data_path={miniimagenet_like} there, {tmp_path / 'moved'} here",
+        f"--data_path={miniimagenet_like} there, {photos} here",
         *photo_run.flags,
-        f"--data_path={tmp_path / 'moved'}",
+        f"--data_path={photos}",
     )
     assert_refused(photo_run, "--split=None there, 2,2,2 here", "--split=2,2,2")
 
