@@ -104,7 +104,7 @@ def read_json(path: Path, kind: type, fix: str, items: type = dict) -> list | di
     """
     try:
         value = json.loads(path.read_bytes())
-        if not (isinstance(value, kind) and all(isinstance(item, items) for item in value if kind is list)):
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(item, items) for item in value)):
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
         raise

@@ -748,7 +748,7 @@ def warn_about_test(data: "ImageTasks", folder: str, recipe: Recipe) -> None:
 def warn_about_step_size(recipe: Recipe) -> None:
     """Warn if a data set of the original is trained with the sinusoid's alpha, the default, as the original does."""
     commands = re.findall(rf"main\.py (--datasource={recipe.data_set} .*)", __doc__)
-    if commands and recipe.inner_lr == recipes.DEFAULTS["update_lr"]:
+    if commands and recipe.metatrain_steps and recipe.inner_lr == recipes.DEFAULTS["update_lr"]:
         documented = " or ".join(re.sub(r" --logdir=\S+", "", command) for command in commands)
         say(
             f"WARNING: --update_lr={recipe.inner_lr}: is the default for the sinusoid, and no published value for "

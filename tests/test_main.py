@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest
+from tensorboard.plugins.hparams.api_pb2 import STATUS_RUNNING, STATUS_UNKNOWN, ListSessionGroupsRequest
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData as PluginData
@@ -237,7 +237,7 @@ def test_tensorboards_hparams_table_has_a_row_per_run(tmp_path):
     multiplexer.Reload()
     provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
     table = Context(TBContext(data_provider=provider))
-    request = ListSessionGroupsRequest(allowed_statuses=[0])
+    request = ListSessionGroupsRequest(allowed_statuses=[STATUS_UNKNOWN, STATUS_RUNNING])
     groups = Handler(RequestContext(), table, "", request).run().session_groups
     assert [group.name for group in groups] == ["a/cls_5", "b/cls_5"]
     values = [[value.value for value in group.metric_values if value.name.tag == "loss"] for group in groups]
