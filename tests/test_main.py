@@ -237,7 +237,7 @@ def test_tensorboards_hparams_table_has_a_row_per_run(tmp_path):
     multiplexer.Reload()
     provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
     table = Context(TBContext(data_provider=provider))
-    request = ListSessionGroupsRequest(allowed_statuses=[STATUS_UNKNOWN, STATUS_RUNNING])
+    request = ListSessionGroupsRequest(allowed_statuses=[STATUS_UNKNOWN, STATUS_RUNNING], slice_size=9)
     groups = Handler(RequestContext(), table, "", request).run().session_groups
     assert [group.name for group in groups] == ["a/cls_5", "b/cls_5"]
     values = [[value.value for value in group.metric_values if value.name.tag == "loss"] for group in groups]
