@@ -103,10 +103,9 @@ class ImageTasks:
         tasks = cls(images, {}, way, shot, query, query_shares)
 
         def check(counts):
-            if missing := shortage({split: counts[split] for split in splits}, way, tasks.examples):
-                raise InputError(
-                    f"{folder}: has {missing}; add more, or lower --num_classes, --update_batch_size or --num_query"
-                )
+            what, fix = shortage({split: counts[split] for split in splits}, way, tasks.examples)
+            if what:
+                raise InputError(f"{folder}: has {what}; {fix}")
 
         tasks.counts = count_splits(images, folder, splits, optional)
         check(tasks.counts)  # before decoding, which may take long
@@ -203,11 +202,12 @@ class ImageTasks:
         return crops.reshape(*ids.shape, *crops.shape[1:])
 
 
-def shortage(counts: Mapping[str, Mapping[str, int]], way: int, examples: int) -> str:
-    """Return what splits lack for tasks of `way` classes with K + Q = `examples` images each; empty if nothing.
+def shortage(counts: Mapping[str, Mapping[str, int]], way: int, examples: int) -> tuple[str, str]:
+    """Return what splits lack for tasks of `way` classes with K + Q = `examples` images each, and what to do.
 
-    counts: {split: {class: images}}. All classes that are too small are listed.
+    counts: {split: {class: images}}. All classes that are too small are listed. If nothing is lacking, both are empty.
     """
+    what, fix = [], []
     splits = [f"{split} ({len(part):,})" for split, part in counts.items() if len(part) < way]
     classes = [
         f"{name} ({split}: {count:,})"
@@ -215,10 +215,15 @@ def shortage(counts: Mapping[str, Mapping[str, int]], way: int, examples: int) -
         for name, count in part.items()
         if count < examples
     ]
-    lacking = [f"fewer classes than --num_classes={way} in {', '.join(splits)}"] if splits else []
+    if splits:
+        what.append(f"fewer classes than --num_classes={way} in {', '.join(splits)}")
+        fix.append("add classes, or lower --num_classes")
     if classes:
-        lacking.append(f"fewer images than the {examples} that a task takes of a class (K + Q) in {', '.join(classes)}")
-    return ", and ".join(lacking)
+        what.append(f"fewer images than the {examples} that a task takes of a class (K + Q) in {', '.join(classes)}")
+        fix.append("add images, or leave these classes out before training")
+        if min(count for part in counts.values() for count in part.values()) > 1:  # K and Q are 1 or more
+            fix[-1] += ", or lower --update_batch_size or --num_query"
+    return ", and ".join(what), ", and ".join(fix)
 
 
 def tasks_from_arrays(

@@ -738,11 +738,9 @@ def warn_about_test(data: "ImageTasks", folder: str, recipe: Recipe) -> None:
     from data_generator import shortage
 
     query = recipe.query_examples(training=False)
-    if missing := shortage({"test": data.counts["test"]}, recipe.way, recipe.shot + query):
-        say(
-            f"WARNING: {folder}: has {missing}, so a test of this run will be refused; add more",
-            sys.stderr,
-        )
+    what, fix = shortage({"test": data.counts["test"]}, recipe.way, recipe.shot + query)
+    if what:
+        say(f"WARNING: {folder}: has {what}, so a test of this run will be refused; {fix}", sys.stderr)
 
 
 def warn_about_step_size(recipe: Recipe) -> None:
