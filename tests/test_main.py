@@ -452,7 +452,7 @@ def test_a_column_is_the_papers_only_with_its_split(omniglot_run, few_test_tasks
     assert not marked(run(*tested), tmp_path / "results")  # the validation classes
     # Other training classes.
     copy = shutil.copytree(omniglot_run.folder, tmp_path / "runs" / omniglot_run.folder.name)
-    names = json.loads((copy / "classes.json").read_text())
+    names = [*json.loads((copy / "classes.json").read_text())["train"]]
     for trained, whether in ((names[1:], False), ([*names, "another"], False), ([f"a/b/{n}" for n in names], True)):
         (copy / "classes.json").write_text(json.dumps(trained))
         assert is_marked(f"--logdir={copy.parent}") == whether
