@@ -151,7 +151,8 @@ def trained_classes(recipe: Recipe, run: Run) -> set[str]:
     published = published_classes(recipe.dataset.images).get("train", []) if recipe.dataset.images else []
     if recorded := run.trained_classes():
         return {own_name(name, published) for name in recorded}
-    return set() if recipe.split else set(published)  # --split makes a split of its own
+    split_of_its_own = recipe.split and (run.folder / "flags.json").exists()  # else --split is only the test's
+    return set() if split_of_its_own else set(published)
 
 
 def has_published_split(data: SinusoidTasks | ImageTasks, split: str, recipe: Recipe, trained: Iterable[str]) -> bool:

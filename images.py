@@ -251,7 +251,7 @@ def _report_unpublished(published: Mapping, folder: Path, loaded: dict[str, Clas
     split_of = {name: split for split, names in published.items() for name in names}
     here = [(name, split) for split, classes in loaded.items() for name in classes.names]
     unknown = [name for name, _ in here if name not in split_of]
-    moved = [f"{name} ({split_of[name]})" for name, split in here if split_of.get(name, split) != split]
+    moved = [f"{name} (published: {split_of[name]})" for name, split in here if split_of.get(name, split) != split]
     expected = sum(len(published[split]) for split in loaded)
     if unknown:
         say(f"{folder}: {len(unknown):,} of {len(here):,} classes are not published ones: {_listed(unknown)}.")

@@ -490,6 +490,16 @@ def test_a_run_without_a_record_warns_of_published_training_classes(omniglot_run
     assert entry["classes_also_trained_on"] == 3
 
 
+def test_unrecorded_training_classes_are_the_published_ones_unless_the_run_was_split(tmp_path):
+    """The released model has no flags.json, so --split is only of its test."""
+    recipe_of_run, run_of = recipe.Recipe(data_set="miniimagenet", split="64,16,20"), runs.Run(tmp_path)
+    trained = evaluate.trained_classes(recipe_of_run, run_of)
+    assert len(trained) == 64 and "n01532829" in trained
+    (tmp_path / "flags.json").write_text("{}")
+    assert evaluate.trained_classes(recipe_of_run, run_of) == set()
+    assert len(evaluate.trained_classes(dataclasses.replace(recipe_of_run, split=None), run_of)) == 64
+
+
 def test_the_warning_of_trained_classes_compares_unicode_forms(photo_run, photos, few_test_tasks, tmp_path):
     copy = shutil.copytree(photo_run.folder, tmp_path / "run")
     (copy / "classes.json").write_text(json.dumps(["cafe\u0301"]))
