@@ -31,7 +31,7 @@ from recipe import Images
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # the index of a split is part of the key of its random stream
 LAYOUT = "train/<class>/, val/<class>/, test/<class>/"
-SPELLINGS = {split: split for split in SPLITS} | {  # of a split's folder, in lower case
+SPELLINGS = {split: split for split in SPLITS} | {  # in names of folders and files, in lower case
     "training": "train",
     "valid": "val",
     "validation": "val",

@@ -40,12 +40,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import archive
+from images import SPELLINGS
 
 SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
 CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017; so are the numbers in EXPECTED
 EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
-SPELLINGS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}  # of folders and files
 LAYOUTS = "{train,val,test}/<wnid>/*.jpg, <wnid>/*.jpg, <wnid>*.jpg, or any *.jpg with train.csv, val.csv and test.csv"
 # filename,label in Ravi & Larochelle's files, image_name,image_label in others
 CSV_HEADER = re.compile(r"\w*(file|name|image|id|path)\w*,\w*(label|class|category|wnid)\w*", re.IGNORECASE)
@@ -92,10 +92,11 @@ def find_csv(files: dict[str, archive.File]) -> dict[str, archive.File]:
     found: dict[str, archive.File] = {}
     for path, file in files.items():
         stem, _, suffix = path.rpartition("/")[2].lower().rpartition(".")
-        for split in (split for split, names in SPELLINGS.items() if suffix == "csv" and stem in names):
-            if split in found:
-                raise archive.InputError(f"{file}: lists the same split as {found[split]}; keep only one of them")
-            found[split] = file
+        if suffix != "csv" or stem not in SPELLINGS:
+            continue
+        if (split := SPELLINGS[stem]) in found:
+            raise archive.InputError(f"{file}: lists the same split as {found[split]}; keep only one of them")
+        found[split] = file
     return found
 
 
@@ -142,10 +143,9 @@ def classes_of_folders(rows: list[tuple[str, str, str, archive.File]]) -> list[a
     """
     published, images, roots, others = published_splits(), defaultdict(dict), {}, set()
     stems: set[tuple[str, str]] = set()  # two files of a class that differ only in their suffix would become one .png
-    split_of = {name: split for split, names in SPELLINGS.items() for name in names}
     for parent, wnid, name, file in rows:
         root, _, last = parent.rpartition("/")
-        split = split_of.get(last.lower())
+        split = SPELLINGS.get(last.lower())
         others |= {wnid} if split and wnid in published and split != published[wnid] else set()
         root, stem = root if split else parent, (wnid, Path(name).stem)
         if roots.setdefault(wnid, root) != root or stem in stems:
@@ -231,7 +231,7 @@ def classes_of_pickles(folder: Path) -> list[archive.Class]:
     images: dict[str, archive.Images] = {}
     paths = []
     for split in archive.SPLITS:
-        candidates = [folder / f"mini-imagenet-cache-{name}.pkl" for name in SPELLINGS[split]]
+        candidates = [folder / f"mini-imagenet-cache-{name}.pkl" for name in SPELLINGS if SPELLINGS[name] == split]
         paths.append(next((path for path in candidates if path.is_file()), candidates[0]))
     archive.say(f"Layout: pickles {', '.join(map(str, paths))}")
     for path in paths:
@@ -251,11 +251,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_mutually_exclusive_group()
     images_help = "folder or archive of the photographs (default: images/ in the script's folder)"
-    sources.add_argument("--images", type=Path, default=HERE / "images", help=images_help)
-    sources.add_argument("--imagenet", type=Path, help="folder or archive of ImageNet's training set")
-    sources.add_argument("--pickles", type=Path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
-    parser.add_argument("--csv", type=Path, help="folder of the csv files (default: the script's folder)")
-    parser.add_argument("--out", type=Path, default=HERE, help=archive.OUT_HELP)
+    sources.add_argument("--images", type=archive.user_path, default=HERE / "images", help=images_help)
+    sources.add_argument("--imagenet", type=archive.user_path, help="folder or archive of ImageNet's training set")
+    sources.add_argument("--pickles", type=archive.user_path, help="folder of mini-imagenet-cache-{train,val,test}.pkl")
+    parser.add_argument("--csv", type=archive.user_path, help="folder of the csv files (default: the script's folder)")
+    parser.add_argument("--out", type=archive.user_path, default=HERE, help=archive.OUT_HELP)
     parser.add_argument("--lossless", action="store_true", help="save as PNG; published results use JPEG")
     parser.add_argument("--allow_missing", action="store_true", help="continue if classes or images are missing")
     parser.add_argument("--short_side", type=archive.short_side, help=archive.SHORT_SIDE_HELP)
