@@ -16,6 +16,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+SPELLINGS = {  # spelling of a split, in lower case, in names of folders and files -> split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
 
 class InputError(Exception):
     """A one-line error that the user can fix: `<flag or path>: <what is wrong>; <what to do>`."""

@@ -25,18 +25,12 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from files import InputError, folder_lock, nfc, say, write_whole
+from files import SPELLINGS, InputError, folder_lock, nfc, say, write_whole
 from recipe import Images
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # the index of a split is part of the key of its random stream
 LAYOUT = "train/<class>/, val/<class>/, test/<class>/"
-SPELLINGS = {split: split for split in SPLITS} | {  # in names of folders and files, in lower case
-    "training": "train",
-    "valid": "val",
-    "validation": "val",
-    "testing": "test",
-}
 CACHE_FORMAT = 4
 DECODED_AHEAD = 256  # images to decode before writing them
 

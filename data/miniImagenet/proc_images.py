@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import archive
-from images import SPELLINGS
+from files import SPELLINGS
 
 SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
 CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017; so are the numbers in EXPECTED
