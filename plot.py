@@ -169,7 +169,7 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
         ):
             if tag not in curves:
                 raise InputError(
-                    f"{folder}: TensorBoard events of {tag} are missing; name a run trained without --nolog"
+                    f"{folder}: TensorBoard events of {tag} are missing; choose a run trained without --nolog"
                 )
             steps, values = np.transpose(sorted(curves[tag].items()))
             panel.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
@@ -332,7 +332,7 @@ def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) 
 
     Batch norm normalizes the query images together, as in the paper's tests.
 
-    folder: the run. shot: K. number: the task's. data_path: the data set's folder; None: the one used in training.
+    folder: the run. shot: K. number: of the task. data_path: the data set's folder; None: the one used in training.
     Return the class names, the task with images ready to display, and the probabilities of its query images [N * Q, N].
     """
     model = predict.load(folder, normalise_with="batch")
@@ -425,7 +425,8 @@ def main() -> None:
         command.add_argument("--output", type=user_path, required=True, help="path of the figure, without extension")
         command.add_argument("--dpi", type=int, default=300, help="pixels per inch of the PNG (300)")
         if name in ("sinusoid", "updates"):
-            command.add_argument("--update_lr", type=float, help="alpha of the updates, if there are several")
+            alpha = {"sinusoid": "alpha, if not that of training", "updates": "alpha of the tests to draw"}[name]
+            command.add_argument("--update_lr", type=float, help=alpha)
         if name == "sinusoid":
             command.add_argument("--shots", type=int, nargs="+", default=[5, 10], help="K of each row of panels (5 10)")
         if name == "task":
@@ -501,7 +502,7 @@ def _tests(path, update_lr):
 def _published(path):
     """Return K -> the paper's accuracy and the half-width of its interval, in percent, for results/<row>.json.
 
-    Return an empty dict for other methods than MAML, whose files have longer names.
+    Return an empty dict for methods other than MAML, whose files have longer names.
     """
     published = runs.read_json(ROOT / "results" / "published.json", list, "restore it from git")
     return {
