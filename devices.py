@@ -132,7 +132,7 @@ def start(
         parallel_tasks: tasks computed in parallel, one per core; None: as many as there are cores.
         op_threads: cores per operation. It changes the rounding, and so the weights.
         tensor_float_32: allow TensorFloat-32 on GPUs, as TensorFlow does by default.
-        deterministic: make a GPU compute the same bits every time. A CPU does anyway, but this changes its rounding.
+        deterministic: make a GPU compute the same bits every time. A CPU always does, but this changes its rounding.
         place: index of this process among those of its host, and their number. Each takes its own GPU.
         join: called once the settings are applied, to join the other processes of the run.
     """
