@@ -212,7 +212,7 @@ OTHER_FLAGS = (
     Flag(
         "query_shares",
         "balanced",
-        "At test: num_query queries of each class (balanced), or the same total, divided among the classes at random "
+        "At test: num_query queries per class (balanced), or the same total, divided among the classes at random "
         "by a Dirichlet distribution with concentration 2 (dirichlet). num_query then defaults to 15.",
         "test",
         accepts=QUERY_SHARES,
