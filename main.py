@@ -300,7 +300,7 @@ def parse(argv: list[str]) -> list[str]:
         try:
             print(help_text(), flush=True)
         except BrokenPipeError:
-            nobody_reads()
+            discard_stdout()
         sys.exit(0)
     try:
         return FLAGS(argv)
@@ -641,7 +641,7 @@ def run(argv: list[str]) -> None:
             workers.failed()
         fail(error)
     except BrokenPipeError as error:
-        nobody_reads()
+        discard_stdout()
         fail(f"stdout: {error.strerror}; run the same command again to continue from the last checkpoint")
     except OSError as error:
         if error.errno not in FIXABLE:
@@ -666,7 +666,7 @@ def fail(error: object) -> NoReturn:
     sys.exit(1)
 
 
-def nobody_reads() -> None:
+def discard_stdout() -> None:
     """Discard further output, because the reader of stdout, such as head, has closed the pipe."""
     with contextlib.suppress(OSError):  # a notebook's stdout is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
