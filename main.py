@@ -377,10 +377,10 @@ def recorded(values: flags.FlagValues) -> dict:
     """Return the flags.json of the folder of --run; for the authors' released model, the flags in its folder's name."""
     folder = Path(values["run"].value)
     try:
-        return read_json(folder / "flags.json", dict, "put a copy in its place, or name another run")
+        return read_json(folder / "flags.json", dict, "put a copy in its place, or choose another run")
     except FileNotFoundError:
         if not folder.is_dir():
-            raise InputError(f"--run={folder}: no such folder; name a run folder") from None
+            raise InputError(f"--run={folder}: no such folder; choose a run folder") from None
         if not values["datasource"].present:
             raise InputError(f"--run={folder}: has no flags.json; give its data set as --datasource") from None
         return recipes.to_flags(recipes.from_run_name(folder.resolve().name, values["datasource"].value))
@@ -871,7 +871,7 @@ def compare_runs(recipe: Recipe, workers: "Cluster") -> None:
     if FLAGS.results_dir:
         raise InputError("--results_dir: --compare writes no files; leave it out")
     if not Path(FLAGS.compare).is_dir():
-        raise InputError(f"--compare={FLAGS.compare}: no such folder; name a run folder")
+        raise InputError(f"--compare={FLAGS.compare}: no such folder; choose a run folder")
     other_flags = copy.deepcopy(FLAGS)
     other_flags["run"].value = FLAGS.compare
     other = recipe_of(other_flags)

@@ -314,7 +314,7 @@ def trained(folder: Path, update_lr: float | None = None) -> tuple[InnerLoop, We
     """
     trained_with, maml, _ = runs.load(folder)
     if trained_with.data_set != "sinusoid":
-        raise InputError(f"{folder}: is a run of {trained_with.data_set}; name a sinusoid run")
+        raise InputError(f"{folder}: is a run of {trained_with.data_set}; choose a sinusoid run")
     if update_lr is not None:
         if update_lr not in recipe.RATE:
             raise InputError(f"--update_lr={update_lr}: must be {recipe.RATE}")
@@ -358,7 +358,7 @@ def confusions(path: Path) -> tuple[list[str], np.ndarray]:
 
     path: written by predict.py --csv. An image's true class is the name of the folder it is in.
     """
-    fix = "name a table that predict.py --csv wrote"
+    fix = "choose a table that predict.py --csv wrote"
     try:
         with open(path, errors="surrogateescape", newline="") as file:
             header, *rows = csv.reader(file, strict=True)
@@ -386,9 +386,9 @@ def confusions(path: Path) -> tuple[list[str], np.ndarray]:
 
 def _flags(folder):
     try:
-        return runs.read_json(folder / "flags.json", dict, "name another run folder")
+        return runs.read_json(folder / "flags.json", dict, "choose another run folder")
     except FileNotFoundError:
-        raise InputError(f"{folder}: flags.json is missing; name a run folder") from None
+        raise InputError(f"{folder}: flags.json is missing; choose a run folder") from None
 
 
 def _labeled(text):
@@ -441,7 +441,7 @@ def main() -> None:
     if len(inputs) < len(args.inputs):
         parser.error("label=path: two labels are the same; rename one")
     if args.figure == "task" and len(inputs) > 1:
-        parser.error("label=path: task takes one run folder; name only one")
+        parser.error("label=path: task takes one run folder; give only one")
     try:
         save(_draw(args, inputs), args.output, args.dpi)
     except InputError as error:
@@ -476,7 +476,7 @@ def _tests(path, update_lr):
 
     Prefer a test with K queries per class, as in the original's code, then the latest checkpoint, then the last entry.
     """
-    fix = "name a file of results/, or a run's results.json"
+    fix = "choose a file of results/, or a run's results.json"
     try:
         if path.name == "results.json":
             tests = runs.read_json(path, list, fix)

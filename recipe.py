@@ -496,7 +496,7 @@ def from_run_name(name: str, data_set: str) -> Recipe:
     if not found:
         raise InputError(
             f"{name}: has no flags.json, and its name is not in the original's format "
-            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm); name a run folder"
+            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm); choose a run folder"
         )
     way, meta_batch, shot, inner_steps, inner_lr, filters, max_pool, first_order, baseline, norm = found.groups()
     recipe = Recipe(
