@@ -119,7 +119,7 @@ class Cluster:
         others = [address for rank, address in enumerate(self.addresses) if rank != self.rank]
         say(f"Process {self.rank}: waiting for {len(others)} worker{'s'[: len(others) - 1]} at {', '.join(others)}")
         if not self.chief:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
         # Python's handlers would run only after the wait.
         before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -185,7 +185,7 @@ class Cluster:
         return self.together(self._sum, tf.constant(vector, tf.float64)).numpy()
 
     def check_same(self, **checksums: int) -> None:
-        """Compare two checksums, named as in REMEDIES, with those of the other processes. Called twice.
+        """Compare two checksums, named as in REMEDIES, with those of the other processes. All processes must call it.
 
         If one differs or a process has failed, every process exits; only the chief reports why, as an InputError.
         """

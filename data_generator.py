@@ -97,7 +97,7 @@ class ImageTasks:
     ) -> "ImageTasks":
         """Return tasks from the images of a folder.
 
-        optional: splits to count, too. No tasks can be drawn from them, and they may be missing or too small.
+        optional: splits to count only. No tasks can be drawn from them, and they may be missing or too small.
         Raise InputError if the folder, a split, a class or an image does not match `images`.
         """
         tasks = cls(images, {}, way, shot, query, query_shares)
@@ -219,7 +219,7 @@ def shortage(counts: Mapping[str, Mapping[str, int]], way: int, examples: int) -
         what.append(f"fewer classes than --num_classes={way} in {', '.join(splits)}")
         fix.append("add classes, or lower --num_classes")
     if classes:
-        what.append(f"fewer images than the {examples} that a task takes of a class (K + Q) in {', '.join(classes)}")
+        what.append(f"fewer images than the {examples} that a task takes from a class (K + Q) in {', '.join(classes)}")
         fix.append("add images, or leave these classes out before training")
         if min(count for part in counts.values() for count in part.values()) > 1:  # K and Q are 1 or more
             fix[-1] += ", or lower --update_batch_size or --num_query"

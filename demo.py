@@ -48,7 +48,7 @@ SINUSOIDS = {  # the paper's figure 2
     "Pretrained": "cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm.pretrain",
 }
 STEP_SIZE = 0.01  # alpha, for both sinusoids
-UPDATES = (0, 1, 10)  # whose curves are shown
+UPDATES = (0, 1, 10)  # numbers of updates to draw a curve for
 MAX_BYTES = 400_000  # of a request's body; six long drawings take about 100,000
 MAX_POINTS = 5_000  # per drawing
 MAX_SINUSOID_POINTS = 50

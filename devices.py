@@ -40,7 +40,7 @@ def _cgroup_limits(file: str, root: Path) -> Iterator[str]:
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Count the cores that this process may use: its CPU affinity, or its container's share of CPU time, rounded up."""
+    """Return how many cores this process may use: its CPU affinity or, if lower, its container's limit, rounded up."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for limit in _cgroup_limits("cpu.max", root):
         quota, period = limit.split()
@@ -50,7 +50,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Return the bytes of memory that this process may use: the machine's, or its container's limit."""
+    """Return the bytes of memory that this process may use: the machine's or, if lower, its container's limit."""
     if not hasattr(os, "sysconf"):
         return 2**63  # Windows
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -132,7 +132,7 @@ def start(
         parallel_tasks: tasks computed in parallel, one per core; None: as many as there are cores.
         op_threads: cores per operation. It changes the rounding, and so the weights.
         tensor_float_32: allow TensorFloat-32 on GPUs, as TensorFlow does by default.
-        deterministic: make a GPU compute the same bits every time. A CPU does anyway, but this changes its rounding.
+        deterministic: make a GPU compute the same bits every time. A CPU always does, but this changes its rounding.
         place: index of this process among those of its host, and their number. Each takes its own GPU.
         join: called once the settings are applied, to join the other processes of the run.
     """

@@ -266,11 +266,12 @@ def test(
     standard = protocol.split == "test" and protocol.shot == recipe.shot
     standard &= (protocol.query_norm, protocol.updates, protocol.query_shares) == ("batch", -1, "balanced")
     logged = any(run.folder.glob("events.out.tfevents.*"))  # False after training with --log=False
+    measure = "accuracy" if dataset.images else metric  # a percentage, so without METRICS' range
     for update in paper:
         result = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:
             result = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
-        print(f"The paper's column, update{update}: {metric} {result} over {protocol.tasks} {protocol.split} tasks.")
+        print(f"The paper's column, update{update}: {measure} {result} over {protocol.tasks} {protocol.split} tasks.")
     if reported and not paper:
         print("No column is the paper's: the training and test classes are not exactly the published ones.")
     say(f"Written: {results / name}.csv, .pkl and results.json.")
@@ -286,8 +287,8 @@ def print_comparison(names: Sequence[str], curves: Sequence[Curve], split: str) 
         names: of the two models.
         curves: of the same tasks in the same order, as `evaluate` returns them for the same data, split and seed.
         split: "test" or "val".
-    The interval of the difference is that of the mean over tasks of (second - first). As far as both models find the
-    same tasks hard, it is narrower than the interval for two independent samples of tasks.
+    The interval is that of the mean over tasks of (second - first). If both models find the same tasks hard, it is
+    narrower than the interval for two independent samples of tasks.
     """
     images = curves[0].accuracies.size > 0
     first, second = (np.asarray(curve.accuracies if images else curve.losses, float) for curve in curves)

@@ -50,7 +50,7 @@ def nfc(name: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """Return the path of a flag. `~` is the home folder; shells leave it in --flag=~/folder."""
+    """Return the path of a flag. `~` is the home folder, which shells do not expand in --flag=~/folder."""
     return Path(os.path.expanduser(text))
 
 

@@ -90,8 +90,8 @@ def load_splits(
 ) -> dict[str, Classes]:
     """Return the classes of each given split, with decoded images.
 
-    Splits in one folder share its pixels. Classes of a published data set have their published names, whatever folders
-    they are in. Print a line if they are not the published ones. optional, decode: see count_splits.
+    Splits in one folder share its pixels. Classes of a published data set have their published names, regardless of
+    their parent folders. Print a line if they are not the published ones. optional, decode: see count_splits.
     Raise InputError if the folder, a split, a class folder or an image does not match `images`.
     """
     if not os.path.isdir(folder):
@@ -158,7 +158,7 @@ def _split_folders(folder: Path) -> dict[str, str]:
 def _splits_among(folders: Mapping[str, bool]) -> dict[str, list[str]]:
     """Return split -> names, for folders of one parent that are named after splits: name -> whether it has subfolders.
 
-    One without subfolders, and alone, is a class, such as CIFAR-100's train.
+    A single one, without subfolders, is a class, such as CIFAR-100's train.
     """
     found = defaultdict(list)
     for name in folders:
@@ -169,7 +169,7 @@ def _splits_among(folders: Mapping[str, bool]) -> dict[str, list[str]]:
 
 
 def _class_files(images: Images, root: Path, may_be_empty: bool = False) -> dict[str, list[str]]:
-    """Return class_folders of `root`. Raise InputError if there are no images, or if there are splits below."""
+    """Return class_folders of `root`. Raise InputError if it contains no images, or folders of splits."""
     files = class_folders(os.path.normpath(root))
     if not (any(files.values()) or may_be_empty):
         raise InputError(f"{root}: has no class folders with images; fill it as described in {images.prepare}")

@@ -33,7 +33,7 @@ Batch norm makes evaluation transductive, as in the paper: a task's query images
 --query_norm=support is given.
 """  # noqa: E501
 
-# Whatever needs TensorFlow is imported in the functions below, so --help and a mistyped flag are answered at once.
+# Modules that need TensorFlow are imported in functions, so that --help and mistyped flags are answered at once.
 import contextlib
 import copy
 import dataclasses
@@ -162,7 +162,7 @@ OTHER_FLAGS = (
     Flag(
         "train_update_batch_size",
         -1,
-        "At test: the K of training, if different. It is part of the run folder's name.",
+        "At test without --run: the K of training, if different. It is part of the run folder's name.",
         "test",
         int,
         recipes.QUERIES,
@@ -170,7 +170,7 @@ OTHER_FLAGS = (
     Flag(
         "train_update_lr",
         -1.0,
-        "At test: the alpha of training, if different. It is part of the run folder's name.",
+        "At test without --run: the alpha of training, if different. It is part of the run folder's name.",
         "test",
         float,
         recipes.RATE._replace(also=(-1,)),
@@ -212,7 +212,7 @@ OTHER_FLAGS = (
     Flag(
         "query_shares",
         "balanced",
-        "At test: num_query queries of each class (balanced), or the same total, divided among the classes at random "
+        "At test: num_query queries per class (balanced), or the same total, divided among the classes at random "
         "by a Dirichlet distribution with concentration 2 (dirichlet). num_query then defaults to 15.",
         "test",
         accepts=QUERY_SHARES,
@@ -235,7 +235,7 @@ UNEVEN_QUERY = (
 TRAIN_OVERRIDES = {"pretrain_iterations", "metatrain_iterations", "data_path"}
 TEST_OVERRIDES = {"update_batch_size", "update_lr", "num_query", "split", "data_path"}
 
-# OS errors that the user can fix. Any other OSError is a bug here, and has its traceback.
+# OS errors that the user can fix. Any other OSError is a bug, and is printed with its traceback.
 FIXABLE = {
     getattr(errno, name)
     for name in "EACCES EPERM EROFS ENOSPC EDQUOT EIO EMFILE ENFILE ENAMETOOLONG ELOOP ENOTDIR EISDIR ESTALE".split()
@@ -300,7 +300,7 @@ def parse(argv: list[str]) -> list[str]:
         try:
             print(help_text(), flush=True)
         except BrokenPipeError:
-            nobody_reads()
+            discard_stdout()
         sys.exit(0)
     try:
         return FLAGS(argv)
@@ -350,7 +350,7 @@ def recipe_of(values: flags.FlagValues) -> Recipe:
     if row.images:
         for field, own in (("image_size", row.images.size[0]), ("image_channels", row.images.channels)):
             if fields[field] == own:
-                fields[field] = None  # given or not, it is the data set's own
+                fields[field] = None  # the data set's own value, whether given or not
     for flag in ("loss", "network"):
         if not row.images and fields[flag] != recipes.DEFAULTS[flag]:
             raise InputError(f"--{flag}={fields[flag]}: is for images, not for --datasource={name}; leave it out")
@@ -374,15 +374,15 @@ def _value(values, flag):
 
 
 def recorded(values: flags.FlagValues) -> dict:
-    """Return the content of flags.json in the folder of --run; for the authors' released model, what its name says."""
+    """Return the flags.json of the folder of --run; for the authors' released model, the flags in its folder's name."""
     folder = Path(values["run"].value)
     try:
-        return read_json(folder / "flags.json", dict, "put a copy in its place, or name another run")
+        return read_json(folder / "flags.json", dict, "put a copy in its place, or choose another run")
     except FileNotFoundError:
         if not folder.is_dir():
-            raise InputError(f"--run={folder}: no such folder; name a run folder") from None
+            raise InputError(f"--run={folder}: no such folder; choose a run folder") from None
         if not values["datasource"].present:
-            raise InputError(f"--run={folder}: has no flags.json; name its data set with --datasource") from None
+            raise InputError(f"--run={folder}: has no flags.json; give its data set as --datasource") from None
         return recipes.to_flags(recipes.from_run_name(folder.resolve().name, values["datasource"].value))
 
 
@@ -406,14 +406,14 @@ def _recipe_of_run(values):
         if flag != "data_path":  # the folder of the images may have moved; it is the same run
             changed[field] = value
     if values["test_datasource"].value and not values["split"].present:
-        changed["split"] = None  # the training's is not that of another data set
+        changed["split"] = None  # that of training does not apply to a different data set
     if trained.baseline == "oracle" and "metatrain_steps" in changed:  # see recipe_of
         changed["pretrain_steps"] = changed.get("pretrain_steps", 0) + changed.pop("metatrain_steps")
     return dataclasses.replace(trained, **changed)
 
 
 def images_folder(values: flags.FlagValues) -> str | None:
-    """Return the folder of a run's images: --data_path, or the one recorded in the folder of --run if it is there."""
+    """Return the folder of a run's images: --data_path, or the folder that --run records, if it still exists."""
     if values["data_path"].value:
         return os.path.abspath(values["data_path"].value)
     if not values["run"].value:
@@ -434,7 +434,7 @@ def skips_broken() -> bool:
 
 
 def trained_recipe(recipe: Recipe, values: flags.FlagValues) -> Recipe:
-    """Return the recipe of the training from that of a test, which may have another K and alpha."""
+    """Return the recipe of the training, given that of a test, which may have a different K and alpha."""
     if values["run"].value:
         return _recorded_recipe(values)
     shot, inner_lr = values["train_update_batch_size"].value, values["train_update_lr"].value
@@ -476,12 +476,12 @@ def data_set(name: str, name_flag: str, path: flags.Flag) -> Dataset:
     if row.images is None or (row.images.folder and not path.value):
         return row
     if not path.value:
-        raise InputError(f"--{name_flag}={name}: has no folder of its own; name yours with --{path.name}")
+        raise InputError(f"--{name_flag}={name}: has no folder of its own; give yours as --{path.name}")
     return row._replace(images=row.images._replace(folder=os.path.abspath(path.value)))
 
 
 def users_folder(name: str, dataset: Dataset) -> str | None:
-    """Return the folder that tells a user's own images from another's; None: the data set's name is enough."""
+    """Return the folder that identifies a user's own images, or None for a data set that its name identifies."""
     images = DATASETS[name].images
     return dataset.images.folder if images and images.folder is None else None
 
@@ -505,7 +505,7 @@ def tested_data_set(recipe: Recipe) -> Dataset:
     own = recipe.dataset.images
     if own is None:
         raise InputError(
-            f"--test_datasource={FLAGS.test_datasource}: has images; the run is of the {recipe.data_set}; leave it out"
+            f"--test_datasource={FLAGS.test_datasource}: is for image runs, not {recipe.data_set} runs; leave it out"
         )
     other = data_set(FLAGS.test_datasource, "test_datasource", FLAGS["test_data_path"])
     any_size = other.images.any_size or FLAGS.image_size is not None or other.images.size != own.size
@@ -515,9 +515,9 @@ def tested_data_set(recipe: Recipe) -> Dataset:
 
 
 def unmoved(recipe: Recipe, run: "Run") -> Recipe:
-    """Return the recipe with the folder of images that its run records, if they have moved from there to --data_path.
+    """Return the recipe with the image folder that its run records, if --data_path holds the same images.
 
-    They have if the classes and their numbers of images are the same. The run then stays the same, too.
+    They are the same if the classes and their numbers of images are. A moved folder thus does not change the run.
     """
     from images import SPLITS, count_splits
 
@@ -537,7 +537,7 @@ def unmoved(recipe: Recipe, run: "Run") -> Recipe:
 def open_data(
     dataset: Dataset, splits: tuple[str, ...], recipe: Recipe, training: bool, query_shares: str = "balanced"
 ) -> "SinusoidTasks | ImageTasks":
-    """Open the source of tasks of a recipe, check its folder, and print what is there. Training counts all splits."""
+    """Open the tasks of a recipe, check their folder, and print the classes found. Training counts all splits."""
     from data_generator import ImageTasks, SinusoidTasks
     from images import SPLITS
 
@@ -577,7 +577,7 @@ def choose_kernels(values: flags.FlagValues) -> None:
 
 
 def start_devices(workers: "Cluster | None" = None) -> None:
-    """Start TensorFlow as the flags say, and meet the other processes of the run."""
+    """Start TensorFlow with the settings of the flags, and join the other processes of the run."""
     import devices
     from cluster import Cluster
 
@@ -606,7 +606,7 @@ def layout(workers: "Cluster | None" = None) -> "Layout":
 
 
 def side_by_side(workers: "Cluster") -> int:
-    """Return how many groups of tasks this process computes side by side: the processes of a host share its cores."""
+    """Return how many groups of tasks this process computes in parallel: the processes of a host share its cores."""
     import devices
 
     return FLAGS["threads"].value or max(1, devices.cores() // workers.place[1])
@@ -627,7 +627,7 @@ def identity() -> dict[str, int]:
 
 
 def run(argv: list[str]) -> None:
-    """Run main. Print what the user can fix in one line; any other error is a bug here, and has its traceback."""
+    """Run main. Print an error that the user can fix on one line; any other error is a bug and keeps its traceback."""
     workers = None
     try:
         choose_kernels(FLAGS)  # wrong flags are reported here, before TensorFlow is imported, which takes seconds
@@ -641,7 +641,7 @@ def run(argv: list[str]) -> None:
             workers.failed()
         fail(error)
     except BrokenPipeError as error:
-        nobody_reads()
+        discard_stdout()
         fail(f"stdout: {error.strerror}; run the same command again to continue from the last checkpoint")
     except OSError as error:
         if error.errno not in FIXABLE:
@@ -666,9 +666,9 @@ def fail(error: object) -> NoReturn:
     sys.exit(1)
 
 
-def nobody_reads() -> None:
-    """Drop what is still to be printed after the reader, such as head, has closed the pipe."""
-    with contextlib.suppress(OSError):  # a notebook's stdout is no file
+def discard_stdout() -> None:
+    """Discard further output, because the reader of stdout, such as head, has closed the pipe."""
+    with contextlib.suppress(OSError):  # a notebook's stdout is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -720,7 +720,8 @@ def train_run(recipe: Recipe, workers: "Cluster") -> None:
         if FLAGS.op_threads == 1 and placed.cores >= 2 * share and dataset.images:
             threads = placed.cores // share
             print(
-                f"A step has {share} tasks for {placed.cores} cores; --op_threads={threads} uses more (other rounding)."
+                f"A step has {share} tasks for {placed.cores} cores; --op_threads={threads} uses more of them, but "
+                "changes rounding."
             )
     maml = recipes.build(recipe, placed)
     if maml.inner.network.steps_a_call > 1 and workers.size > 1:
@@ -775,7 +776,7 @@ def warn_about_step_size(recipe: Recipe) -> None:
 
 
 def fit_picture(maml: "MAML", shot: int) -> "np.ndarray | None":
-    """Return the first test task of the sinusoid, before and after updates, as plot.py draws it; None without it."""
+    """Return plot.py's picture of the first sinusoid test task, before and after updates; None without matplotlib."""
     try:
         import plot
     except ImportError:
@@ -797,7 +798,7 @@ def test_run(recipe: Recipe, workers: "Cluster") -> None:
     run.checkpoint(FLAGS.test_iter)
     if not FLAGS.run:
         expected = recipes.to_flags(trained)
-        del expected["num_query"]  # at test it is the test's own, and so is --split if other data are tested
+        del expected["num_query"]  # may differ at test, and so may --split with --test_datasource
         if FLAGS.test_datasource:
             del expected["split"]
         run.check_flags(expected, recipes.DEFAULTS, training=False)
@@ -861,7 +862,7 @@ def tested_model(run: "Run", recipe: Recipe, workers: "Cluster") -> "tuple[MAML,
 def compare_runs(recipe: Recipe, workers: "Cluster") -> None:
     """Test the runs of --run and --compare on the same tasks, and print the paired difference. Write nothing.
 
-    recipe: of --run, with the K and alpha of the test. Raise InputError if the other run's test has other tasks.
+    recipe: of --run, with the K and alpha of the test. Raise InputError if the runs have different test tasks.
     """
     import evaluate
 
@@ -870,7 +871,7 @@ def compare_runs(recipe: Recipe, workers: "Cluster") -> None:
     if FLAGS.results_dir:
         raise InputError("--results_dir: --compare writes no files; leave it out")
     if not Path(FLAGS.compare).is_dir():
-        raise InputError(f"--compare={FLAGS.compare}: no such folder; name a run folder")
+        raise InputError(f"--compare={FLAGS.compare}: no such folder; choose a run folder")
     other_flags = copy.deepcopy(FLAGS)
     other_flags["run"].value = FLAGS.compare
     other = recipe_of(other_flags)
@@ -907,14 +908,14 @@ def check_same_tasks(recipe: Recipe, other: Recipe) -> None:
         differing = ["datasource"]  # the others follow from it
     if differing:
         changes = ", ".join(f"{name}={there[name]} there, {here[name]} here" for name in differing)
-        fix = "name a run with the same ones"
+        fix = "choose a run that has the same ones"
         if TEST_OVERRIDES.issuperset(differing):
             fix = f"give {' and '.join(f'--{name}' for name in differing)} for both runs"
-        raise InputError(f"--compare={FLAGS.compare}: is tested on other tasks than --run ({changes}); {fix}")
+        raise InputError(f"--compare={FLAGS.compare}: is tested on different tasks than --run ({changes}); {fix}")
 
 
 def tasks_identity(recipe: Recipe) -> dict[str, object]:
-    """Return what the test tasks of a run depend on besides the flags of the test, mostly by the flags' names."""
+    """Return everything that a run's test tasks depend on, except the flags of the test; keys are mostly flags."""
     images, own = recipe.dataset.images, FLAGS.test_datasource is None
     return {
         "datasource": recipe.data_set if own else FLAGS.test_datasource,
@@ -930,7 +931,7 @@ def tasks_identity(recipe: Recipe) -> dict[str, object]:
 
 
 def results_folder(run: "Run") -> Path:
-    """Return the folder of a test's files. Those of a published model stay as they were published."""
+    """Return the folder for the files of a test. A published model's own folder must not change."""
     published = ROOT / "logs" / "published"
     if FLAGS.results_dir:
         return Path(FLAGS.results_dir)

@@ -160,8 +160,8 @@ class MAML(tf.Module):
     """All training state: the meta-learned weights, the moments of both optimizers, and the step.
 
     train_step(tasks) takes one Adam step on the tasks' mean query_loss, clipped if `clip` is set. pretrain_step(tasks)
-    takes one on their mean support_loss, with separate moments and no clip. Both return that loss and the norm of its
-    gradient before the clip. For many_steps and evaluate, see below. Each is one graph, traced at its first call.
+    takes one on their mean support_loss, with separate moments and no clipping. Both return that loss and the norm of
+    its gradient before clipping. They are tf.functions, and so are many_steps and evaluate (see below).
     """
 
     def __init__(

@@ -79,7 +79,7 @@ def network(
     """Build a Network from its weights and its two parts.
 
     Args:
-        weights: by name; their order determines their seeds.
+        weights: name -> weight, in an order that determines their seeds.
         body: weights, inputs -> features.
         last_layer: weights, features -> outputs.
         head: names of the last layer's weights.

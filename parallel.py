@@ -19,7 +19,9 @@ class Layout(NamedTuple):
 
     cores: int = 1  # groups in parallel; on a CPU, one per core is fastest
     group: int = 1  # G; 1 on a CPU; 0: all tasks of a meta-batch
-    all_sum: Callable[[tf.Tensor], tf.Tensor] | None = None  # sums a float64 vector [n] over processes; None: one
+    all_sum: Callable[[tf.Tensor], tf.Tensor] | None = (
+        None  # sums a float64 vector [n] over processes; None: one process
+    )
     vectorize: bool = False  # for functions of one task: compute a group with tf.vectorized_map
     fused: bool = False  # tiny networks: vectorize all tasks at once, and sum in the function's dtype
 
@@ -87,7 +89,7 @@ def _grouped(function, weights, tasks, layout):
     """Return a function that computes a group, the groups [T / G, G, ...] (None for a single group), and G."""
     count = tf.nest.flatten(tasks)[0].shape[0]
     if count is None and layout.group != 1:
-        raise InputError("tasks: have an unknown number, but groups need a fixed one; set the first dimension")
+        raise InputError("tasks: first dimension is unknown, but groups need a fixed number of tasks; set it")
     size = layout.group or count
 
     def of_task(task):
@@ -110,7 +112,7 @@ def _grouped(function, weights, tasks, layout):
 
 
 def _as_one_vector(function, tensors):
-    """Call function on all tensors, concatenated to one vector [n], and return its result in their shapes."""
+    """Call function on all tensors, concatenated into one vector [n], and return its result in their shapes."""
     shapes = [tensor.shape for tensor in tensors]
     vector = function(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0))
     parts = tf.split(vector, [shape.num_elements() for shape in shapes])

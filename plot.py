@@ -169,7 +169,7 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
         ):
             if tag not in curves:
                 raise InputError(
-                    f"{folder}: TensorBoard events of {tag} are missing; name a run trained without --nolog"
+                    f"{folder}: TensorBoard events of {tag} are missing; choose a run trained without --nolog"
                 )
             steps, values = np.transpose(sorted(curves[tag].items()))
             panel.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
@@ -314,7 +314,7 @@ def trained(folder: Path, update_lr: float | None = None) -> tuple[InnerLoop, We
     """
     trained_with, maml, _ = runs.load(folder)
     if trained_with.data_set != "sinusoid":
-        raise InputError(f"{folder}: is a run of {trained_with.data_set}; name a sinusoid run")
+        raise InputError(f"{folder}: is a run of {trained_with.data_set}; choose a sinusoid run")
     if update_lr is not None:
         if update_lr not in recipe.RATE:
             raise InputError(f"--update_lr={update_lr}: must be {recipe.RATE}")
@@ -332,7 +332,7 @@ def answered_task(folder: Path, shot: int, number: int, data_path: Path | None) 
 
     Batch norm normalizes the query images together, as in the paper's tests.
 
-    folder: the run. shot: K. number: the task's. data_path: the data set's folder; None: the one used in training.
+    folder: the run. shot: K. number: of the task. data_path: the data set's folder; None: the one used in training.
     Return the class names, the task with images ready to display, and the probabilities of its query images [N * Q, N].
     """
     model = predict.load(folder, normalise_with="batch")
@@ -358,7 +358,7 @@ def confusions(path: Path) -> tuple[list[str], np.ndarray]:
 
     path: written by predict.py --csv. An image's true class is the name of the folder it is in.
     """
-    fix = "name a table that predict.py --csv wrote"
+    fix = "choose a table that predict.py --csv wrote"
     try:
         with open(path, errors="surrogateescape", newline="") as file:
             header, *rows = csv.reader(file, strict=True)
@@ -386,9 +386,9 @@ def confusions(path: Path) -> tuple[list[str], np.ndarray]:
 
 def _flags(folder):
     try:
-        return runs.read_json(folder / "flags.json", dict, "name another run folder")
+        return runs.read_json(folder / "flags.json", dict, "choose another run folder")
     except FileNotFoundError:
-        raise InputError(f"{folder}: flags.json is missing; name a run folder") from None
+        raise InputError(f"{folder}: flags.json is missing; choose a run folder") from None
 
 
 def _labeled(text):
@@ -425,7 +425,8 @@ def main() -> None:
         command.add_argument("--output", type=user_path, required=True, help="path of the figure, without extension")
         command.add_argument("--dpi", type=int, default=300, help="pixels per inch of the PNG (300)")
         if name in ("sinusoid", "updates"):
-            command.add_argument("--update_lr", type=float, help="alpha of the updates, if there are several")
+            alpha = {"sinusoid": "alpha, if not that of training", "updates": "alpha of the tests to draw"}[name]
+            command.add_argument("--update_lr", type=float, help=alpha)
         if name == "sinusoid":
             command.add_argument("--shots", type=int, nargs="+", default=[5, 10], help="K of each row of panels (5 10)")
         if name == "task":
@@ -440,7 +441,7 @@ def main() -> None:
     if len(inputs) < len(args.inputs):
         parser.error("label=path: two labels are the same; rename one")
     if args.figure == "task" and len(inputs) > 1:
-        parser.error("label=path: task takes one run folder; name only one")
+        parser.error("label=path: task takes one run folder; give only one")
     try:
         save(_draw(args, inputs), args.output, args.dpi)
     except InputError as error:
@@ -475,7 +476,7 @@ def _tests(path, update_lr):
 
     Prefer a test with K queries per class, as in the original's code, then the latest checkpoint, then the last entry.
     """
-    fix = "name a file of results/, or a run's results.json"
+    fix = "choose a file of results/, or a run's results.json"
     try:
         if path.name == "results.json":
             tests = runs.read_json(path, list, fix)
@@ -501,7 +502,7 @@ def _tests(path, update_lr):
 def _published(path):
     """Return K -> the paper's accuracy and the half-width of its interval, in percent, for results/<row>.json.
 
-    Return an empty dict for other methods than MAML, whose files have longer names.
+    Return an empty dict for methods other than MAML, whose files have longer names.
     """
     published = runs.read_json(ROOT / "results" / "published.json", list, "restore it from git")
     return {

@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--csv", type=user_path, metavar="FILE", help="write all probabilities to FILE, one row per image"
     )
     parser.add_argument(
-        "--updates", type=int, metavar="J", help="updates on the labeled images (default: as in published tests)"
+        "--updates", type=int, metavar="J", help="updates on the labeled images (default: as in the paper's tests)"
     )
     parser.add_argument(
         "--checkpoint",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from maml import MAML
     from parallel import Layout
 
-# -- what a flag is ---------------------------------------------------------------------------------------------------
+# -- flags ------------------------------------------------------------------------------------------------------------
 
 
 class Range(NamedTuple):
@@ -63,7 +63,7 @@ QUERY_SHARES = ("balanced", "dirichlet")  # see data_generator.ImageTasks
 
 
 class Images(NamedTuple):
-    """What an image data set has on disk, and how its tasks are made."""
+    """The files of an image data set, and how tasks are made from them."""
 
     folder: str | None  # relative to the project's root, or absolute; None: --data_path names it
     prepare: str  # the script that fills the folder, or the page that explains how
@@ -72,7 +72,7 @@ class Images(NamedTuple):
     rotations: bool  # a class in a task is a class on disk rotated by 0, 90, 180 or 270 degrees
     invert: bool  # pixel = 1 - u8 / 255 (ink is 1), else u8 / 255
     train_query: int | None  # query images per class in training and its validation; None: as many as support
-    split_list: str | None  # data/splits/<name>: the published classes of each split; None: there are none
+    split_list: str | None  # data/splits/<name>: the published classes of each split; None: no published split
     split_folders: bool = True  # prepared as folders train, val and test; else as one folder of classes
     any_size: bool = False  # resize images of a different size, else refuse them
     split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, unless folders set them
@@ -471,7 +471,7 @@ def to_flags(recipe: Recipe) -> dict[str, Any]:
 def from_flags(flags: Mapping[str, Any], source: str = "flags.json") -> Recipe:
     """Return the recipe of a flags.json. A missing key means its flag's default; other keys are ignored.
 
-    Raise InputError for a value that its flag does not accept. source: where the values are from, for the error.
+    Raise InputError for a value that its flag does not accept. source: the origin of the values, for the error message.
     """
     recipe = Recipe(**{field: flags[flag] for flag, field in FIELDS.items() if flag in flags})
     for field in dataclasses.fields(Recipe):
@@ -496,7 +496,7 @@ def from_run_name(name: str, data_set: str) -> Recipe:
     if not found:
         raise InputError(
             f"{name}: has no flags.json, and its name is not in the original's format "
-            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm); name a run folder"
+            "(cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm); choose a run folder"
         )
     way, meta_batch, shot, inner_steps, inner_lr, filters, max_pool, first_order, baseline, norm = found.groups()
     recipe = Recipe(

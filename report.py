@@ -215,7 +215,7 @@ def _table(flags, updates):
     plugin = summary.value[0].metadata.plugin_data
     columns = HParamsPluginData.FromString(plugin.content)
     for column in columns.experiment.hparam_infos:
-        column.differs = column.name in FIRST_COLUMNS  # TensorBoard shows these first, and five by default
+        column.differs = column.name in FIRST_COLUMNS  # sorts these first; TensorBoard initially shows five
     plugin.content = columns.SerializeToString()
     return summary
 
@@ -243,7 +243,7 @@ def _layout(updates, images):
 def task_picture(task: Tasks, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
     """Draw a task: for each class its name, its support images, and the query images classified as it.
 
-    Right query images have a green frame, wrong ones a red one.
+    Correctly classified query images have a green frame, the others a red one.
     Args: one task of images, the names of its classes, scores [N * Q, N]. Return uint8 [height, width, 3].
     """
     support_row, query_row, guesses = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))

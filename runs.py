@@ -45,7 +45,7 @@ COUNTERS = ("step", "updates", "pretrain/updates", "validation")  # keys of a ch
 
 
 class Model(Protocol):
-    """What a checkpoint needs from a model, such as MAML."""
+    """The attributes of a model that a checkpoint needs. MAML has them."""
 
     step: tf.Variable  # outer steps done
     keys: dict[str, str]  # name of a weight -> its key in a checkpoint
@@ -136,7 +136,7 @@ class Run:
             before = {key: value for key, value in (unknown | earlier[-1]).items() if key != "from_iteration"}
         differing = [key for key in {**before, **computed} if before.get(key) != computed.get(key)]
         if differing:
-            changes = ", ".join(f"{key} {before.get(key)} there, {computed.get(key)} here" for key in differing)
+            changes = ", ".join(f"{key} was {before.get(key)}, is now {computed.get(key)}" for key in differing)
             say(
                 f"WARNING: {self.folder}: iterations before {start} were computed differently ({changes}), so the "
                 "weights will differ by rounding from those of an uninterrupted run.",
@@ -154,7 +154,7 @@ class Run:
         if before and (added or missing or resized):
             say(
                 f"WARNING: {self.folder}: {len(missing):,} of its {len(before):,} training classes are now missing, "
-                f"{len(added):,} are new, and {len(resized):,} have another number of images, so the tasks differ from "
+                f"{len(added):,} are new, and {len(resized):,} have different counts, so the tasks differ from "
                 "those of an uninterrupted run.",
                 sys.stderr,
             )
@@ -181,7 +181,7 @@ class Run:
         return {split: {nfc(name): count for name, count in part.items()} for split, part in recorded.items()}
 
     def has_classes(self, counts: Mapping[str, Mapping[str, int]]) -> bool:
-        """Return whether these are the recorded classes, with as many images: those of the same data set."""
+        """Return whether these are the recorded classes, with the recorded numbers of images."""
         recorded = self.classes()
         return bool(recorded) and all(counts.get(split) == part for split, part in recorded.items())
 
@@ -504,7 +504,7 @@ def _weight_shapes(shapes):
     }
 
 
-# In checkpoints that tf.train.Checkpoint wrote, until November 2026. Their other keys are named after attributes.
+# A key that only older checkpoints have: until November 2026, tf.train.Checkpoint wrote them, with attributes as keys.
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 

@@ -58,7 +58,7 @@ class Clock(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What a training run does besides its steps, and when.
+    """The actions of a training run besides its steps, and their times.
 
     A summary precedes the step of its iteration; the rest follows it.
     """
@@ -130,7 +130,8 @@ def train(
         known_classes(data, settings.val_split, run.trained_classes())
     say(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     value = "accuracy" if images else "mean squared error"
-    print(f"Printed: {value} on support sets before any update, {value} on query sets after {recipe.inner_steps}.")
+    updates = f"{recipe.inner_steps} update{'s' * (recipe.inner_steps > 1)}"
+    print(f"Printed: {value} on support sets before any update, {value} on query sets after {updates}.")
     print("Done initializing, starting training.", flush=True)
     with (
         Report(run.folder, start, recipe, settings.log, workers.chief) as report,

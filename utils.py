@@ -20,7 +20,7 @@ class Tasks(NamedTuple):
     query_y: tf.Tensor  # [T, N * Q, O]
 
     def checked(self, theta: "Weights") -> "Tasks":
-        """Return the tasks as tensors. The checks run while a graph is traced, so they cost a step nothing.
+        """Return the tasks as tensors. The checks run while a graph is traced, so they do not slow a step.
 
         Raise InputError if a part's dtype differs from the weights' dtype, its rank is wrong, or its numbers of tasks
         and examples do not match the other parts.
@@ -102,11 +102,11 @@ def accuracy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
 
 
 def _check_same_shape(outputs, labels):
-    """Raise InputError unless the outputs have the shape of the labels or targets. Costs a traced graph nothing."""
+    """Raise InputError unless the outputs have the shape of the labels or targets. Not part of a traced graph."""
     if not tf.TensorShape(outputs.shape).is_compatible_with(labels.shape):
         raise InputError(
             f"labels: have shape {list(labels.shape)}, but the network's outputs have shape {list(outputs.shape)}; "
-            "give one-hot labels of as many classes, or as many targets"
+            "give one-hot labels or targets with one column per output"
         )
 
 
@@ -114,8 +114,8 @@ def statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the mean over tasks, the population standard deviation, and the half-width of the 95% confidence interval.
 
     Args: values [tasks, ...]. Return three arrays [...], infinite or NaN if a task diverged.
-    Source: the half-width is 1.96 * std / sqrt(tasks), as in the original's main.py (test), which published intervals
-    come from.
+    Source: the half-width is 1.96 * std / sqrt(tasks), as in the original's main.py (test), the source of the paper's
+    intervals.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         mean, std = np.mean(values, axis=0), np.std(values, axis=0)

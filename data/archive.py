@@ -225,7 +225,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Refuse pickles that use other names."""
+    """Refuse pickles that use names outside _ALLOWED."""
 
     def find_class(self, module: str, name: str) -> object:
         full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # NumPy 2's name and NumPy 1's
@@ -259,7 +259,9 @@ def cifar100(sources: Iterable[Path]) -> dict[str, Images]:
             matches = [(CIFAR_LAYOUT.fullmatch(path), file) for path, file in files.items()]
             images = [(match["label"], match["name"], file) for match, file in matches if match]
         if not images:
-            raise InputError(f"{source}: does not contain CIFAR-100; name meta, train and test, or <class>/*.png")
+            raise InputError(
+                f"{source}: does not contain CIFAR-100; give a source with meta, train and test, or <class>/*.png"
+            )
         for label, name, image in images:
             classes[label][name] = image
     return classes
@@ -290,7 +292,7 @@ def imagenet(source: Path) -> dict[str, File]:
         if match := re.fullmatch(r"(?:.*/)?(n\d{8})(?:\.tar)?", name):
             classes[match[1]] = file
     if not classes:
-        raise InputError(f"{source}: contains no ImageNet classes; name a folder or tar of <wnid>/ or <wnid>.tar")
+        raise InputError(f"{source}: contains no ImageNet classes; give a folder or tar of <wnid>/ or <wnid>.tar")
     return classes
 
 
@@ -452,5 +454,5 @@ def print_counts(counts: dict[str, int], expected: dict[str, int]) -> bool:
         say(f"{what}: {counts[what]:,} found, {number:,} expected{remark}")
     fewer = any(counts[what] < number for what, number in expected.items())
     if fewer:
-        say("all given images are written; the published data set has more")
+        say("all images of the source have been written; the published data set has more")
     return fewer

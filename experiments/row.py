@@ -40,7 +40,7 @@ from files import user_path, write_whole
 def record(script: Path, training: list[str], tests: list[list[str]]) -> Path:
     """Train and test, and return the path of the record. Exit if main.py fails or is stopped.
 
-    Check all flags before training. If main.py rejects them, or they ask for help, it runs once to print its answer.
+    Check all flags before training. If main.py rejects them, or they contain --help, run it once to print its answer.
     """
     for flags in (training, *([*training, *more] for more in tests)):
         try:

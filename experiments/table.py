@@ -292,7 +292,7 @@ def _error_cells(test):
 
 
 def _markdown(columns, lines):
-    """Return a Markdown table without empty columns, in which a line does not repeat the row of the line above."""
+    """Return a Markdown table without empty columns. A cell that repeats the row of the line above is left empty."""
     columns = [name for name in columns if any(line.get(name) for line in lines)]
     printed, above = [columns, ["---"] * len(columns)], {}
     for line in lines:
@@ -307,8 +307,8 @@ def _markdown(columns, lines):
 def summary(results: Path) -> str:
     """Write one line per row: the paper's number, and the mean of ours over the seeds with the lowest and the highest.
 
-    A single seed has the half-width of its test's 95 % interval. The last checkpoint counts, or if that was not tested
-    the best on validation. Ours is by the original's protocol (Q = K); the last column has one query per class.
+    A single seed has the half-width of its test's 95% interval. Use the last checkpoint or, if that was not tested, the
+    best on validation. Ours is by the original's protocol (Q = K); the last column has one query per class.
     """
     lines = ["| test | paper | ours | ours, Q = 1 |", "| --- | --- | --- | --- |"]
     for title, row in SUMMARY.items():
@@ -319,7 +319,7 @@ def summary(results: Path) -> str:
         records = [record for tests in tested.values() for record, _ in tests]
         mine += next(filter(None, (_cut_short(row, record) for record in records)), "")
         paper = published(row, "paper", results)
-        if not paper:  # the paper has the sinusoid as a curve
+        if not paper:  # the paper shows the sinusoid's errors as a curve
             paper = f"{published(row, 'original code', results).split(' / ')[0]} (its code)"
         lines.append(f"| {title} | {paper.replace('+-', '±')} | {mine} | {one_query} |")
     return "\n".join([*lines, *returns(results)])

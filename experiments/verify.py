@@ -2,9 +2,9 @@
 
     make verify
 
-Each row has what is recorded or allowed, what was measured now, and whether it holds. The measurements are those of the
-tests: the recorded batches of the authors' graph (tests/oracle), finite differences, a run that is killed, and the
-published models. Data that are not here are not needed: the rows that need them say so. The exit status is 1 if
+Each row has the recorded or allowed value, the measured value, and whether the claim holds. The measurements are those
+of the tests: the recorded batches of the authors' graph (tests/oracle), finite differences, a run that is killed, and
+the published models. Rows whose data are missing are printed as "not measured". The exit status is 1 if
 anything that could be measured does not hold.
 """
 
@@ -34,7 +34,7 @@ from tests.helpers import only_run, run, start_main, train_until_killed
 from verify_bits import digest
 
 PROTOCOL = {"update_batch_size": "support_examples_a_class_K", "update_lr": "inner_step_size_alpha"}  # flag: key
-# What is recorded or allowed, what was measured now, and whether it holds; None: it cannot be measured here.
+# The recorded or allowed value, the measured value, and whether the claim holds; None: cannot be measured here.
 Result = tuple[str, str, bool | None]
 
 

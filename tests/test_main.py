@@ -1538,7 +1538,7 @@ def test_how_a_run_was_computed_is_recorded(tmp_path, monkeypatch):
         monkeypatch.setattr(devices, "computed", lambda: computed | {"op_threads": 2})
         ended = start_main(*flags, "--metatrain_iterations=4")
     (line,) = ended.err.splitlines()
-    assert str(folder) in line and "op_threads 1 there, 2 here" in line
+    assert str(folder) in line and "op_threads was 1, is now 2" in line
     assert ended.code == 0
     recorded = json.loads((folder / "computed.json").read_text())
     assert recorded == [{"from_iteration": 0, **computed}, {"from_iteration": 3, **computed, "op_threads": 2}]

@@ -35,7 +35,9 @@ def find(sources: Iterable[Path]) -> dict[str, archive.Images]:
     for source in sources:
         matches = [(LAYOUT.fullmatch(path), file) for path, file in archive.list_files(source).items()]
         if not any(match for match, _ in matches):
-            raise archive.InputError(f"{source}: contains no CUB; name images/001.Black_footed_Albatross/*.jpg etc.")
+            raise archive.InputError(
+                f"{source}: has no images/001.Black_footed_Albatross/*.jpg etc.; give the CUB archive"
+            )
         for match, file in matches:
             if match:
                 photographs[match["label"]][match["name"]] = file

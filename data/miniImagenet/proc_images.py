@@ -43,7 +43,7 @@ import archive
 from files import SPELLINGS
 
 SIZE = (84, 84)  # cbfinn/maml, data/miniImagenet/proc_images.py
-CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017; so are the numbers in EXPECTED
+CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017, like the numbers in EXPECTED
 EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
 LAYOUTS = "{train,val,test}/<wnid>/*.jpg, <wnid>/*.jpg, <wnid>*.jpg, or any *.jpg with train.csv, val.csv and test.csv"
@@ -125,9 +125,9 @@ def published_splits() -> dict[str, str]:
 
 
 def say_moved(wnids: set[str]) -> None:
-    """Print how many classes the source has in another split than the published lists."""
+    """Print how many classes of the source are in a different split from the published lists."""
     if wnids:
-        archive.say(f"{len(wnids)} classes are in another split there; using the splits of {CLASS_LISTS.name}")
+        archive.say(f"{len(wnids)} classes are in another split of the source; using the splits of {CLASS_LISTS.name}")
 
 
 def in_class_folders(files: Photographs) -> list[tuple[str, str, str, archive.File]] | None:
@@ -152,7 +152,7 @@ def classes_of_folders(rows: list[tuple[str, str, str, archive.File]]) -> list[a
             raise archive.InputError(f"{file}: is a second folder or photograph of that name; keep only one of them")
         stems.add(stem)
         if re.match(r"n\d{8}", name) and not name.startswith(wnid):
-            raise archive.InputError(f"{file}: is named after another class than its folder; move it there")
+            raise archive.InputError(f"{file}: is named after a different class from its folder; move it to that class")
         images[wnid][name] = file
     say_moved(others)
     return classes_of_lists(images)
@@ -175,7 +175,7 @@ def classes_of_lists(images: dict[str, archive.Images]) -> list[archive.Class]:
     left_out = sum(max(0, len(images[wnid]) - CLASS_SIZE) for wnid in known)
     if left_out:
         archive.say(
-            f"left out {left_out:,} images after the first {CLASS_SIZE} of their class; the csv files choose others"
+            f"left out {left_out:,} images after the first {CLASS_SIZE} of their class; the csv files list others"
         )
     others = len(images.keys() - known)
     if known and others:

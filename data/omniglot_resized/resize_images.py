@@ -55,7 +55,7 @@ def prepare(sources: list[Path], out: Path) -> None:
         files = find(source)
         if not files:
             raise archive.InputError(
-                f"{source}: contains no drawings <alphabet>/<character>/*.png; copy data/omniglot/* there, or name "
+                f"{source}: contains no drawings <alphabet>/<character>/*.png; copy data/omniglot/* there, or give "
                 "images_background.zip and images_evaluation.zip"
             )
         for name, file in files:

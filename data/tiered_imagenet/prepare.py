@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import archive
 
-SIZE = (84, 84)  # as the authors' images
+SIZE = (84, 84)  # as in the authors' version
 CLASS_LISTS = HERE.parent / "splits" / "tiered_imagenet.json"
 EXPECTED = archive.published_counts(train=(351, 448_695), val=(97, 124_261), test=(160, 206_209))
 
