@@ -342,15 +342,11 @@ def recipe_of(values: flags.FlagValues) -> Recipe:
         return _recipe_of_run(values)
     name = values["datasource"].value
     row = DATASETS[name]
-    fields = {field: _value(values, flag) for flag, field in recipes.FIELDS.items()}
+    fields = {field: _value(values, flag, row.images) for flag, field in recipes.FIELDS.items()}
     for flag, field in recipes.FIELDS.items():
         if field in row.defaults and values[flag].using_default_value:
             fields[field] = row.defaults[field]
     fields["data_path"] = users_folder(name, data_set(name, "datasource", values["data_path"]))
-    if row.images:
-        for field, own in (("image_size", row.images.size[0]), ("image_channels", row.images.channels)):
-            if fields[field] == own:
-                fields[field] = None  # the data set's own value, whether given or not
     for flag in ("loss", "network"):
         if not row.images and fields[flag] != recipes.DEFAULTS[flag]:
             raise InputError(f"--{flag}={fields[flag]}: is for images, not for --datasource={name}; leave it out")
@@ -367,10 +363,11 @@ def recipe_of(values: flags.FlagValues) -> Recipe:
     return Recipe(**fields)
 
 
-def _value(values, flag):
-    """Return a flag's value; --norm=None is None."""
+def _value(values, flag, images):
+    """Return a flag's value; --norm=None is None, and so is the data set's own image size and number of channels."""
     value = values[flag].value
-    return None if flag == "norm" and value == "None" else value
+    own = images and {"image_size": images.size[0], "image_channels": images.channels}.get(flag)
+    return None if value == own or (flag == "norm" and value == "None") else value
 
 
 def recorded(values: flags.FlagValues) -> dict:
@@ -394,12 +391,13 @@ def _recorded_recipe(values):
 def _recipe_of_run(values):
     """Return the recipe of --run, with the flags given next to it that may differ. Refuse the others."""
     trained, folder = _recorded_recipe(values), values["run"].value
+    images = DATASETS[trained.data_set].images
     allowed, changed = TRAIN_OVERRIDES if values["train"].value else TEST_OVERRIDES, {}
     for name in ("logdir", "train_update_batch_size", "train_update_lr"):
         if values[name].present:
             raise InputError(f"--{name}: is known from --run; leave it out")
     for flag, field in recipes.FIELDS.items():
-        if not values[flag].present or (value := _value(values, flag)) == getattr(trained, field):
+        if not values[flag].present or (value := _value(values, flag, images)) == getattr(trained, field):
             continue
         if flag not in allowed:
             raise InputError(f"--{flag}={value}: the run in {folder} has {getattr(trained, field)}; leave it out")

@@ -823,6 +823,7 @@ def test_a_flag_that_contradicts_the_run_is_refused(flag, photo_run):
 def test_run_remembers_where_a_published_data_set_is(omniglot_run, few_test_tasks, tmp_path):
     folder = shutil.copytree(omniglot_run.folder, tmp_path / "run")
     assert "Images of " in run(f"--run={folder}", "--train=False")
+    assert "Images of " in run(f"--run={folder}", "--train=False", "--image_size=28")  # Omniglot's own size
 
 
 def test_more_iterations_of_an_oracle_run_are_pretraining(tmp_path):
