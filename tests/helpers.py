@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 import main
 import maml as method
 import networks
+import recipe as recipes
 import runs
 from maml import MAML, InnerLoop
 from networks import Network, with_step_sizes
@@ -143,10 +144,40 @@ class Ended(NamedTuple):
     err: str
 
 
+MODELS = {}  # (recipe, layout, networks, how many equal ones this program has built) -> model and its initial state
+
+
+@contextlib.contextmanager
+def reused_models():
+    """Give a program the models of earlier ones, with their initial state: tracing takes longer than most tests."""
+    build, built = recipes.build, Counter()
+
+    def reuse(recipe, layout=None):
+        settings = recipe, layout, *networks.NETWORKS.values()
+        key = (*settings, built[settings])
+        built[settings] += 1
+        if key not in MODELS:
+            maml = build(recipe, layout)
+            MODELS[key] = maml, {name: variable.numpy() for name, variable in maml.state.items()}
+        maml, initial = MODELS[key]
+        for name, variable in maml.state.items():
+            variable.assign(initial[name])
+        return maml
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "build", reuse)
+        yield
+
+
 def start_main(*arguments: object) -> Ended:
     """Run `python main.py <arguments>` in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        flagsaver.flagsaver(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        reused_models(),
+    ):
         try:
             main.run(main.parse(["main.py", *map(str, arguments)]))
         except SystemExit as end:
