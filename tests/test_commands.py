@@ -1,5 +1,6 @@
 """The paper's commands, the authors' model and the real networks, run by main.py."""
 
+import contextlib
 import functools
 import json
 import re
@@ -12,7 +13,7 @@ import networks
 import runs
 from data_generator import ImageTasks
 from recipe import DATASETS
-from tests.helpers import maml_of, models, only_run, read_csv, read_pickle, refusal, run, variables
+from tests.helpers import maml_of, models, only_run, read_csv, read_pickle, refusal, run, tiny_networks, variables
 from utils import accuracy, xent
 
 SINUSOID = "--datasource=sinusoid --logdir=logs/sine/ "
@@ -72,12 +73,14 @@ def test_a_documented_command_trains_and_tests(command, few_test_tasks, omniglot
     if "sinusoid" not in command:
         flags.append(f"--data_path={omniglot if 'omniglot' in command else miniimagenet_like}")
 
-    assert "\nDone initializing, starting training.\n" in run(*flags)
+    slow = "--num_updates=5" in flags  # to trace: test_oracle.py tests these networks
+    with tiny_networks() if slow else contextlib.nullcontext():
+        assert "\nDone initializing, starting training.\n" in run(*flags)
+        printed = run(*flags, "--train=False", "--test_set=True")
     folder = only_run(only_run(tmp_path / "logs"))
     assert folder.name == name
     assert models(folder) == [f"model{iterations - 1}"]
 
-    printed = run(*flags, "--train=False", "--test_set=True")
     assert f"Restoring model weights from {folder / f'model{iterations - 1}'}\n" in printed
     title = "Mean validation accuracy/loss, stddev, and confidence intervals"
     assert re.search(rf"^{title}\n\(array\(.*\), array\(.*\), array\(.*\)\)$", printed, re.MULTILINE | re.DOTALL)

@@ -46,7 +46,7 @@ def newest():
 
 uninterrupted = begin("uninterrupted")
 for _ in range(int(kills)):
-    process, until = begin("killed"), newest() + random.uniform(1, 300 / int(kills))
+    process, until = begin("killed"), newest() + random.uniform(1, 150 / int(kills))
     while newest() < until and os.waitpid(process, os.WNOHANG) == (0, 0):
         pass
     time.sleep(random.uniform(0, 0.05))
@@ -60,8 +60,8 @@ for process in (begin("killed"), uninterrupted):
 
 def test_resume_after_kills_at_random_moments_is_bitwise_identical(small, tmp_path):
     """The environment variable KILLS sets their number. The run saves and validates often."""
-    kills = os.environ.get("KILLS", "3")
-    flags = *small, "--val_tasks=10", "--metatrain_iterations=400", "--save_interval=5"
+    kills = os.environ.get("KILLS", "2")
+    flags = *small, "--val_tasks=10", "--metatrain_iterations=200", "--save_interval=5"
     ended = end(spawn("-c", KILLED_AT_RANDOM, kills, tmp_path, *flags, cwd=PROGRAM.parent))
     assert ended.code == 0, ended.err
     killed, uninterrupted = (only_run(tmp_path / name) for name in ("killed", "uninterrupted"))
