@@ -223,7 +223,7 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
     identity = identity | {"product": PRODUCT}
     run.record(identity)
     recorded = scalars(run.folder).get(f"metatrain_{return_tag(learner)}", {})
-    returns = {iteration: value for iteration, value in recorded.items() if iteration < start}
+    after_update = {iteration: value for iteration, value in recorded.items() if iteration < start}
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     print("Printed: return before and after the update, averaged over rollouts and tasks.", flush=True)
     with (
@@ -236,14 +236,14 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
         for iteration in range(start, total):
             values = outer_iteration(learner, environment, iteration)
             history.append(values)
-            returns[iteration] = np.float32(values[return_tag(learner)])  # as the events have it
+            after_update[iteration] = np.float32(values[return_tag(learner)])  # as the events have it
             events.scalars(iteration, {f"metatrain_{tag}": value for tag, value in values.items()})
             progress.update()
             if iteration % PRINT_INTERVAL == 0 or iteration == total - 1:
                 returns = ", ".join(f"{value:.4g}" for tag, value in values.items() if "return" in tag)
                 tell(f"Iteration {iteration}: {returns}")
             last, regular = iteration == total - 1, (iteration + 1) % FLAGS.save_interval == 0
-            recent = [returns.get(i) for i in range(iteration - AVERAGED + 1, iteration + 1)]
+            recent = [after_update.get(i) for i in range(iteration - AVERAGED + 1, iteration + 1)]
             if regular and None not in recent:  # a stop does not add a candidate
                 run.validation = run.validation.then(iteration, float(np.mean(recent)), AVERAGED)
             if last or stop.reason or regular:

@@ -35,7 +35,7 @@ class MetaBatch(NamedTuple):
     support_y: Experience
     query_x: tf.Tensor  # [T, m, O], under each task's adapted policy
     query_y: Experience
-    adapted: Weights  # [T, ...] each
+    acted: tf.Tensor  # [T, m, 2 * A], that policy's outputs
 
 
 class Update(NamedTuple):
@@ -70,12 +70,13 @@ class MetaTRPO(tf.Module):
         experience = Experience(spec(None, None, log_std.shape[0]), spec(None, None), spec(None, None))
         weights = {name: spec(*weight.shape) for name, weight in self.weights.items()}
         tasks_weights = {name: spec(None, *weight.shape) for name, weight in self.weights.items()}
-        batch = MetaBatch(x, experience, x, experience, tasks_weights)
+        batch = MetaBatch(x, experience, x, experience, spec(None, None, 2 * log_std.shape[0]))
 
         def traced(function, *signature):
             return tf.function(function, autograph=False, input_signature=signature)
 
         self.adapt_each = traced(self._adapt_each, tasks_weights, x, experience, spec())
+        self.apply_each = traced(self._apply_each, tasks_weights, x)
         self.surrogate_gradient = traced(self._surrogate_gradient, batch)
         self.surrogate_at = traced(self._surrogate_at, weights, batch)
         self.divergence_gradient = traced(self._divergence_gradient, weights, batch)
@@ -143,6 +144,9 @@ class MetaTRPO(tf.Module):
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         return over_tasks(step, {}, (weights, x, experience), dtypes, self.layout)
 
+    def _apply_each(self, weights, x):
+        return over_tasks(lambda _, task: self.inner.network.apply(*task), {}, (weights, x), x.dtype, self.layout)
+
     def _tensors(self, rollouts):
         """Return the observations and the Experience of Rollouts."""
         parts = rollouts.actions, advantages(rollouts), rollouts.shares
@@ -165,7 +169,7 @@ class MetaTRPO(tf.Module):
             weights = self.inner_step(weights, *support)
             rollouts.append(self.rollouts(environment, weights, goals, count, random))
             query = self._tensors(rollouts[1])
-        return MetaBatch(*support, *query, tf.nest.map_structure(tf.constant, weights)), rollouts
+        return MetaBatch(*support, *query, self.apply_each(weights, query[0])), rollouts
 
     def outer_step(self, batch: MetaBatch) -> Update:
         """Update the weights, unless no step of the line search improves the surrogate within the bound."""
@@ -209,13 +213,11 @@ class MetaTRPO(tf.Module):
         times the likelihood ratio of the newly adapted policy to the policy that acted. The divergence is between these
         two policies.
         """
-        apply = self.inner.network.apply
-        own = apply(task.adapted, task.query_x)
-        new = apply(adapt(self.inner, weights, task, self.inner.steps), task.query_x)
         query = task.query_y
-        ratio = tf.exp(log_probability(new, query.actions) - log_probability(own, query.actions))
+        new = self.inner.network.apply(adapt(self.inner, weights, task, self.inner.steps), task.query_x)
+        ratio = tf.exp(log_probability(new, query.actions) - log_probability(task.acted, query.actions))
         surrogate = -tf.reduce_sum(query.shares * query.advantages * ratio)
-        return surrogate, tf.reduce_sum(query.shares * divergence(own, new))
+        return surrogate, tf.reduce_sum(query.shares * divergence(task.acted, new))
 
     def _surrogate_at(self, weights, batch):
         dtype = batch.query_x.dtype

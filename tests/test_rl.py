@@ -262,7 +262,8 @@ def test_one_parameter_gradient_matches_hand_derivation():
     half = learner.inner_step({"w1": np.full((1, 1, 1), w), "log_std": np.zeros((1, 1))}, x, support, 0.5)
     np.testing.assert_allclose(half["w1"], [[[(w + adapted) / 2]]])
 
-    batch = MetaBatch(x, support, *experience(b, later), after)
+    query_x, query = experience(b, later)
+    batch = MetaBatch(x, support, query_x, query, learner.apply_each(after, query_x))
     gradient, surrogate = learner.surrogate_gradient(tf.nest.map_structure(tf.convert_to_tensor, batch))
     np.testing.assert_allclose(surrogate, -np.mean(later))
     np.testing.assert_allclose(
@@ -365,38 +366,26 @@ def test_outer_step_improves_the_surrogate_within_the_bound(gathered):
 
 
 def test_small_steps_nearly_reach_the_bound(gathered, monkeypatch):
-    """For a small bound the divergence is nearly quadratic, so the line search accepts its first or second step."""
+    """For a small bound and a short direction the divergence is nearly quadratic: the first or second step is taken."""
     learner, batch = gathered
     monkeypatch.setattr(learner, "bound", 1e-6)
+    monkeypatch.setattr(trpo, "conjugate_gradients", lambda product, gradient: 1e-2 * gradient)
     assert 0.6e-6 < learner.outer_step(batch).divergence <= 1e-6
 
 
-@pytest.fixture
-def distorted(gathered, monkeypatch):
-    """A function that scales the directions and the Fisher products of the learner's outer steps."""
-    learner, _ = gathered
-
-    def distort(of_direction, of_product):
-        solve, product_of = trpo.conjugate_gradients, learner.fisher_product
-
-        def scaled(batch):
-            product = product_of(batch)
-            return lambda v: of_product * product(v)
-
-        monkeypatch.setattr(trpo, "conjugate_gradients", lambda *system: of_direction * solve(*system))
-        monkeypatch.setattr(learner, "fisher_product", scaled)
-
-    return distort
-
-
 @pytest.mark.parametrize(
-    ("of_direction", "of_product"), [(-1, 1), (1, 1 / 1600), (np.nan, 1)], ids=["uphill", "too far", "NaN"]
+    ("of_gradient", "of_product"), [(-1, 1), (1, 1 / 1600), (np.nan, 1)], ids=["uphill", "too far", "NaN"]
 )
-def test_failed_line_search_keeps_the_weights(gathered, distorted, of_direction, of_product):
-    """No step improves the surrogate within the bound. 1/1600 of the products makes steps 40 times as long."""
+def test_failed_line_search_keeps_the_weights(gathered, monkeypatch, of_gradient, of_product):
+    """No step improves the surrogate within the bound.
+
+    of_gradient: the direction, in gradients. of_product: factor of the product in the step's length: 1/1600 makes it 40
+    times as long.
+    """
     learner, batch = gathered
-    before = learner.flat(learner.weights)
-    distorted(of_direction, of_product)
+    before, product = learner.flat(learner.weights), learner.fisher_product(batch)
+    monkeypatch.setattr(trpo, "conjugate_gradients", lambda product, gradient: of_gradient * gradient)
+    monkeypatch.setattr(learner, "fisher_product", lambda batch: lambda v: of_product * product(v))
     update = learner.outer_step(batch)
     assert update.backtracks == BACKTRACKS
     assert update.surrogate == update.surrogate_before
