@@ -356,15 +356,18 @@ def returns(results: Path) -> list[str]:
     """Write the returns of MAML after three updates in reinforcement learning, the authors' next to ours."""
     lines = []
     for environment, title in RETURNS.items():
-        records = [json.loads(path.read_text()) for path in sorted(results.glob(f"rl_{environment}_maml*.json"))]
+        every = [json.loads(path.read_text()) for path in sorted(results.glob(f"rl_{environment}_*maml*.json"))]
+        records = [record for record in every if "product" in record["flags"]] or every  # older ones: the exact product
         if records:
             theirs = json.loads((results / "rl_authors.json").read_text())[environment]["maml"]
             columns = [record["results"][3] for record in records]
             mine = _spread([column["mean"] for column in columns], columns[0]["ci95"], ".1f")
             done = min(record["flags"]["iterations"] for record in records)
-            cut = f" (stopped at {done} of 100 iterations)" if done < 100 else ""
+            remarks = [f"stopped at {done} of 100 iterations"] if done < 100 else []
+            remarks += ["exact Fisher product"] if "product" not in records[0]["flags"] else []
+            remark = f" ({'; '.join(remarks)})" if remarks else ""
             paper = f"{theirs['mean'][3]:.1f} ± {theirs['ci95'][3]:.1f}"
-            lines.append(f"| {title}, return after 3 updates | {paper} | {mine}{cut} | |")
+            lines.append(f"| {title}, return after 3 updates | {paper} | {mine}{remark} | |")
     return lines
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks run in parallel, one per core
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one step of the rollouts is too small for more threads
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root instead of rl/
 
@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import runs
 from cluster import stopping_on_signals
-from files import InputError, read_json, user_path, write_whole, writing
+from files import InputError, printable, read_json, user_path, write_whole, writing
 from maml import InnerLoop
 from recipe import EXAMPLES, ITERATIONS, Range
-from report import Events, tell
+from report import Events, scalars, tell
 from rl.environments import ENVIRONMENTS, Environment
 from rl.policy import gaussian, policy_gradient
 from rl.trpo import BACKTRACKS, MetaTRPO
@@ -80,7 +80,9 @@ flags.DEFINE_string("logdir", "logs/rl", "Folder that holds the run folders.", f
 flags.DEFINE_bool("train", True, "Train. --train=False: test.", flag_values=FLAGS)
 flags.DEFINE_bool("resume", True, "Resume from the run folder's latest checkpoint.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Seed of the initial weights, the goals and the rollouts.", flag_values=FLAGS)
-flags.DEFINE_integer("save_interval", 10, "Iterations between checkpoints. The last ten are kept.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "save_interval", 10, "Iterations between checkpoints. The last ten and the best are kept.", flag_values=FLAGS
+)
 flags.DEFINE_integer("threads", 0, "Tasks to run in parallel, one per core. 0: all cores.", flag_values=FLAGS)
 
 for _name, _range in {
@@ -100,7 +102,9 @@ flags.register_validator("seed", lambda value: 0 <= value < 2**32, "must be 0 to
 # (alpha, KL bound), from the scripts of cbfinn/maml_rl.
 DEFAULTS = {"point": (0.5, 0.01), "cheetah_direction": (0.1, 0.02), "cheetah_speed": (0.1, 0.01)}
 IDENTITY = "env baseline iterations meta_batch_size num_rollouts update_lr meta_step_size seed".split()
+PRODUCT = "finite_difference"  # of the outer step; flags.json has it as "product"
 PRINT_INTERVAL = 10  # iterations
+AVERAGED = 10  # iterations: the best checkpoint has the highest return, averaged over this many
 
 # The authors' tests (test_maml_point.py and the like).
 TEST_GOALS, TEST_GOALS_SEED = 40, 1
@@ -188,16 +192,38 @@ def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
     return MetaTRPO(inner, bound=identity["meta_step_size"], seed=identity["seed"], cores=cores)
 
 
+def recorded_product(run: runs.Run) -> str:
+    """Return how a run's Fisher products were computed. Runs until November 2026 did not record it: exactly."""
+    try:
+        recorded = read_json(run.folder / "flags.json", dict, "restore a copy, or choose another --logdir")
+    except FileNotFoundError:
+        recorded = {}
+    return recorded.get("product", "exact")
+
+
+def return_tag(learner: MetaTRPO) -> str:
+    """Return the tag of the training tasks' return after the update, if there is one."""
+    return "Post-update_return__step_1" if learner.inner.steps else "Pre-update_return"
+
+
 def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
     """Take the remaining outer steps of a run."""
     run.check(identity, {}, FLAGS.resume)
     if run.iterations():
+        if (product := recorded_product(run)) != PRODUCT:
+            raise InputError(
+                f"{run.folder}: was trained with the {printable(product)} Fisher product, so it can only be tested; "
+                "choose another --logdir"
+            )
         print("Restoring model weights from", run.restore_newest(learner))
     start, total = int(learner.step), FLAGS.iterations
     if start >= total:
         print(f"Nothing left to do: {start} of {total} iterations are done. To train longer, raise --iterations.")
         return
+    identity = identity | {"product": PRODUCT}
     run.record(identity)
+    recorded = scalars(run.folder).get(f"metatrain_{return_tag(learner)}", {})
+    after_update = {iteration: value for iteration, value in recorded.items() if iteration < start}
     print(f"Run folder {run.folder}, iterations {start} to {total - 1}.")
     print("Printed: return before and after the update, averaged over rollouts and tasks.", flush=True)
     with (
@@ -210,13 +236,17 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
         for iteration in range(start, total):
             values = outer_iteration(learner, environment, iteration)
             history.append(values)
+            after_update[iteration] = np.float32(values[return_tag(learner)])  # as the events have it
             events.scalars(iteration, {f"metatrain_{tag}": value for tag, value in values.items()})
             progress.update()
             if iteration % PRINT_INTERVAL == 0 or iteration == total - 1:
                 returns = ", ".join(f"{value:.4g}" for tag, value in values.items() if "return" in tag)
                 tell(f"Iteration {iteration}: {returns}")
-            last = iteration == total - 1
-            if last or stop.reason or (iteration + 1) % FLAGS.save_interval == 0:
+            last, regular = iteration == total - 1, (iteration + 1) % FLAGS.save_interval == 0
+            recent = [after_update.get(i) for i in range(iteration - AVERAGED + 1, iteration + 1)]
+            if regular and None not in recent:  # a stop does not add a candidate
+                run.validation = run.validation.then(iteration, float(np.mean(recent)), AVERAGED)
+            if last or stop.reason or regular:
                 prefix = run.save(learner)
             if stop.reason and not last:
                 print(f"Stopped by {stop.reason}, saved in {prefix}. To continue: python rl/main.py --run={run.folder}")
@@ -236,8 +266,7 @@ def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int)
     seconds = {"rollouts": time.perf_counter() - began}
     update = learner.outer_step(batch)
     values = {"Pre-update_return": rollouts[0].mean_returns().mean()}
-    if learner.inner.steps:
-        values["Post-update_return__step_1"] = rollouts[1].mean_returns().mean()
+    values[return_tag(learner)] = rollouts[-1].mean_returns().mean()
     return {
         **{tag: float(value) for tag, value in values.items()},
         "divergence": update.divergence,
@@ -249,15 +278,42 @@ def outer_iteration(learner: MetaTRPO, environment: Environment, iteration: int)
 
 
 def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environment) -> None:
-    """Print the returns on the authors' test goals before and after updates, and write them to results.json."""
-    iterations = 0
-    if FLAGS.baseline != "random":
+    """Print the returns on the authors' test goals before and after updates, and write them to results.json.
+
+    The last checkpoint is tested, and the best one in training, under "best".
+    """
+    trained = FLAGS.baseline != "random"
+    if trained:
         run.checkpoint()
         run.check_flags(identity, {}, training=False)
+        identity = identity | {"product": recorded_product(run)}
         print("Restoring model weights from", run.restore_newest(learner))
-        iterations = int(learner.step)
     runs.check_writable(run.folder, "--logdir")
+    iterations, validation = int(learner.step) if trained else 0, run.validation
     goals = environment.goals(np.random.RandomState(TEST_GOALS_SEED), TEST_GOALS)
+    entry = {
+        "run": run.folder.name,
+        "flags": identity | {"iterations": iterations},
+        "metric": "return, the undiscounted sum of rewards, mean over rollouts",
+        "goals": TEST_GOALS,
+        "transitions_at_least": TEST_TRANSITIONS,
+        **measured(learner, environment, goals),
+    }
+    if validation.best in run.iterations():
+        print(f"The best checkpoint in training is that of iteration {validation.best}: {validation.accuracy:.4g}.")
+        best = {"iterations": validation.best + 1, "training_return": validation.accuracy}
+        if validation.best + 1 != iterations:
+            run.restore(learner, run.prefix(validation.best))
+            measurements = measured(learner, environment, goals)
+            best |= {key: measurements[key] for key in ("results", "returns")}
+        entry["best"] = best
+    with writing(run.folder):
+        write_whole(run.folder / "results.json", lambda file: file.write(json.dumps(entry).encode()))
+    print(f"Written: {run.folder / 'results.json'}.")
+
+
+def measured(learner: MetaTRPO, environment: Environment, goals: np.ndarray) -> dict:
+    """Print the learner's returns for the goals, and return them as entries of results.json."""
     random = np.random.default_rng((0, 0, 1))  # the third number is 0 in training
     count = TEST_TRANSITIONS // environment.horizon
     sizes = [] if FLAGS.baseline == "oracle" else [1] + [LATER_UPDATES] * (TEST_UPDATES - 1)
@@ -267,11 +323,6 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
     print("Return after 0, 1, ... updates, with its 95% confidence interval over goals:")
     print(", ".join(f"{mean:.2f} +- {half:.2f}" for mean, half in zip(means, ci95, strict=True)))
     entry = {
-        "run": run.folder.name,
-        "flags": identity | {"iterations": iterations},
-        "metric": "return, the undiscounted sum of rewards, mean over rollouts",
-        "goals": TEST_GOALS,
-        "transitions_at_least": TEST_TRANSITIONS,
         "results": [
             {
                 "updates": j,
@@ -286,14 +337,19 @@ def test(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environm
         ],
         "returns": np.round(returns, 3).tolist(),  # [goal, update]
     }
+    if FLAGS.env == "cheetah_direction":
+        forward = goals[:, 0] >= 1
+        for direction, chosen in (("forward", forward), ("backward", ~forward)):
+            means, _, ci95 = statistics(returns[chosen])
+            print(f"{direction}: " + ", ".join(f"{m:.2f} +- {half:.2f}" for m, half in zip(means, ci95, strict=True)))
+            for result, mean, half in zip(entry["results"], means, ci95, strict=True):
+                result[direction] = {"mean": float(mean), "ci95": float(half)}
     if FLAGS.env == "point":
         entry["goals_of_paths"] = np.round(goals[:KEPT_GOALS], 3).tolist()
         entry["paths"] = [  # [update, goal, rollout, step, coordinate]
             [rollouts.paths(goal, KEPT_ROLLOUTS) for goal in range(KEPT_GOALS)] for rollouts in curve
         ]
-    with writing(run.folder):
-        write_whole(run.folder / "results.json", lambda file: file.write(json.dumps(entry).encode()))
-    print(f"Written: {run.folder / 'results.json'}.")
+    return entry
 
 
 def program(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Write the table of docs/rl.md and draw its figures from results/rl_*.json. Needs matplotlib.
+"""Write the tables of docs/rl.md and draw its figures from results/rl_*.json. Needs matplotlib.
 
 python rl/report.py
 """
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from plot import BLUE, GRAY, LINES, ORANGE, STYLE, save
 
-BEGIN, END = "<!-- results: written by rl/report.py -->", "<!-- end of results -->"
+END = "<!-- end of table -->"
 MODELS = {None: "MAML", "pretrained": "pretrained", "random": "random", "oracle": "oracle"}
 ENVIRONMENTS = {
     "point": "2D navigation",
@@ -27,19 +27,41 @@ ENVIRONMENTS = {
     "cheetah_speed": "Half-cheetah, speed",
 }
 COLUMNS = 4  # 0 to 3 updates, as in the paper's figures
+DIRECTIONS = "forward", "backward"  # of half-cheetah direction, also separately
+HEADER = ["| | | 0 | 1 | 2 | 3 updates |", "| --- | --- | --- | --- | --- | --- |"]
 
 
-def records(results: Path) -> dict[str, list[dict]]:
-    """Return environment -> its records, MAML first, then by seed."""
+def records(results: Path, exact: bool = False) -> dict[str, list[dict]]:
+    """Return environment -> its records, MAML first, then by seed.
+
+    Records of the exact Fisher product are left out if the model has others. exact: return only those.
+    """
     by_environment = {name: [] for name in ENVIRONMENTS}
     for path in results.glob("rl_*.json"):
         record = json.loads(path.read_text())
         if "flags" in record:
             by_environment[record["flags"]["env"]].append(record)
     order = list(MODELS)
-    for group in by_environment.values():
-        group.sort(key=lambda record: (order.index(record["flags"]["baseline"]), record["flags"]["seed"]))
+    for name, group in by_environment.items():
+        group.sort(key=lambda r: (order.index(r["flags"]["baseline"]), r["flags"]["seed"], _setting(r)))
+        renewed = {record["flags"]["baseline"] for record in group if not _is_exact(record)}
+        by_environment[name] = [
+            record
+            for record in group
+            if (_is_exact(record) if exact else not _is_exact(record) or record["flags"]["baseline"] not in renewed)
+        ]
     return by_environment
+
+
+def _is_exact(record):
+    """Return whether a policy was trained with the exact Fisher product, as until November 2026."""
+    return record["flags"]["baseline"] != "random" and record["flags"].get("product", "exact") == "exact"
+
+
+def _setting(record):
+    """Return the tasks and rollouts of an outer step, if they are not the defaults of rl/main.py."""
+    tasks, rollouts = (record["flags"].get(name) for name in ("meta_batch_size", "num_rollouts"))
+    return "" if (tasks, rollouts) in ((40, 20), (None, None)) else f", meta-batch {tasks}, rollouts {rollouts}"
 
 
 def authors(results: Path) -> dict[str, dict[str, dict]]:
@@ -49,28 +71,67 @@ def authors(results: Path) -> dict[str, dict[str, dict]]:
 
 def table(results: Path) -> str:
     """Return the Markdown table of returns after 0 to 3 updates, ours and the authors'."""
-    lines = ["| | | 0 | 1 | 2 | 3 updates |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [*HEADER]
     ours, theirs = records(results), authors(results)
     for environment, title in ENVIRONMENTS.items():
         for baseline, model in MODELS.items():
             runs = [record for record in ours[environment] if record["flags"]["baseline"] == baseline]
-            if not runs:
-                continue
-            first = f"{title}: {model}"
-            for record in runs:
-                source = "ours" if baseline == "random" else f"ours, {record['flags']['iterations']} iterations"
-                source += f", seed {record['flags']['seed']}"
-                lines.append(_row(first, source, [(column["mean"], column["ci95"]) for column in record["results"]]))
-                first = ""
-            published = theirs[environment].get(baseline or "maml")
-            if published:
-                lines.append(_row("", "authors", list(zip(published["mean"], published["ci95"], strict=True))))
+            if runs:
+                lines += _rows(f"{title}: {model}", runs, theirs[environment].get(baseline or "maml"))
     return "\n".join(lines)
 
 
-def _row(first, source, columns):
-    cells = [f"{mean:.1f} +- {half:.1f}" for mean, half in columns[:COLUMNS]]
+def products(results: Path) -> str:
+    """Return the table of 2D navigation with MAML, by how the Fisher products of its outer steps were computed."""
+    exact, ours = ([r for r in records(results, only)["point"] if not r["flags"]["baseline"]] for only in (True, False))
+    others = [record for record in ours if not _is_exact(record)]
+    published = authors(results)["point"]["maml"]
+    return "\n".join([*HEADER, *_rows("exact", exact), *_rows("finite difference", others, published)])
+
+
+def _rows(first, runs, published=None):
+    """Return the rows of a model: our runs, then the authors' numbers."""
+    lines = []
+    for record in runs:
+        flags, best = record["flags"], record.get("best", {})
+        source = "ours" if flags["baseline"] == "random" else f"ours, {flags['iterations']} iterations"
+        source += f", seed {flags['seed']}{_setting(record)}{', exact product' * _is_exact(record)}"
+        lines.append((source, _by_update(record["results"])))
+        if "results" in best:
+            lines.append((f"its best checkpoint, after {best['iterations']} iterations", _by_update(best["results"])))
+    if published:
+        lines.append((f"authors{published.get('note', '')}", published))
+    parts = [part for line in lines for part in _with_directions(*line)]
+    return [_row("" if i else first, *part) for i, part in enumerate(parts)]
+
+
+def _by_update(columns):
+    """Return a record's results in the form of the authors' numbers: lists of means and intervals by update."""
+    directions = {name: [column[name] for column in columns] for name in DIRECTIONS if name in columns[0]}
+    lists = {key: [column[key] for column in columns] for key in ("mean", "ci95")}
+    return lists | {name: _by_update(part) for name, part in directions.items()}
+
+
+def _with_directions(source, numbers):
+    """Return (source, numbers), then (direction, its numbers) for each direction they have."""
+    return [(source, numbers), *((name, numbers[name]) for name in DIRECTIONS if name in numbers)]
+
+
+def _row(first, source, numbers):
+    cells = [f"{mean:.1f} +- {half:.1f}" for mean, half in zip(numbers["mean"], numbers["ci95"], strict=True)][:COLUMNS]
     return f"| {' | '.join([first, source, *cells, *[''] * (COLUMNS - len(cells))])} |"
+
+
+TABLES = {"results": table, "products": products}  # between comments in docs/rl.md
+
+
+def with_tables(text: str, results: Path) -> str:
+    """Return the text of docs/rl.md with its tables made from the records."""
+    for name, make_table in TABLES.items():
+        begin = f"<!-- {name}: written by rl/report.py -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{make_table(results)}\n\n{END}{rest.split(END, 1)[1]}"
+    return text
 
 
 @matplotlib.rc_context(STYLE)
@@ -141,6 +202,5 @@ if __name__ == "__main__":
     save(returns_figure(ours, authors(results)), ROOT / "figures" / "rl_returns")
     save(paths_figure(next(record for record in ours["point"] if "paths" in record)), ROOT / "figures" / "rl_paths")
     document = ROOT / "docs" / "rl.md"
-    before, rest = document.read_text().split(BEGIN)
-    document.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}")
+    document.write_text(with_tables(document.read_text(), results))
     print("Written: docs/rl.md, figures/rl_returns.png and figures/rl_paths.png.")

@@ -1,13 +1,13 @@
 """MAML with TRPO as the outer step (paper section 5.3 and Algorithm 3).
 
 The inner step is maml.py's, with the loss policy.policy_gradient. The outer step is a natural-gradient step on the
-surrogate. Conjugate gradients compute its direction, using the Fisher matrix of the adapted policies with respect to
-the weights before the inner step.
+surrogate. Conjugate gradients compute its direction from products with the Fisher matrix of the adapted policies with
+respect to the weights before the inner step. As in the original, a product is a finite difference of gradients of the
+mean divergence, over a step so wide that units switch on and off within it (docs/rl.md compares it with the exact one).
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ import tensorflow as tf
 
 from maml import InnerLoop, adapt, meta_gradient
 from parallel import Layout, over_tasks
-from rl import curvature
 from rl.environments import Environment
 from rl.policy import Experience, act, divergence, log_probability
 from rl.rollouts import Rollouts, advantages, collect
@@ -36,7 +35,7 @@ class MetaBatch(NamedTuple):
     support_y: Experience
     query_x: tf.Tensor  # [T, m, O], under each task's adapted policy
     query_y: Experience
-    adapted: Weights  # [T, ...] each
+    acted: tf.Tensor  # [T, m, 2 * A], that policy's outputs
 
 
 class Update(NamedTuple):
@@ -71,14 +70,16 @@ class MetaTRPO(tf.Module):
         experience = Experience(spec(None, None, log_std.shape[0]), spec(None, None), spec(None, None))
         weights = {name: spec(*weight.shape) for name, weight in self.weights.items()}
         tasks_weights = {name: spec(None, *weight.shape) for name, weight in self.weights.items()}
-        batch = MetaBatch(x, experience, x, experience, tasks_weights)
+        batch = MetaBatch(x, experience, x, experience, spec(None, None, 2 * log_std.shape[0]))
 
         def traced(function, *signature):
             return tf.function(function, autograph=False, input_signature=signature)
 
         self.adapt_each = traced(self._adapt_each, tasks_weights, x, experience, spec())
+        self.apply_each = traced(self._apply_each, tasks_weights, x)
         self.surrogate_gradient = traced(self._surrogate_gradient, batch)
         self.surrogate_at = traced(self._surrogate_at, weights, batch)
+        self.divergence_gradient = traced(self._divergence_gradient, weights, batch)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -143,6 +144,9 @@ class MetaTRPO(tf.Module):
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         return over_tasks(step, {}, (weights, x, experience), dtypes, self.layout)
 
+    def _apply_each(self, weights, x):
+        return over_tasks(lambda _, task: self.inner.network.apply(*task), {}, (weights, x), x.dtype, self.layout)
+
     def _tensors(self, rollouts):
         """Return the observations and the Experience of Rollouts."""
         parts = rollouts.actions, advantages(rollouts), rollouts.shares
@@ -165,21 +169,22 @@ class MetaTRPO(tf.Module):
             weights = self.inner_step(weights, *support)
             rollouts.append(self.rollouts(environment, weights, goals, count, random))
             query = self._tensors(rollouts[1])
-        return MetaBatch(*support, *query, tf.nest.map_structure(tf.constant, weights)), rollouts
+        return MetaBatch(*support, *query, self.apply_each(weights, query[0])), rollouts
 
     def outer_step(self, batch: MetaBatch) -> Update:
         """Update the weights, unless no step of the line search improves the surrogate within the bound."""
         times = [time.perf_counter()]
         gradient, before = self.surrogate_gradient(batch)
-        gradient = self.flat(gradient)
+        gradient, before = self.flat(gradient), float(before)
         times.append(time.perf_counter())
-        with self.fisher_product(batch) as product:
-            direction, residual = conjugate_gradients(product, gradient)
+        product = self.fisher_product(batch)
+        direction = conjugate_gradients(product, gradient)
+        with np.errstate(invalid="ignore"):
+            size = np.sqrt(2 * self.bound / (direction @ product(direction) + 1e-8))
+        # NaN if the product, which is not linear, gives the direction a negative length. So in the original.
+        step = direction if np.isnan(size) else size * direction
         times.append(time.perf_counter())
-        # Equals direction @ product(direction): product(direction) = gradient - residual.
-        length = direction @ (gradient - residual)
-        step = np.sqrt(2 * self.bound / (length + 1e-8)) * direction
-        old, before = self.flat(self.values()), float(before)
+        old = self.flat(self.values())
         self.step.assign_add(1)
         for backtracks in range(BACKTRACKS):
             new = self.unflat(old - RATIO**backtracks * step)
@@ -208,27 +213,42 @@ class MetaTRPO(tf.Module):
         times the likelihood ratio of the newly adapted policy to the policy that acted. The divergence is between these
         two policies.
         """
-        apply = self.inner.network.apply
-        own = apply(task.adapted, task.query_x)
-        new = apply(adapt(self.inner, weights, task, self.inner.steps), task.query_x)
         query = task.query_y
-        ratio = tf.exp(log_probability(new, query.actions) - log_probability(own, query.actions))
+        new = self.inner.network.apply(adapt(self.inner, weights, task, self.inner.steps), task.query_x)
+        ratio = tf.exp(log_probability(new, query.actions) - log_probability(task.acted, query.actions))
         surrogate = -tf.reduce_sum(query.shares * query.advantages * ratio)
-        return surrogate, tf.reduce_sum(query.shares * divergence(own, new))
+        return surrogate, tf.reduce_sum(query.shares * divergence(task.acted, new))
 
     def _surrogate_at(self, weights, batch):
         dtype = batch.query_x.dtype
         each = over_tasks(self.surrogate_and_divergence, weights, batch, (dtype, dtype), self.layout)
         return tuple(tf.reduce_mean(value) for value in each)
 
-    def fisher_product(self, batch: MetaBatch) -> "_FisherProduct":
-        """Return a context manager that yields the function v -> (mean Fisher matrix of the tasks + DAMPING * I) v.
+    def _divergence_gradient(self, weights, batch):
+        def mean_divergence(weights, task):
+            return self.surrogate_and_divergence(weights, task)[1]
 
-        v is a flat vector. A task's matrix is A F A: A = I - alpha H is the derivative of the inner step, H the Hessian
-        of its loss, and F the Fisher matrix of the adapted policy on its own transitions. A F A is the Hessian of the
-        mean divergence at the current weights, where the divergence is 0.
+        return meta_gradient(mean_divergence, weights, batch, self.layout)
+
+    def fisher_product(self, batch: MetaBatch) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the function v -> (mean Fisher matrix of the tasks + DAMPING * I) v, approximately.
+
+        v is a flat vector, float64. With G the gradient of the tasks' mean divergence, the product with the matrix is
+        (G(theta + eps v) - G(theta - eps v)) / (2 eps), where eps = 1 / |theta|.
+        Source: cbfinn/maml_rl, conjugate_gradient_optimizer.py. Its FiniteDifferenceHvp(num_slices) passes 1, meant as
+        the number of slices, as base_eps, which is 1e-8 by default.
         """
-        return _FisherProduct(self, batch)
+        theta = self.flat(self.values())
+        epsilon = 1 / (np.linalg.norm(theta) + 1e-8)
+
+        def gradient(vector):
+            return self.flat(self.divergence_gradient(self.unflat(vector), batch)[0])
+
+        def product(v):
+            difference = gradient(theta + epsilon * v) - gradient(theta - epsilon * v)
+            return difference / (2 * epsilon) + DAMPING * v
+
+        return product
 
     # -- weights as one vector ----------------------------------------------------------------------------------------
 
@@ -246,57 +266,17 @@ class MetaTRPO(tf.Module):
         return weights
 
 
-class _FisherProduct:
-    """See MetaTRPO.fisher_product. Tasks run in parallel, one per core."""
-
-    def __init__(self, learner: MetaTRPO, batch: MetaBatch):
-        self.learner, self.batch = learner, tf.nest.map_structure(lambda x: x.numpy(), batch)
-
-    def __enter__(self) -> Callable[[np.ndarray], np.ndarray]:
-        self.pool = ThreadPoolExecutor(self.learner.layout.cores)
-        self.tasks = list(self.pool.map(self._curvatures, range(len(self.batch.query_x))))
-        return self
-
-    def __exit__(self, *exception):
-        self.pool.shutdown()
-
-    def _curvatures(self, task):
-        """Return the curvatures of the inner loss (None without inner steps) and of the adapted policy."""
-        own = tf.nest.map_structure(lambda x: x[task], self.batch)
-        after = curvature.fisher(own.adapted, own.query_x, own.query_y.shares)
-        if not self.learner.inner.steps:
-            return None, after
-        c = own.support_y.shares * own.support_y.advantages
-        weights = {name: weight.numpy() for name, weight in self.learner.weights.items()}
-        return curvature.inner_loss(weights, own.support_x, own.support_y.actions, c), after
-
-    def __call__(self, vector: np.ndarray) -> np.ndarray:
-        direction = self.learner.unflat(vector)
-        products = self.pool.map(lambda task: self._product(*task, direction), self.tasks)
-        return sum(map(self.learner.flat, products)) / len(self.tasks) + DAMPING * vector
-
-    def _product(self, inner, after, direction):
-        return self._through(inner, curvature.product(after, self._through(inner, direction)))
-
-    def _through(self, inner, direction):
-        """Return the derivative of the inner step, a symmetric matrix, times the direction."""
-        if inner is None:
-            return direction
-        product = curvature.product(inner, direction)
-        return {name: direction[name] - self.learner.inner.alpha * product[name] for name in direction}
-
-
-def conjugate_gradients(product: Callable, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the solution x of product(x) = b after CONJUGATE_STEPS steps from 0, and the residual b - product(x)."""
+def conjugate_gradients(product: Callable, b: np.ndarray) -> np.ndarray:
+    """Return the solution x of product(x) = b after CONJUGATE_STEPS steps from 0."""
     x, residual, direction = np.zeros_like(b), b.copy(), b.copy()
     squared = residual @ residual
     for _ in range(CONJUGATE_STEPS):
         applied = product(direction)
         size = squared / (direction @ applied)
         x += size * direction
-        residual = residual - size * applied
+        residual -= size * applied
         before, squared = squared, residual @ residual
         if squared < LEAST_RESIDUAL:
             break
         direction = residual + squared / before * direction
-    return x, residual
+    return x

@@ -374,12 +374,19 @@ def test_compare_sinusoid_prints_the_original_of_each_baseline(tmp_path, monkeyp
 
 @pytest.mark.parametrize(("done", "remark"), [(66, " (stopped at 66 of 100 iterations)"), (100, ""), (200, "")])
 def test_the_summary_marks_a_reinforcement_learning_run_that_stopped_early(done, remark, tmp_path):
-    columns = [{"mean": float(j), "ci95": 0.5} for j in range(4)]
-    record = json.dumps({"flags": {"iterations": done}, "results": columns})
-    (tmp_path / "rl_point_maml.json").write_text(record)
+    """Records of the exact Fisher product count only if there are no others, and are marked."""
     theirs = {"point": {"maml": {"mean": [0.0] * 4, "ci95": [0.5] * 4}}}
     (tmp_path / "rl_authors.json").write_text(json.dumps(theirs))
-    (line,) = table.returns(tmp_path)
+
+    def line_with(name, mean, **flags):
+        columns = [{"mean": mean, "ci95": 0.5}] * 4
+        (tmp_path / name).write_text(json.dumps({"flags": flags, "results": columns}))
+        (line,) = table.returns(tmp_path)
+        return line
+
+    exact = line_with("rl_point_exact_maml.json", 9.0, iterations=100)
+    assert exact.endswith("| 0.0 ± 0.5 | 9.0 ± 0.5 (exact Fisher product) | |")
+    line = line_with("rl_point_maml.json", 3.0, iterations=done, product="finite_difference")
     assert line.endswith(f"| 0.0 ± 0.5 | 3.0 ± 0.5{remark} | |")
 
 

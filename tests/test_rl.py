@@ -20,7 +20,7 @@ from rl import main, trpo
 from rl.environments import ENVIRONMENTS, center_of_mass, half_cheetah, point
 from rl.policy import Experience, act, divergence, gaussian, log_probability, policy_gradient
 from rl.rollouts import DISCOUNT, RIDGE, Rollouts, advantages, collect, discounted_returns
-from rl.trpo import BACKTRACKS, CONJUGATE_STEPS, DAMPING, MetaBatch, MetaTRPO, conjugate_gradients
+from rl.trpo import BACKTRACKS, CONJUGATE_STEPS, MetaBatch, MetaTRPO, conjugate_gradients
 
 # -- environments ------------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,8 @@ def test_one_parameter_gradient_matches_hand_derivation():
     half = learner.inner_step({"w1": np.full((1, 1, 1), w), "log_std": np.zeros((1, 1))}, x, support, 0.5)
     np.testing.assert_allclose(half["w1"], [[[(w + adapted) / 2]]])
 
-    batch = MetaBatch(x, support, *experience(b, later), after)
+    query_x, query = experience(b, later)
+    batch = MetaBatch(x, support, query_x, query, learner.apply_each(after, query_x))
     gradient, surrogate = learner.surrogate_gradient(tf.nest.map_structure(tf.convert_to_tensor, batch))
     np.testing.assert_allclose(surrogate, -np.mean(later))
     np.testing.assert_allclose(
@@ -302,12 +303,12 @@ def gathered(traced):
 
 
 @pytest.mark.parametrize("inner_steps", [0, 1])
-def test_fisher_products_match_the_hessian_of_the_mean_divergence(inner_steps):
-    """Autodiff computes the Hessian in all weights, through the inner step."""
+def test_fisher_product_is_the_original_finite_difference(inner_steps):
+    """Autodiff without our loops over tasks computes the gradients at theta +- v / |theta|, and the Hessian."""
     environment, random = point()._replace(horizon=5), np.random.default_rng(0)
     learner = float64_learner(environment, inner_steps)
     batch, _ = learner.gather(environment, environment.goals(random, 2), 4, random)
-    old = tf.constant(learner.flat(learner.weights))
+    theta = learner.flat(learner.weights)
 
     def mean_divergence(vector):
         weights, first = {}, 0
@@ -318,34 +319,40 @@ def test_fisher_products_match_the_hessian_of_the_mean_divergence(inner_steps):
         tasks = [tf.nest.map_structure(lambda x, task=task: x[task], batch) for task in range(2)]
         return tf.add_n([learner.surrogate_and_divergence(weights, task)[1] for task in tasks]) / 2
 
+    def gradient(vector):
+        with tf.GradientTape() as tape:
+            tape.watch(vector)
+            value = mean_divergence(vector)
+        return tape.gradient(value, vector)
+
+    gradient_at = tf.function(gradient, autograph=False)
+
     @tf.function(autograph=False)
-    def derivatives():
-        with tf.GradientTape() as outer:
-            outer.watch(old)
-            with tf.GradientTape() as inner:
-                inner.watch(old)
-                value = mean_divergence(old)
-            gradient = inner.gradient(value, old)
-        return value, gradient, outer.jacobian(gradient, old, experimental_use_pfor=False)
+    def hessian_times(v):
+        old = tf.constant(theta)
+        with tf.GradientTape() as tape:
+            tape.watch(old)
+            slope = tf.reduce_sum(gradient(old) * v)
+        return tape.gradient(slope, old)
 
-    value, gradient, hessian = (x.numpy() for x in derivatives())
-    assert abs(value) < 1e-12
-    np.testing.assert_allclose(gradient, np.zeros_like(gradient), atol=1e-12)
-    with learner.fisher_product(batch) as product:
-        ours = np.stack([product(row) for row in np.eye(len(old))])
-    np.testing.assert_allclose(ours - DAMPING * np.eye(len(old)), hessian, atol=1e-10)
-    assert np.abs(hessian).max() > 0.1
+    product, v = learner.fisher_product(batch), random.standard_normal(len(theta))
+    step = v / np.linalg.norm(theta)
+    difference = (gradient_at(tf.constant(theta + step)) - gradient_at(tf.constant(theta - step))).numpy()
+    expected = difference * np.linalg.norm(theta) / 2 + 1e-5 * v
+    np.testing.assert_allclose(product(v), expected, rtol=1e-6, atol=1e-9)
+    exact = hessian_times(tf.constant(v)).numpy() + 1e-5 * v
+    assert np.abs(exact - expected).max() > 0.01 * np.abs(exact).max()  # the step is wide
+    np.testing.assert_allclose(product(1e-4 * v) / 1e-4, exact, atol=1e-4 * np.abs(exact).max())
 
 
-def test_conjugate_gradients_return_solution_and_residual():
+def test_conjugate_gradients_solve_the_system():
     random = np.random.default_rng(0)
     root = random.standard_normal((CONJUGATE_STEPS, CONJUGATE_STEPS))
     matrix, b = root @ root.T + np.eye(len(root)), random.standard_normal(len(root))
-    x, residual = conjugate_gradients(lambda vector: matrix @ vector, b)
-    np.testing.assert_allclose(matrix @ x, b, atol=1e-6)
-    np.testing.assert_allclose(residual, b - matrix @ x, atol=1e-10)
-    x, residual = conjugate_gradients(lambda vector: 2 * vector, np.ones(3))  # done in one step
-    assert (x.tolist(), residual.tolist()) == ([0.5] * 3, [0] * 3)
+    np.testing.assert_allclose(matrix @ conjugate_gradients(lambda vector: matrix @ vector, b), b, atol=1e-6)
+    calls = []
+    x = conjugate_gradients(lambda vector: calls.append(0) or 2 * vector, np.ones(3))
+    assert (x.tolist(), len(calls)) == ([0.5] * 3, 1)  # done in one step
 
 
 def test_outer_step_improves_the_surrogate_within_the_bound(gathered):
@@ -359,39 +366,41 @@ def test_outer_step_improves_the_surrogate_within_the_bound(gathered):
 
 
 def test_small_steps_nearly_reach_the_bound(gathered, monkeypatch):
-    """For a small bound the divergence is nearly quadratic, so the line search accepts its first or second step."""
+    """For a small bound and a short direction the divergence is nearly quadratic: the first or second step is taken."""
     learner, batch = gathered
     monkeypatch.setattr(learner, "bound", 1e-6)
+    monkeypatch.setattr(trpo, "conjugate_gradients", lambda product, gradient: 1e-2 * gradient)
     assert 0.6e-6 < learner.outer_step(batch).divergence <= 1e-6
 
 
 @pytest.mark.parametrize(
-    "distort",
-    [
-        lambda direction, g, product: (-direction, g + product),
-        lambda direction, g, product: (40 * direction, g - product / 40),
-        lambda direction, g, product: (np.nan * direction, g),
-    ],
-    ids=["uphill", "too far", "NaN"],
+    ("of_gradient", "of_product"), [(-1, 1), (1, 1 / 1600), (np.nan, 1)], ids=["uphill", "too far", "NaN"]
 )
-def test_failed_line_search_keeps_the_weights(gathered, monkeypatch, distort):
+def test_failed_line_search_keeps_the_weights(gathered, monkeypatch, of_gradient, of_product):
     """No step improves the surrogate within the bound.
 
-    distort: from the correct direction, the gradient and the direction's product to the (direction, residual) to use.
+    of_gradient: the direction, in gradients. of_product: factor of the product in the step's length: 1/1600 makes it 40
+    times as long.
     """
     learner, batch = gathered
-    before, solve = learner.flat(learner.weights), trpo.conjugate_gradients
-
-    def distorted(product, gradient):
-        direction, residual = solve(product, gradient)
-        return distort(direction, gradient, gradient - residual)
-
-    monkeypatch.setattr(trpo, "conjugate_gradients", distorted)
+    before, product = learner.flat(learner.weights), learner.fisher_product(batch)
+    monkeypatch.setattr(trpo, "conjugate_gradients", lambda product, gradient: of_gradient * gradient)
+    monkeypatch.setattr(learner, "fisher_product", lambda batch: lambda v: of_product * product(v))
     update = learner.outer_step(batch)
     assert update.backtracks == BACKTRACKS
     assert update.surrogate == update.surrogate_before
     assert np.array_equal(learner.flat(learner.weights), before)
     assert learner.step == 1
+
+
+def test_a_direction_of_negative_length_is_the_step(gathered, monkeypatch):
+    """As in the original: the square root of its length is NaN."""
+    learner, batch = gathered
+    before, direction = learner.flat(learner.weights), 1e-3 * learner.flat(learner.surrogate_gradient(batch)[0])
+    monkeypatch.setattr(trpo, "conjugate_gradients", lambda product, gradient: direction)
+    monkeypatch.setattr(learner, "fisher_product", lambda batch: lambda v: -v)
+    assert learner.outer_step(batch).backtracks == 0
+    np.testing.assert_allclose(learner.flat(learner.weights), before - direction, rtol=1e-12)
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -489,6 +498,72 @@ def test_resume_is_bitwise_identical(program, tmp_path, monkeypatch, capsys):
     assert np.array_equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "parts"))
 
 
+@pytest.fixture
+def fast_iterations(monkeypatch):
+    """Replace outer steps by ones that only count, with the returns of a list, and measure nothing in tests."""
+    returns = []
+
+    def iterate(learner, environment, iteration):
+        learner.step.assign_add(1)
+        return {"Pre-update_return": -99.0, "Post-update_return__step_1": returns[iteration], "rollouts_seconds": 0.1}
+
+    def measured(learner, environment, goals):
+        return {"results": [{"mean": float(learner.step)}], "returns": []}
+
+    monkeypatch.setattr(main, "outer_iteration", iterate)
+    monkeypatch.setattr(main, "measured", measured)
+    return returns
+
+
+@pytest.mark.parametrize("stop_at", [None, 24])
+def test_the_best_checkpoint_is_kept_and_tested(program, fast_iterations, tmp_path, stop_at):
+    """Its return is averaged over the ten iterations up to it, also over those before a resume."""
+    fast_iterations[:] = [*[-20.0] * 20, *[-10.0 - i for i in range(10)], *[-3.0] * 5, *[-30.0] * 200]
+    for total in filter(None, (stop_at, 200)):
+        program(*TINY, f"--iterations={total}", f"--logdir={tmp_path}")
+    (folder,) = tmp_path.glob("*")
+    validation = main.runs.Run(folder).best()
+    assert (validation.best, validation.accuracy) == (29, -14.5)
+    assert main.runs.Run(folder).iterations() == [29, *range(109, 200, 10)]
+    program(*TINY, f"--logdir={tmp_path}", "--train=False")
+    entry = json.loads((folder / "results.json").read_text())
+    assert entry["flags"]["product"] == "finite_difference"
+    assert (entry["flags"]["iterations"], entry["results"]) == (200, [{"mean": 200}])
+    assert entry["best"] == {"iterations": 30, "training_return": -14.5, "results": [{"mean": 30}], "returns": []}
+
+
+def test_runs_with_the_exact_product_are_only_tested(program, fast_iterations, tmp_path):
+    """They did not record the product."""
+    fast_iterations[:] = [-1.0] * 3
+    program(*TINY, "--iterations=2", f"--logdir={tmp_path}")
+    (folder,) = tmp_path.glob("*")
+    flags = json.loads((folder / "flags.json").read_text())
+    assert flags.pop("product") == "finite_difference"
+    (folder / "flags.json").write_text(json.dumps(flags))
+    for arguments in ([*TINY, "--iterations=3", f"--logdir={tmp_path}"], [f"--run={folder}", "--iterations=3"]):
+        with pytest.raises(SystemExit, match=f"{folder}: "):
+            program(*arguments)
+    program(f"--run={folder}", "--train=False")
+    assert json.loads((folder / "results.json").read_text())["flags"]["product"] == "exact"
+    assert json.loads((folder / "flags.json").read_text()) == flags
+
+
+def test_directions_are_also_recorded_separately(monkeypatch):
+    """A goal of at least 1 is forward."""
+    returns = np.array([[1.0, 10], [3, 30], [-5, 50]])
+    main.FLAGS(["rl/main.py", "--env=cheetah_direction"])
+    curve = [
+        Rollouts(None, None, column[:, None], None, *[np.full((3, 1), kind) for kind in (True, 0, 1.0)])
+        for column in returns.T
+    ]
+    monkeypatch.setattr(MetaTRPO, "curve", lambda *arguments: curve)
+    learner = MetaTRPO(InnerLoop(gaussian(1, 1), policy_gradient, 0.1, 1), bound=0.01, seed=0)
+    entry = main.measured(learner, point(), np.array([[1.0], [1.5], [0.99]]))
+    assert [result["forward"]["mean"] for result in entry["results"]] == [2, 20]
+    assert entry["results"][0]["forward"]["ci95"] == pytest.approx(1.96 / 2**0.5)
+    assert [result["backward"]["mean"] for result in entry["results"]] == [-5, 50]
+
+
 def test_thread_count_does_not_change_the_weights(program, tmp_path, monkeypatch):
     monkeypatch.setattr(main.devices, "start", lambda *threads: None)  # TensorFlow accepts its settings only once
     for threads in (1, 3):
@@ -555,7 +630,7 @@ SCRIPTS = sorted((ROOT / "experiments").glob("rl_*.sh"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_script_passes_its_flags_to_the_recorder(script, tmp_path):
-    """Its name gives environment and model. Its caller may add flags such as --seed."""
+    """Its name gives environment, model and other numbers of transitions. Its caller may add flags such as --seed."""
     printer = tmp_path / "prints its arguments"
     printer.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     printer.chmod(0o755)
@@ -567,7 +642,8 @@ def test_script_passes_its_flags_to_the_recorder(script, tmp_path):
     for name in main.FLAGS:
         main.FLAGS[name].unparse()
     main.FLAGS(["rl/main.py", *passed])
-    assert script.stem == f"rl_{main.FLAGS.env}_{main.FLAGS.baseline or 'maml'}"
+    batch = "_1000" if main.FLAGS.meta_batch_size * main.FLAGS.num_rollouts * 100 == 1000 else ""
+    assert script.stem == f"rl_{main.FLAGS.env}_{main.FLAGS.baseline or 'maml'}{batch}"
     assert main.FLAGS.seed == 7
 
 
@@ -620,40 +696,52 @@ def test_docs_table_matches_the_records():
     report = pytest.importorskip(
         "rl.report", reason="matplotlib is not installed: pip install -r requirements-plot.txt"
     )
-    table = (ROOT / "docs" / "rl.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
-    assert table.strip() == report.table(ROOT / "results").strip(), "to update it, run python rl/report.py"
+    page = (ROOT / "docs" / "rl.md").read_text()
+    assert page == report.with_tables(page, ROOT / "results"), "to update it, run python rl/report.py"
 
 
 def test_table_and_figures_show_records_and_authors(tmp_path):
-    """The oracle has one column, because it needs no update."""
+    """The oracle has one column, because it needs no update. Runs with the exact product serve a comparison only."""
     report = pytest.importorskip(
         "rl.report", reason="matplotlib is not installed: pip install -r requirements-plot.txt"
     )
 
-    def record(baseline, *means):
+    def record(baseline, *means, **flags):
         return {
-            "flags": {"env": "point", "baseline": baseline, "seed": 0, "iterations": 9},
+            "flags": {"env": "point", "baseline": baseline, "seed": 0, "iterations": 9, **flags},
             "results": [{"mean": mean, "ci95": 1.0} for mean in means],
             "goals_of_paths": [[0.1, 0.2], [-0.3, 0.4]],
             "paths": [[[[[0, 0], [0.1, 0.1]], [[0, 0], [0.1, 0.2]]]] * 2] * 4,
         }
 
-    for row in (record(None, -40, -9, -4, -3, -3), record("oracle", -2)):
-        (tmp_path / f"rl_{row['flags']['baseline']}.json").write_text(json.dumps(row))
+    maml = record(None, -40, -9, -4, -3, -3, product="finite_difference")
+    maml["best"] = {"iterations": 5, "results": record(None, -41, -8, -3, -2, -2)["results"]}
+    exact = record(None, -40, -11, -7, -6, -6)
+    batch = {"meta_batch_size": 10, "num_rollouts": 1}
+    for number, row in enumerate((maml, exact, record("oracle", -2), record("oracle", -3, **batch))):
+        (tmp_path / f"rl_{number}.json").write_text(json.dumps(row))
     (tmp_path / "rl_authors.json").write_bytes((ROOT / "results" / "rl_authors.json").read_bytes())
     ours = report.records(tmp_path)
     assert report.table(tmp_path).splitlines()[2:] == [
         "| 2D navigation: MAML | ours, 9 iterations, seed 0 | -40.0 +- 1.0 | -9.0 +- 1.0 | -4.0 +- 1.0 | -3.0 +- 1.0 |",
+        "|  | its best checkpoint, after 5 iterations | -41.0 +- 1.0 | -8.0 +- 1.0 | -3.0 +- 1.0 | -2.0 +- 1.0 |",
         "|  | authors | -40.4 +- 4.0 | -11.7 +- 2.2 | -3.3 +- 0.6 | -3.2 +- 0.6 |",
-        "| 2D navigation: oracle | ours, 9 iterations, seed 0 | -2.0 +- 1.0 |  |  |  |",
+        "| 2D navigation: oracle | ours, 9 iterations, seed 0, exact product | -2.0 +- 1.0 |  |  |  |",
+        "|  | ours, 9 iterations, seed 0, meta-batch 10, rollouts 1, exact product | -3.0 +- 1.0 |  |  |  |",
         "|  | authors | -2.3 +- 0.1 |  |  |  |",
+    ]
+    assert [row.split(" | ")[:4] for row in report.products(tmp_path).splitlines()[2:]] == [
+        ["| exact", "ours, 9 iterations, seed 0, exact product", "-40.0 +- 1.0", "-11.0 +- 1.0"],
+        ["| finite difference", "ours, 9 iterations, seed 0", "-40.0 +- 1.0", "-9.0 +- 1.0"],
+        ["| ", "its best checkpoint, after 5 iterations", "-41.0 +- 1.0", "-8.0 +- 1.0"],
+        ["| ", "authors", "-40.4 +- 4.0", "-11.7 +- 2.2"],
     ]
     (panel,) = report.returns_figure(ours, report.authors(tmp_path)).axes
     assert [list(line.get_ydata()) for line in panel.lines[:4]] == [
         [-40, -9, -4, -3],
         [-40.407, -11.68, -3.328, -3.23],
         [-2] * 4,
-        [-2.288] * 4,
+        [-3] * 4,
     ]
     assert len(report.paths_figure(ours["point"][0]).axes) == 2
 
