@@ -147,7 +147,8 @@ def test_the_example_of_a_keras_model_loads_and_exports_what_it_learned():
         np.testing.assert_array_equal(maml.weights[name], weight)
     task = names["task"]
     expected = maml.inner.network.apply(adapt(maml.inner, maml.values(), task, steps=5), task.query_x)
-    np.testing.assert_allclose(tf.saved_model.load("adapted").serve(task.query_x), expected, atol=1e-5)
+    exported = tf.saved_model.load("adapted")
+    np.testing.assert_allclose(exported.serve(task.query_x), expected, atol=1e-5)
 
 
 @pytest.mark.usefixtures("in_tmp_path")
