@@ -335,6 +335,11 @@ def two_outputs():
     return keras.Model(inputs, [keras.layers.Dense(2)(inputs), keras.layers.Dense(2)(inputs)])
 
 
+def text():
+    layers = [keras.layers.StringLookup(vocabulary=["a"]), keras.layers.Embedding(2, 3), keras.layers.Flatten()]
+    return functional(*layers, keras.layers.Dense(2), shape=(3,), dtype="string")
+
+
 def dense_then(*layers, **more):
     return lambda: functional(keras.layers.Dense(4, name="it", **more), *layers)
 
@@ -358,7 +363,7 @@ def dense_then(*layers, **more):
         (dense_then(trainable=False), "trainable"),
         (lambda: keras.layers.Dense(2), "Keras model"),
         (Subclassed, "built"),
-        (lambda: functional(keras.layers.StringLookup(vocabulary=["a"]), shape=(3,), dtype="string"), "Keras model"),
+        (text, "Keras model"),
     ],
 )
 def test_keras_models_that_would_be_wrong_are_refused(build, named):
