@@ -239,7 +239,13 @@ def tasks_from_arrays(
     """
     x, y = {}, {}
     for part, inputs, targets in (("support", support_x, support_y), ("query", query_x, query_y)):
-        inputs, targets = np.asarray(inputs), np.asarray(targets)
+        inputs, targets = _array(f"{part}_x", inputs), _array(f"{part}_y", targets)
+        one_task = targets.ndim == (2 if way is None else 1) and len(inputs) == len(targets)
+        if one_task and targets.shape != inputs.shape[:2]:
+            raise InputError(
+                f"{part}_x and {part}_y: have shapes {list(inputs.shape)} and {list(targets.shape)}, without an axis "
+                "for tasks; stack your tasks (np.stack), or add the axis to a single one (x[None])"
+            )
         if inputs.ndim < 3 or inputs.dtype.kind not in "fiub" or not inputs.size:
             raise InputError(
                 f"{part}_x: has type {inputs.dtype} and shape {list(inputs.shape)}; give a "
@@ -273,6 +279,14 @@ def tasks_from_arrays(
             "number of outputs; give the same number in both"
         )
     return Tasks(x["support"], y["support"], x["query"], y["query"])
+
+
+def _array(name, values):
+    """Return values as an array. Raise InputError if they are ragged."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"{name}: is ragged, so it is not an array; pad it to one shape per example") from error
 
 
 def _words(seed: int, split: str, first: int, count: int, per_task: int) -> np.ndarray:

@@ -12,6 +12,8 @@ the last layer w5 and b5 (or the next number), and the norms' beta1, ... (and ga
 import functools
 import math
 import random
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -339,59 +341,185 @@ def fc(inputs: int, hidden: Sequence[int], outputs: int, *, norm: str | None, ti
     return network(weights, body, last_layer, (f"w{last}", f"b{last}"), **more)
 
 
-def from_keras(model: "tf.keras.Model", **more: object) -> Network:
-    """Build a Network from a Keras 3 model whose layers have no state except their weights.
+def from_keras(model: "keras.Model", keep_weights: bool = False, **more: object) -> Network:  # noqa: F821
+    """Build a Network from a Keras 3 model.
 
-    Weights are named after the layers and their variables, such as dense_kernel. `init` runs the model's initializers
-    in a copy; the model and its current values do not change.
-    Args: a built Sequential or functional model with one input and one output; other fields of Network.
-    Raise InputError if the model is not built, has no weights, or has a layer that MAML would compute wrongly.
+    Its weights are the model's trainable ones, named after their layers, such as dense_kernel. Everything else, such as
+    the weights of frozen layers and the moving statistics of a frozen batch norm, is constant. The network does not
+    change the model, and later changes of the model do not change the network.
+
+    Args:
+        model: built, with one input [n, *D] and one output [n, O].
+        keep_weights: start from the model's weights, whatever the seed; False: draw new ones with its initializers.
+        more: other fields of Network.
+    Raise InputError for a model that has no trainable weights, or that MAML would compute wrongly.
     """
-    if not model.built:
-        raise InputError(f"Keras model {model.name}: is not built; begin it with keras.Input(shape)")
+    shape = _keras_input(model)
     _check_layers(model)
-    names = ["_".join(variable.path.split("/")[1:]) for variable in model.trainable_variables]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"Keras model {model.name}: has no weights, or two with the same name; name its layers")
+    trained = model.trainable_variables
+    names = _keras_names(model)
+    ids = {id(variable) for variable in trained}
+    places = [place for place, variable in enumerate(model.variables) if id(variable) in ids]
+    current = [tf.convert_to_tensor(variable) for variable in model.variables]
+    constants = [pair for place, pair in enumerate(zip(model.variables, current, strict=True)) if place not in places]
+
+    def named(values):
+        return {name: tf.convert_to_tensor(values[place]) for name, place in zip(names, places, strict=True)}
 
     def init(seed: int) -> Weights:
+        if keep_weights:
+            return named(current)
         state = random.getstate()  # an initializer without a seed draws one from Python's `random`
         try:
             random.seed(seed)
-            variables = tf.keras.models.clone_model(model).trainable_variables
+            return named(tf.keras.models.clone_model(model).variables)
+        except Exception as error:
+            problem = f"cannot be copied to draw weights ({_reason(error)})"
+            raise _keras_error(model, problem, "give keep_weights=True") from error
         finally:
             random.setstate(state)
-        return {name: tf.convert_to_tensor(variable) for name, variable in zip(names, variables, strict=True)}
 
-    def apply(weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        return model.stateless_call([weights[name] for name in names], [], x)[0]
+    def call(weights, x, training=None):
+        values = [(variable, weights[name]) for variable, name in zip(trained, names, strict=True)]
+        return _call_keras(model, values + constants, x, training)
 
-    return Network(init, apply, **more)
+    def check(weights, x):
+        _check_call(model, *call(weights, x, training=True))
+
+    specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, named(current))
+    x = tf.TensorSpec([2, *shape], current[places[0]].dtype)
+    tf.function(check, autograph=False).get_concrete_function(specs, x)  # computes nothing
+    return Network(init, lambda weights, x: call(weights, x)[0], **more)
 
 
-def _innermost_first(model):
-    """Return the layers of a Keras model, nested ones included, innermost first, so errors name the innermost layer."""
-    layers = model._flatten_layers(include_self=False)  # private, because `layers` misses those in custom layers
+def _keras_error(model, problem, fix, layer=None):
+    """Return the InputError for a Keras model or for one of its layers."""
+    where = f"layer {layer.name} ({type(layer).__name__}) of " if layer else ""
+    return InputError(f"{where}Keras model {model.name}: {problem}; {fix}")
+
+
+def _reason(error):
+    """Return the beginning of Keras' message on one line."""
+    text = re.sub(r"\x1b\[\d*m|Exception encountered when calling .*", "", str(error))
+    return textwrap.shorten(text, 200, placeholder=" ...") or type(error).__name__
+
+
+def _keras_input(model):
+    """Return the shape of one input of a built Keras model, without the batch. None: any size."""
+    import keras  # only here: it takes a second, and fails in some environments
+
+    if not isinstance(model, keras.Model):
+        raise InputError(f"Keras model {model!r}: is not a Keras 3 model; build it with `import keras`")
+    if keras.backend.backend() != "tensorflow":
+        raise InputError(f"KERAS_BACKEND: is {keras.backend.backend()}; set it to tensorflow")
+    if not model.built:
+        raise _keras_error(model, "is not built", "begin it with keras.Input(shape), or call it once")
+    inputs = getattr(model, "inputs", None)
+    if inputs is None:  # a subclassed model knows only what it was called on
+        shape = (model.get_build_config() or {}).get("input_shape")
+    else:
+        shape = inputs[0].shape if len(inputs) == 1 else None
+    if not shape or not all(isinstance(size, int | None) for size in shape):
+        raise _keras_error(model, "does not have one input", "concatenate its inputs, and split them in the model")
+    if inputs and inputs[0].dtype == "string":
+        raise _keras_error(model, "takes text", "apply its text layers to the data, and leave them out")
+    return shape[1:]
+
+
+def _keras_names(model):
+    """Return the names of the trainable weights: their paths without the model, numbered if two are the same."""
+    names = []
+    for variable in model.trainable_variables:
+        first = name = variable.path.removeprefix(f"{model.name}/").replace("/", "_")
+        number = 2
+        while name in names:
+            name, number = f"{first}_{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _call_keras(model, values, x, training):
+    """Call a Keras model with these (variable, value) pairs. Return its output, the variables it set, and its losses.
+
+    Raise InputError with Keras' reason.
+    """
+    import keras
+
+    try:
+        with keras.StatelessScope(values, collect_losses=True) as scope:
+            before = [scope.get_current_value(variable) for variable, _ in values]
+            outputs = model(x, training=training)
+            after = [scope.get_current_value(variable) for variable, _ in values]
+    except Exception as error:
+        problem = f"cannot be called on an array {list(x.shape)} ({_reason(error)})"
+        raise _keras_error(model, problem, "change the model, or the shape of the inputs") from error
+    changed = [variable for (variable, _), old, new in zip(values, before, after, strict=True) if old is not new]
+    return outputs, changed, scope.losses
+
+
+def _innermost_first(layer):
+    """Return a Keras layer and those nested in it, innermost first, so errors name the innermost layer."""
+    layers = layer._flatten_layers()  # private, because `layers` misses those in custom layers
     return sorted(layers, key=lambda layer: len(layer._flatten_layers()) > 1)
 
 
+def _owner(model, variable):
+    """Return the innermost layer that has the variable."""
+    return next(layer for layer in _innermost_first(model) if any(variable is each for each in layer.variables))
+
+
 def _check_layers(model):
-    """Raise InputError for a layer that has state, or wrong second derivatives because it uses tf.nn.moments."""
-    keras = tf.keras.layers
-    for layer in _innermost_first(model):
-        if isinstance(layer, keras.BatchNormalization):
-            problem = "has moving averages, which adapting to one task would change for the others"
-            fix = "write the network as two functions with special_grads.batch_norm (docs/library.md)"
-        elif isinstance(layer, keras.LayerNormalization | keras.GroupNormalization):
-            problem = "stops a gradient, so its second derivatives are wrong"
-            fix = "use RMSNormalization, or write the network as two functions (docs/library.md)"
-        elif layer.non_trainable_variables:
-            names = ", ".join(variable.name for variable in layer.non_trainable_variables)
-            problem, fix = f"has state, or weights that are not trained ({names})", "leave it out"
-        else:
+    """Raise InputError for what MAML would compute wrongly: derivatives, penalties and constraints, and float16."""
+    layers = tf.keras.layers
+    if not model.trainable_variables:
+        raise _keras_error(model, "has no trainable weights", "add a layer with weights, or set its trainable = True")
+    for variable in model.trainable_variables:
+        kind = "regularizer" if variable.regularizer else "constraint" if variable.constraint else None
+        if kind:
+            problem = f"has a {kind} on its {variable.name}, which MAML does not apply"
+            fix = f"remove it ({variable.name}.{kind} = None)"
+            raise _keras_error(model, problem, fix, _owner(model, variable))
+    # Layers are in the order of computation, so derivatives go through those after the first that is trained, except
+    # in a subclassed model, whose order is unknown.
+    derived = not getattr(model, "inputs", None)
+    for outer in model.layers:
+        derived = derived or bool(outer.trainable_variables)
+        for layer in _innermost_first(outer):
+            if not isinstance(layer, layers.InputLayer) and layer.compute_dtype in ("float16", "bfloat16"):
+                problem = f"computes in {layer.compute_dtype}, in which gradients of gradients underflow"
+                raise _keras_error(model, problem, "build it with keras.config.set_dtype_policy('float32')", layer)
+            if derived and isinstance(layer, layers.LayerNormalization | layers.GroupNormalization):
+                problem = "stops a gradient, so its second derivatives are wrong"
+                fix = "use RMSNormalization, or write the network as two functions (docs/library.md)"
+                raise _keras_error(model, problem, fix, layer)
+            if derived and getattr(layer, "use_cudnn", False) and tf.config.list_physical_devices("GPU"):
+                raise _keras_error(model, "has no second derivatives in cuDNN", "build it with use_cudnn=False", layer)
+
+
+def _check_call(model, outputs, changed, losses):
+    """Raise InputError for what a traced call in training mode shows: several outputs, state, losses, or a softmax."""
+    if len(tf.nest.flatten(outputs)) != 1 or tf.nest.flatten(outputs)[0].shape.rank != 2:
+        shapes = [list(output.shape) for output in tf.nest.flatten(outputs)]
+        raise _keras_error(model, f"has outputs of shapes {shapes} for 2 inputs", "end it with one output [n, O]")
+    for variable in changed:
+        layer = _owner(model, variable)
+        if not layer.trainable:  # Keras passes training=True on to frozen layers, too; `apply` does not
             continue
-        kind = type(layer).__name__
-        raise InputError(f"layer {layer.name} ({kind}) of Keras model {model.name}: {problem}; {fix}")
+        if isinstance(layer, tf.keras.layers.BatchNormalization):
+            problem = "has moving averages, which adapting to one task would change for the others"
+            fix = (
+                "freeze it (trainable = False), or write two functions with special_grads.batch_norm (docs/library.md)"
+            )
+        else:
+            problem, fix = f"has state that training changes ({variable.name})", "leave it out, or freeze it"
+        raise _keras_error(model, problem, fix, layer)
+    if losses:
+        raise _keras_error(model, "adds losses, which MAML does not apply", "remove add_loss and activity_regularizer")
+    operation = tf.nest.flatten(outputs)[0].op
+    while operation.type in ("Identity", "Reshape"):
+        operation = operation.inputs[0].op
+    if operation.type == "Softmax":
+        raise _keras_error(model, "ends with a softmax, but the losses take logits", "remove its last activation")
 
 
 def _conv_row(mean_head: bool) -> Callable[..., Network]:

@@ -439,6 +439,11 @@ def test_own_arrays_train_a_network_of_two_functions():
         ({"support_y": np.full((4, 6), 1.0)}, 3, "support_y"),
         ({"query_y": np.zeros((4, 8), int)}, 3, "query_y"),
         ({}, None, "support_y"),
+        ({"support_x": [[[1, 2], [3]]]}, 3, "support_x"),
+        ({"query_y": [[0, 1], [2]]}, 3, "query_y"),
+        ({"support_x": np.zeros((6, 5)), "support_y": np.zeros(6, int)}, 3, "support_x .*axis"),
+        ({"support_x": np.zeros((6, 28, 28)), "support_y": np.zeros(6, int)}, 3, "support_x .*axis"),
+        ({"support_x": np.zeros((6, 5)), "support_y": np.zeros((6, 1))}, None, "support_x .*axis"),
         ({"support_y": np.zeros((4, 6, 2)), "query_y": np.zeros((4, 9, 1))}, None, "support_y .* query_y"),
     ],
 )

@@ -10,11 +10,15 @@ import shlex
 import sys
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 from absl.testing import flagsaver
 
 import main
 import rl.main
+from maml import MAML, adapt
 
 ROOT = Path(main.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,6 +118,51 @@ def check_program(path: Path, arguments: list[str], monkeypatch) -> None:
         runpy.run_path(str(path), run_name="__main__")
     if end.type is SystemExit:
         assert arguments == ["--help"] and not end.value.code
+
+
+def run_example(number: int) -> dict:
+    """Run a Python example of docs/library.md for a few steps in the current folder, and return its variables."""
+    example = (ROOT / "docs" / "library.md").read_text().split("```python\n")[1:][number].split("```")[0]
+    variables = {}
+    exec(re.sub(r"range\(\d+\)", "range(3)", example), variables)
+    return variables
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_the_example_of_a_network_runs():
+    assert run_example(0)["maml"].step.numpy() == 3
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_the_example_of_a_keras_model_loads_and_exports_what_it_learned():
+    names = run_example(1)
+    maml = MAML(names["maml"].inner, seed=1)
+    tf.train.Checkpoint(maml=maml).read("sines").assert_consumed()
+    for name, weight in names["maml"].weights.items():
+        np.testing.assert_array_equal(maml.weights[name], weight)
+    task = names["task"]
+    expected = maml.inner.network.apply(adapt(maml.inner, maml.values(), task, steps=5), task.query_x)
+    exported = tf.saved_model.load("adapted")
+    np.testing.assert_allclose(exported.serve(task.query_x), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("in_tmp_path")
+def test_the_example_of_a_pretrained_network_learns_its_last_layer(monkeypatch):
+    def small(shape, include_top, pooling):  # instead of a download
+        layers = keras.layers
+        norm = layers.BatchNormalization(moving_mean_initializer="ones")
+        return keras.Sequential([keras.Input(shape), layers.Conv2D(2, 3), norm, layers.GlobalAveragePooling2D()])
+
+    monkeypatch.setattr(keras.applications, "MobileNetV2", small)
+    names = run_example(2)
+    assert [weight.shape for weight in names["maml"].weights.values()] == [(2, 5), (5,)]
+    x = np.random.default_rng(0).random((3, 96, 96, 3), np.float32)
+    np.testing.assert_allclose(names["network"].apply(names["maml"].values(), x), names["model"](x), rtol=1e-4)
 
 
 def test_the_readme_lists_every_module():

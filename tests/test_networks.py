@@ -12,7 +12,7 @@ import networks
 from data_generator import SinusoidTasks
 from files import InputError
 from tests import reference
-from tests.helpers import gradient_and_loss, maml_of
+from tests.helpers import assert_slope, gradient_and_loss, maml_of
 from utils import Tasks, mse
 
 
@@ -189,6 +189,211 @@ def test_keras_models_without_weights_or_shape_are_refused():
         networks.from_keras(keras.Sequential([keras.layers.Dense(3)]))
     with pytest.raises(InputError, match=r"Keras model .*weights"):
         networks.from_keras(keras.Sequential([keras.Input((3,)), keras.layers.ReLU()]))
+
+
+def functional(*layers, shape=(3,), dtype=None):
+    """Return a functional Keras model of these layers."""
+    inputs = x = keras.Input(shape, dtype=dtype)
+    for layer in layers:
+        x = layer(x)
+    return keras.Model(inputs, x)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.one, self.two = keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+
+def subclassed():
+    model = Subclassed()
+    model(np.zeros((2, 3), np.float32))
+    return model
+
+
+def pretrained(train_base=False):
+    """Return a model whose base is like MobileNetV2, with moving statistics as after training, and a new last layer."""
+    layers = keras.layers
+    inputs = keras.Input((8, 8, 3))
+    x = layers.ReLU(6.0)(layers.BatchNormalization()(layers.Conv2D(4, 3, strides=2, use_bias=False)(inputs)))
+    y = layers.ReLU(6.0)(layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)))
+    y = layers.add([x, layers.Dropout(0.5)(layers.BatchNormalization(name="last_norm")(layers.Conv2D(4, 1)(y)))])
+    base = keras.Model(inputs, layers.GlobalAveragePooling2D()(y), name="base")
+    random = np.random.default_rng(0)
+    for variable in base.weights:
+        variable.assign(0.5 + random.random(variable.shape))
+    base.trainable = train_base
+    inputs = keras.Input((8, 8, 3))
+    return keras.Model(inputs, layers.Dense(2, name="head")(base(inputs, training=False)))
+
+
+@pytest.fixture
+def float64():
+    """Let Keras build float64 models, whose gradients finite differences can check."""
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_dtype_policy(policy)
+
+
+def cell(layer):
+    return lambda: functional(layer(3), keras.layers.Dense(2), shape=(4, 3))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: functional(keras.layers.Dense(4, activation="tanh", name="a"), keras.layers.Dense(2, name="b")),
+        cell(keras.layers.LSTM),
+        cell(keras.layers.GRU),
+        lambda: functional(
+            keras.layers.Embedding(5, 3, mask_zero=True), keras.layers.SimpleRNN(3), keras.layers.Dense(2), shape=(4,)
+        ),
+        lambda: functional(
+            keras.layers.Embedding(5, 3), keras.layers.Flatten(), keras.layers.Dense(2), shape=(4,), dtype="int32"
+        ),
+        lambda: functional(keras.layers.LayerNormalization(trainable=False), keras.layers.Dense(2)),
+        subclassed,
+        pretrained,
+    ],
+    ids="functional lstm gru embedding_masked embedding_int layer_norm_frozen_first subclassed frozen_base".split(),
+)
+def test_meta_gradient_of_keras_models_is_a_slope(build):
+    model = build()
+    shape = (3,) if isinstance(model, Subclassed) else model.inputs[0].shape[1:]
+    random = np.random.default_rng(0)
+
+    def inputs():
+        integers = any(isinstance(layer, keras.layers.Embedding) for layer in model.layers)
+        return random.integers(0, 5, (2, 4, *shape)).astype(float) if integers else random.random((2, 4, *shape))
+
+    tasks = Tasks(inputs(), random.random((2, 4, 2)), inputs(), random.random((2, 4, 2)))
+    maml = maml_of(networks.from_keras(model, keep_weights=True), mse, inner_lr=0.1, inner_steps=2)
+    gradient, _ = gradient_and_loss(maml, tasks)
+    assert all(tf.reduce_max(tf.abs(value)) > 0 for value in gradient.values())
+    assert_slope(maml, tasks, gradient)
+
+
+def test_keras_weights_are_named_after_their_layers():
+    dense = keras.layers.Dense
+    flat = networks.from_keras(functional(dense(4, name="one"), dense(2, name="two")))
+    assert list(flat.init(0)) == ["one_kernel", "one_bias", "two_kernel", "two_bias"]
+    again = [functional(dense(3, name="same", use_bias=False)) for _ in range(2)]
+    assert list(networks.from_keras(functional(*again)).init(0)) == ["same_kernel", "same_kernel_2"]
+
+
+def test_pretrained_weights_are_kept():
+    """Every seed starts from them, frozen layers included. Training does not change the model, nor the model theirs."""
+    model, x = pretrained(), images(5, 8, 8, 3)
+    expected, values = model(x), [variable.numpy() for variable in model.variables]
+    network = networks.from_keras(model, keep_weights=True)
+    for seed in (0, 1):
+        weights = network.init(seed)
+        assert list(weights) == ["head_kernel", "head_bias"]
+        np.testing.assert_allclose(network.apply(weights, x), expected, rtol=1e-5)
+    maml = maml_of(network, mse, inner_lr=0.1, inner_steps=1)
+    labels = tf.zeros([1, 5, 2])
+    maml.train_step(Tasks(x[None], labels, x[None], labels))
+    assert not np.array_equal(maml.weights["head_kernel"], weights["head_kernel"])
+    for variable, value in zip(model.variables, values, strict=True):
+        np.testing.assert_array_equal(variable, value)
+        variable.assign(tf.zeros_like(value))
+    np.testing.assert_allclose(network.apply(network.init(0), x), expected, rtol=1e-5)
+
+
+def test_new_weights_are_drawn_only_for_layers_that_are_trained():
+    model, x = pretrained(), images(5, 8, 8, 3)
+    network = networks.from_keras(model)
+    weights = network.init(0)
+    assert not np.array_equal(weights["head_kernel"], model.get_layer("head").kernel)
+    expected = model.get_layer("base")(x) @ weights["head_kernel"] + weights["head_bias"]
+    np.testing.assert_allclose(network.apply(weights, x), expected, rtol=1e-5)
+
+
+def test_frozen_keras_batch_norm_is_affine():
+    norm = keras.layers.BatchNormalization(trainable=False)
+    model = functional(keras.layers.Dense(2, name="one", use_bias=False), norm)
+    gamma, beta, mean, variance = (np.array(pair, np.float32) for pair in ((2, 3), (4, 5), (6, 7), (8, 9)))
+    norm.set_weights([gamma, beta, mean, variance])
+    network, x = networks.from_keras(model, keep_weights=True), images(4, 3)
+    weights = network.init(0)
+    expected = (x @ weights["one_kernel"] - mean) / np.sqrt(variance + norm.epsilon) * gamma + beta
+    np.testing.assert_allclose(network.apply(weights, x), expected, rtol=1e-5)
+
+
+def two_inputs():
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.concatenate(inputs)))
+
+
+def two_outputs():
+    inputs = keras.Input((3,))
+    return keras.Model(inputs, [keras.layers.Dense(2)(inputs), keras.layers.Dense(2)(inputs)])
+
+
+def text():
+    layers = [keras.layers.StringLookup(vocabulary=["a"]), keras.layers.Embedding(2, 3), keras.layers.Flatten()]
+    return functional(*layers, keras.layers.Dense(2), shape=(3,), dtype="string")
+
+
+def dense_then(*layers, **more):
+    return lambda: functional(keras.layers.Dense(4, name="it", **more), *layers)
+
+
+@pytest.mark.parametrize(
+    "build, named",
+    [
+        (two_inputs, "Keras model"),
+        (two_outputs, "Keras model"),
+        (lambda: functional(keras.layers.Dense(2), shape=(5, 3)), "Keras model"),  # a sequence
+        (lambda: pretrained(train_base=True), r"BatchNormalization"),
+        (lambda: functional(keras.layers.LSTM(3, dropout=0.1), keras.layers.Dense(2), shape=(4, 3)), "LSTM"),
+        (lambda: functional(keras.layers.RandomFlip(), keras.layers.Flatten(), shape=(4, 4, 1)), "Keras model"),
+        (lambda: functional(keras.layers.GaussianNoise(0.1, name="it"), keras.layers.Dense(2)), "layer it "),
+        (dense_then(kernel_regularizer="l2"), "layer it .*kernel"),
+        (dense_then(bias_constraint="non_neg"), "layer it .*bias"),
+        (dense_then(activity_regularizer="l2"), "activity_regularizer"),
+        (dense_then(activation="softmax"), "softmax"),
+        (dense_then(keras.layers.Softmax(), keras.layers.Reshape((4,))), "softmax"),
+        (dense_then(keras.layers.Dense(2, dtype="float32"), dtype="mixed_float16"), "layer it .*float16"),
+        (dense_then(trainable=False), "trainable"),
+        (lambda: keras.layers.Dense(2), "Keras model"),
+        (Subclassed, "built"),
+        (text, "Keras model"),
+    ],
+)
+def test_keras_models_that_would_be_wrong_are_refused(build, named):
+    with pytest.raises(InputError, match=named) as error:
+        networks.from_keras(build(), keep_weights=True)
+    assert len(str(error.value)) < 350
+
+
+def test_subclassed_keras_models_draw_weights_or_say_why():
+    network = networks.from_keras(subclassed())
+    weights, again, other = network.init(0), network.init(0), network.init(1)
+    assert [name.split("_")[-1] for name in weights] == ["kernel", "bias"] * 2
+    for name in weights:
+        np.testing.assert_array_equal(weights[name], again[name])
+        assert name.endswith("bias") or not np.array_equal(weights[name], other[name])
+
+    class Opaque(Subclassed):
+        def __init__(self):  # takes no configuration, so Keras cannot copy it
+            super().__init__()
+
+    model = Opaque()
+    model(np.zeros((2, 3), np.float32))
+    with pytest.raises(InputError, match="keep_weights"):
+        networks.from_keras(model).init(0)
+
+
+def test_inputs_of_another_shape_are_refused():
+    network = networks.from_keras(functional(keras.layers.Dense(2)))
+    with pytest.raises(InputError, match=r"\[4, 5\]"):
+        network.apply(network.init(0), tf.zeros([4, 5]))
 
 
 def test_keras_layer_norm_has_wrong_second_derivatives():
