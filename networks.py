@@ -389,7 +389,7 @@ def from_keras(model: "keras.Model", keep_weights: bool = False, **more: object)
     specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, named(current))
     x = tf.TensorSpec([2, *shape], current[places[0]].dtype)
     tf.function(check, autograph=False).get_concrete_function(specs, x)  # computes nothing
-    return Network(init, lambda weights, x: call(weights, x)[0], **more)
+    return Network(init, lambda weights, x: call(weights, x)[0][0], **more)
 
 
 def _keras_error(model, problem, fix, layer=None):
@@ -439,7 +439,7 @@ def _keras_names(model):
 
 
 def _call_keras(model, values, x, training):
-    """Call a Keras model with these (variable, value) pairs. Return its output, the variables it set, and its losses.
+    """Call a Keras model with these (variable, value) pairs. Return its outputs, the variables it set, and its losses.
 
     Raise InputError with Keras' reason.
     """
@@ -448,7 +448,9 @@ def _call_keras(model, values, x, training):
     try:
         with keras.StatelessScope(values, collect_losses=True) as scope:
             before = [scope.get_current_value(variable) for variable, _ in values]
-            outputs = model(x, training=training)
+            structure = getattr(model, "_inputs_struct", None)  # private, because Sequential lacks `input`
+            inputs = tf.nest.pack_sequence_as(structure, [x]) if isinstance(structure, dict) else x
+            outputs = tf.nest.flatten(model(inputs, training=training))
             after = [scope.get_current_value(variable) for variable, _ in values]
     except Exception as error:
         problem = f"cannot be called on an array {list(x.shape)} ({_reason(error)})"
@@ -498,8 +500,8 @@ def _check_layers(model):
 
 def _check_call(model, outputs, changed, losses):
     """Raise InputError for what a traced call in training mode shows: several outputs, state, losses, or a softmax."""
-    if len(tf.nest.flatten(outputs)) != 1 or tf.nest.flatten(outputs)[0].shape.rank != 2:
-        shapes = [list(output.shape) for output in tf.nest.flatten(outputs)]
+    if len(outputs) != 1 or outputs[0].shape.rank != 2:
+        shapes = [list(output.shape) for output in outputs]
         raise _keras_error(model, f"has outputs of shapes {shapes} for 2 inputs", "end it with one output [n, O]")
     for variable in changed:
         layer = _owner(model, variable)
@@ -515,7 +517,7 @@ def _check_call(model, outputs, changed, losses):
         raise _keras_error(model, problem, fix, layer)
     if losses:
         raise _keras_error(model, "adds losses, which MAML does not apply", "remove add_loss and activity_regularizer")
-    operation = tf.nest.flatten(outputs)[0].op
+    operation = outputs[0].op
     while operation.type in ("Identity", "Reshape"):
         operation = operation.inputs[0].op
     if operation.type == "Softmax":
