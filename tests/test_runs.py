@@ -245,7 +245,7 @@ def test_repeated_iterations_replace_the_record_of_how_they_were_computed(run, c
     first, second = {"op_threads": 1}, {"op_threads": 2}
     run.record_computed(0, first)
     run.record_computed(500, second)
-    assert "op_threads 1 there, 2 here" in capsys.readouterr().err
+    assert re.search("op_threads.*1.*2", capsys.readouterr().err)
     run.record_computed(500, first)
     run.record_computed(1000, first)
     assert capsys.readouterr().err == ""
