@@ -19,7 +19,7 @@ from images import own_name, published_classes
 from maml import MAML
 from recipe import Recipe
 from report import test_scalar
-from runs import Run, write_results
+from runs import CHANGED, Run, write_results
 from utils import Curve, statistics
 
 TEST_UPDATES = 10  # at least, even if training has fewer (the original's main.py)
@@ -136,7 +136,9 @@ def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterabl
     if not isinstance(data, ImageTasks) or split not in data.classes:
         return 0
     trained, names = set(trained), data.classes[split].names
-    known = [name for name in names if own_name(name, trained) in trained]
+    # Either may have folders above the class's own name.
+    inside = {own_name(name, set(names)) for name in trained}
+    known = [name for name in names if own_name(name, trained) in trained or name in inside]
     if known:
         say(
             f"WARNING: {len(known):,} of the {len(names):,} {split} classes have the same names as training classes, "
@@ -155,12 +157,28 @@ def trained_classes(recipe: Recipe, run: Run) -> set[str]:
     return set() if split_of_its_own else set(published)
 
 
-def has_published_split(data: SinusoidTasks | ImageTasks, split: str, recipe: Recipe, trained: Iterable[str]) -> bool:
-    """Return whether a split is the published test split, and the classes trained on are the published ones."""
+def has_published_split(
+    data: SinusoidTasks | ImageTasks, split: str, recipe: Recipe, run: Run, best: bool = False
+) -> bool:
+    """Return whether a split is the published test split, and the run was trained on the published classes throughout.
+
+    Both have the published number of images. best: the checkpoint is the best on the validation classes, which must
+    then be the published ones, too.
+    """
     if not isinstance(data, ImageTasks):
         return True  # the sinusoid has no classes
-    published = published_classes(recipe.dataset.images).get("train", [])
-    return split == "test" and data.classes[split].published and set(trained) == set(published)
+    images, recorded = recipe.dataset.images, run.classes()
+    published = published_classes(images)
+    if split != "test" or not published or not data.classes[split].published or CHANGED in recorded:
+        return False
+    if trained_classes(recipe, run) != set(published["train"]):
+        return False
+    if best and "val" in recorded:
+        known = set(published["val"])
+        if {own_name(name, known) for name in recorded["val"]} != known:
+            return False
+    counts = {*data.classes[split].counts.tolist(), *recorded.get("train", {}).values()} - {None}
+    return images.class_images is None or counts == {images.class_images}
 
 
 def test(
@@ -212,7 +230,7 @@ def test(
     is_best = iteration == best.best
     reported = () if protocol.other_data_set not in (None, recipe.data_set) else recipe.paper_updates
     reported = tuple(update for update in reported if update <= updates)
-    paper = reported if has_published_split(data, protocol.split, recipe, trained) else ()
+    paper = reported if has_published_split(data, protocol.split, recipe, run, is_best) else ()
     entry = {
         "run": run.folder.name,
         "data_set": protocol.other_data_set or recipe.data_set,
@@ -273,7 +291,7 @@ def test(
             result = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
         print(f"The paper's column, update{update}: {measure} {result} over {protocol.tasks} {protocol.split} tasks.")
     if reported and not paper:
-        print("No column is the paper's: the training and test classes are not exactly the published ones.")
+        print("No column is the paper's: the classes, or their numbers of images, are not exactly the published ones.")
     say(f"Written: {results / name}.csv, .pkl and results.json.")
     if results == run.folder and logged and standard and not protocol.other_data_set:
         column = reported[-1] if reported else recipe.inner_steps

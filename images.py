@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -103,7 +104,10 @@ def load_splits(
     if images.split_sizes:
         sizes = ",".join(map(str, images.split_sizes))
         if here:
-            raise InputError(f"--split={sizes}: {folder} already has folders {_listed(here.values())}; remove the flag")
+            raise InputError(
+                f"--split={sizes}: {folder} already has folders {_listed(here.values())}; remove the flag, or "
+                "rename them if they are classes"
+            )
         if published and not images.split_folders:
             raise InputError(f"--split={sizes}: {folder} already has a published split; remove the flag")
     if not here:
@@ -197,10 +201,12 @@ def _split_classes(
     if published:  # Skip folders without images, such as __pycache__: an unknown name would change the whole split.
         files = {name: names for name, names in files.items() if names or images.split_sizes}
     unknown = sorted(name for name in files if own_name(nfc(name), known) not in known)
+    if images.split_sizes and not published:
+        _refuse_split_like(folder, files)
     if images.split_sizes and sum(images.split_sizes) != len(files):
         raise InputError(
             f"--split={','.join(map(str, images.split_sizes))}: must add up to the {len(files)} classes of {folder}; "
-            "change the numbers"
+            "change the numbers, or the folders"
         )
     if unknown and images.split_folders and not images.split_sizes:
         if published:
@@ -224,6 +230,19 @@ def _split_classes(
             say(f"{folder}: its {total:,} classes are split {'/'.join(map(str, sizes))} by a seed-1 shuffle.")
         names = _shuffled_split(classes.names, sizes)
     return {split: classes.named(names[split]) for split in splits}
+
+
+def _refuse_split_like(folder: Path, files: Iterable[str]) -> None:
+    """Raise InputError if folders above the classes seem to be splits, such as meta_train/: --split would mix them."""
+    parents = sorted({name for path in files for name in path.split("/")[:-1]})
+    found = {
+        name: SPELLINGS[word] for name in parents for word in re.findall("[a-z]+", name.lower()) if word in SPELLINGS
+    }
+    if len(set(found.values())) > 1:
+        raise InputError(
+            f"{folder}: its folders {_listed(found)} seem to be splits; remove --split and use the layout {LAYOUT}, or "
+            "rename them if they are not"
+        )
 
 
 def _shuffled_split(names: list[str], sizes: tuple[int, int, int]) -> dict[str, list[str]]:

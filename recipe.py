@@ -73,6 +73,7 @@ class Images(NamedTuple):
     invert: bool  # pixel = 1 - u8 / 255 (ink is 1), else u8 / 255
     train_query: int | None  # query images per class in training and its validation; None: as many as support
     split_list: str | None  # data/splits/<name>: the published classes of each split; None: no published split
+    class_images: int | None = None  # images of each published class; None: they differ, or nothing is published
     split_folders: bool = True  # prepared as folders train, val and test; else as one folder of classes
     any_size: bool = False  # resize images of a different size, else refuse them
     split_sizes: tuple[int, int, int] | None = None  # classes of train, val and test, unless folders set them
@@ -114,6 +115,7 @@ MINIIMAGENET = Dataset(
         invert=False,
         train_query=15,
         split_list="miniimagenet.json",
+        class_images=600,
     ),
 )
 
@@ -133,7 +135,7 @@ def _photographs(
     """
     images = MINIIMAGENET.images._replace(
         folder=folder, prepare=prepare, size=(size, size), any_size=any_size, kept=kept, split_list=split_list
-    )
+    )._replace(class_images=600 if published else None)
     defaults = {"meta_batch": 4, "inner_lr": 0.01, "inner_steps": 5, "filters": 32, "max_pool": True}
     paper_updates = MINIIMAGENET.paper_updates if published else {}
     return MINIIMAGENET._replace(defaults=defaults, images=images, paper_updates=paper_updates)
@@ -165,6 +167,7 @@ DATASETS = {
             invert=True,
             train_query=None,
             split_list="omniglot.json",
+            class_images=20,
             split_folders=False,
         ),
     ),

@@ -41,6 +41,7 @@ from utils import statistics
 
 KEPT_CHECKPOINTS = 10  # like the original's Saver
 ITERATIONS = ("pretrain_iterations", "metatrain_iterations", "iterations")
+CHANGED = "train_changed"  # in classes.json: the training classes that were not the same in all iterations
 COUNTERS = ("step", "updates", "pretrain/updates", "validation")  # keys of a checkpoint besides weights and moments
 
 
@@ -148,7 +149,8 @@ class Run:
 
     def record_classes(self, counts: Mapping[str, Mapping[str, int]]) -> None:
         """Record the classes, {split: {class: images}}, and earlier training classes. Warn if the latter changed."""
-        before, now = self.classes().get("train", {}) if self.iterations() else {}, counts["train"]
+        recorded = self.classes() if self.iterations() else {}
+        before, now = recorded.get("train", {}), counts["train"]
         added, missing = {*now} - {*before}, {*before} - {*now}
         resized = [name for name in now if before.get(name) not in (None, now[name])]
         if before and (added or missing or resized):
@@ -158,7 +160,10 @@ class Run:
                 "those of an uninterrupted run.",
                 sys.stderr,
             )
-        counts = {**counts, "train": dict(sorted({**before, **now}.items()))}
+        changed = recorded.get(CHANGED, {}) | (
+            {name: before.get(name) for name in (*missing, *added, *resized)} if before else {}
+        )
+        counts = {**counts, "train": dict(sorted({**before, **now}.items())), CHANGED: dict(sorted(changed.items()))}
         self._write_json("classes.json", {split: part for split, part in counts.items() if part})
 
     def classes(self) -> dict[str, dict[str, int | None]]:
@@ -183,6 +188,7 @@ class Run:
     def has_classes(self, counts: Mapping[str, Mapping[str, int]]) -> bool:
         """Return whether these are the recorded classes, with the recorded numbers of images."""
         recorded = self.classes()
+        recorded.pop(CHANGED, None)
         return bool(recorded) and all(counts.get(split) == part for split, part in recorded.items())
 
     def trained_classes(self) -> list[str]:
@@ -219,9 +225,10 @@ class Run:
         if differing:
             pairs = [(name, printable(recorded.get(name))[:60], flags[name]) for name in differing]
             changes = ", ".join(f"--{name}={there} there, {here} here" for name, there, here in pairs)
-            raise InputError(
-                f"{self.folder}: belongs to a different run ({changes}); give its flags, or choose another --logdir"
-            )
+            fix = "give its flags, or choose another --logdir"
+            if differing == ["data_path"]:
+                fix = f"the images differ; to use these, give --run={self.folder}, or choose another --logdir"
+            raise InputError(f"{self.folder}: belongs to a different run ({changes}); {fix}")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -405,6 +405,57 @@ def test_csv_files_define_the_classes(tmp_path, call, header, place):
     assert "1 classes are in another split" in output
 
 
+CSV_FORMS = {
+    "spaces": "filename, label\n{}.jpg, {}\n",
+    "spaces in the lines only": "filename,label\n{}.jpg, {} \n",
+    "quotes": '"filename","label"\n"{}.jpg","{}"\n',
+    "row numbers": ",filename,label\n7,{}.jpg,{}\n",
+    "ids": "id,filename,label\n7,{}.jpg,{}\n",
+    "label first": "label,filename\n{1},{0}.jpg\n",
+    "empty lines, CRLF": "filename,label\r\n\r\n{}.jpg,{}\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("form", CSV_FORMS.values(), ids=CSV_FORMS)
+def test_csv_files_of_other_programs_name_the_same_classes(tmp_path, call, form):
+    photograph(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    for i, part in enumerate(PARTS):
+        (tmp_path / f"{part}.csv").write_bytes(form.format(i, MINIIMAGENET[part][i]).encode())
+    call(proc_images, "--images", tmp_path / "images", "--csv", tmp_path, "--out", tmp_path / "out")
+    expected = {f"{part}/{MINIIMAGENET[part][i]}/{i}.jpg" for i, part in enumerate(PARTS)}
+    assert contents(tmp_path / "out").keys() == expected
+
+
+def test_a_photograph_with_two_labels_is_refused(tmp_path, call):
+    """It would be in the training and the test classes."""
+    flags = two_classes(tmp_path)
+    (tmp_path / "test.csv").write_text("filename,label\na0.jpg,c\n")
+    with names(tmp_path / "test.csv"):
+        call(proc_images, *flags, "--allow_missing")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_labels_that_are_not_published_are_named(tmp_path, call):
+    """The numbers of classes and images alone may be the published ones."""
+    label = MINIIMAGENET["train"][0]
+    photograph(tmp_path / "images", "0.jpg", "1.jpg", "2.jpg")
+    for i, (part, name) in enumerate(zip(PARTS, (label, label.upper(), "goose"), strict=True)):
+        (tmp_path / f"{part}.csv").write_text(f"filename,label\n{i}.jpg,{name}\n")
+    flags = "--images", tmp_path / "images", "--csv", tmp_path, "--out", tmp_path / "out"
+    line = next(line for line in call(proc_images, *flags).splitlines() if "goose" in line)
+    assert label.upper() in line and label not in line and "miniimagenet.json" in line
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same file names", "different file names"])
+def test_a_photograph_outside_the_class_folders_is_named(tmp_path, call, same):
+    """And not the photographs in class folders, which may have the same names."""
+    for i, part in enumerate(PARTS):
+        photograph(tmp_path / "source" / part / MINIIMAGENET[part][0], f"{0 if same else i}.jpg")
+    photograph(tmp_path / "source", "preview.jpg")
+    with names(tmp_path / "source" / "preview.jpg"):
+        call(proc_images, "--images", tmp_path / "source", "--out", tmp_path / "out", "--allow_missing")
+
+
 IMAGENET = {part: MINIIMAGENET[part][0] for part in PARTS}  # one class per split
 
 

@@ -464,6 +464,19 @@ def test_a_class_may_be_called_train(tmp_path):
     assert load_splits(OWN, cifar, ("test",))["test"].names == names
 
 
+@pytest.mark.parametrize(
+    "parents", [("meta_train", "meta_test"), ("x/train ", "x/2. Testing"), ("images-val", "TRAIN_1")]
+)
+def test_folders_that_seem_to_be_splits_are_not_mixed(tmp_path, opened, parents):
+    names = [f"{parent}/{label}" for parent in parents for label in "abc"]
+    folder = fill(tmp_path / "data", names)
+    message = error_of(folder, OWN._replace(split_sizes=(2, 2, 2)), splits=SPLITS)
+    assert all(parent.rpartition("/")[2] in message for parent in parents)
+    assert not opened
+    flat = fill(tmp_path / "flat", ["train station", "test tube", "birds/constrained/valley", "training-shoe"])
+    splits_of(OWN._replace(split_sizes=(2, 1, 1)), flat)
+
+
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 
 

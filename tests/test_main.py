@@ -81,6 +81,9 @@ def tiny():
         yield
 
 
+PUBLISHED = json.loads((main.ROOT / "data" / "splits" / "omniglot.json").read_text())
+
+
 # -- printed lines and files ------------------------------------------------------------------------------------------
 
 
@@ -393,6 +396,7 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     folder = only_run(tmp_path / "logs")
     classes = {f"n{label:08}": 24 for label in range(6)}
     recorded = json.loads((folder / "classes.json").read_text())
+    assert runs.CHANGED not in recorded
     assert recorded == {
         "train": classes,
         "val": classes,
@@ -458,9 +462,20 @@ def test_a_column_is_the_papers_only_with_its_split(omniglot_run, few_test_tasks
         assert is_marked(f"--logdir={copy.parent}") == whether
     (copy / "classes.json").unlink()  # as in the published models
     assert is_marked(f"--logdir={copy.parent}")
+    # Training classes that changed meanwhile, other numbers of images, and a choice of the checkpoint on test classes.
+    train, val, test = (dict.fromkeys(PUBLISHED[split][:20], 20) for split in SPLITS)
+    whole = {"train": train, "val": val}
+    for record, whether in (
+        (whole, True),
+        (whole | {"val": test}, False),
+        (whole | {"train": dict.fromkeys(train, 19)}, False),
+        (whole | {runs.CHANGED: {names[0]: None}}, False),
+    ):
+        (copy / "classes.json").write_text(json.dumps(record))
+        assert is_marked(f"--logdir={copy.parent}", "--test_iter=best") == whether
     # One test class less, one that is not published, and one that was trained on.
     folder = Path(omniglot_run.flags[2].removeprefix("--data_path="))
-    published = json.loads((main.ROOT / "data" / "splits" / "omniglot.json").read_text())
+    published = PUBLISHED
     for left_out, added in ((1, None), (0, "Klingon/character01"), (1, "Klingon/character01")):
         data = tmp_path / f"{left_out}{added is not None}"
         for name in [*published["train"][:20], *published["val"][:20], *published["test"][left_out:20]]:
@@ -470,6 +485,21 @@ def test_a_column_is_the_papers_only_with_its_split(omniglot_run, few_test_tasks
             (data / added).parent.mkdir()
             (data / added).symlink_to(folder / published["test"][0])
         assert not is_marked(f"--data_path={data}")
+    # The same classes with fewer images.
+    data = shutil.copytree(folder, tmp_path / "fewer")
+    for file in (data / published["test"][0]).glob("0[5-9].png"):
+        file.unlink()
+    assert not is_marked(f"--data_path={data}")
+
+
+def test_training_classes_below_other_folders_are_recognized(photo_run, photos, few_test_tasks, tmp_path):
+    """In a test of a run of one's own images, whose classes have no published names."""
+    copy = shutil.copytree(photo_run.folder, tmp_path / "run")
+    (copy / "classes.json").write_text(json.dumps({"train": {"birds/n00000012": 24, "n00000013": 24}}))
+    (photos / "test" / "fish").mkdir()
+    (photos / "test" / "n00000013").rename(photos / "test" / "fish" / "n00000013")
+    ended = start_main(f"--run={copy}", "--train=False", "--test_set=True", f"--data_path={photos}")
+    assert "WARNING: 2 of the 6 test classes" in ended.err
 
 
 def test_a_run_without_a_record_warns_of_published_training_classes(omniglot_run, few_test_tasks, tmp_path):

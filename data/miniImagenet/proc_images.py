@@ -30,6 +30,7 @@ To resume a killed run, run the same command again; it skips finished classes.
 """
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -47,9 +48,10 @@ CLASS_SIZE = 600  # Ravi & Larochelle, ICLR 2017, like the numbers in EXPECTED
 EXPECTED = archive.published_counts(train=(64, 38_400), val=(16, 9_600), test=(20, 12_000))
 CLASS_LISTS = HERE.parent / "splits" / "miniimagenet.json"
 LAYOUTS = "{train,val,test}/<wnid>/*.jpg, <wnid>/*.jpg, <wnid>*.jpg, or any *.jpg with train.csv, val.csv and test.csv"
-# filename,label in Ravi & Larochelle's files, image_name,image_label in others
-CSV_HEADER = re.compile(r"\w*(file|name|image|id|path)\w*,\w*(label|class|category|wnid)\w*", re.IGNORECASE)
-CSV_LINE = re.compile(r"([^/\\,.\0][^/\\,\0]*),([^/\\,.\0][^/\\,\0]*)")  # no paths: they become names in --out
+# Columns of csv files: filename,label in Ravi & Larochelle's, image_name,image_label in others
+FILE_COLUMN = re.compile(r"\w*(file|name|image|id|path)\w*", re.IGNORECASE)
+LABEL_COLUMN = re.compile(r"\w*(label|class|category|wnid)\w*", re.IGNORECASE)
+CSV_NAME = re.compile(r"[^/\\,.\0][^/\\,\0]*")  # no paths: they become names in --out
 
 Photographs = dict[str, archive.File]  # file name, or path in the source -> where to read it
 
@@ -73,18 +75,42 @@ def find_imagenet(source: Path) -> Photographs:
 
 
 def read_csv(file: archive.File) -> dict[str, list[str]]:
-    """Return {label: file names} of a csv file: a header such as `filename,label`, then a line per image."""
-    lines = file.read_bytes().decode("utf-8-sig", "replace").splitlines()
-    if not (lines and CSV_HEADER.fullmatch(lines[0])):
-        raise archive.InputError(f"{file}: does not begin with a header such as filename,label; fetch it again")
-    names = defaultdict(list)
-    for number, line in enumerate(lines[1:], start=2):
-        if not (match := CSV_LINE.fullmatch(line)):
-            raise archive.InputError(
-                f"{file}: line {number}, {line[:60]!r}, is not <file name>,<label>; fetch it again"
-            )
-        names[match[2]].append(match[1])
+    """Return {label: file names} of a csv file: a header such as `filename,label`, then a line per image.
+
+    Other columns, spaces around a value, quotes and empty lines have no meaning.
+    """
+    lines = csv.reader(file.read_bytes().decode("utf-8-sig", "replace").splitlines(), skipinitialspace=True)
+    names, columns = defaultdict(list), None
+    try:
+        for line in lines:
+            fields = [field.strip() for field in line]
+            if columns is None:
+                columns = csv_columns(file, fields)
+            elif any(fields):
+                name, label = (fields[column] if column < len(fields) else "" for column in columns)
+                if not (CSV_NAME.fullmatch(name) and CSV_NAME.fullmatch(label)):
+                    raise archive.InputError(
+                        f"{file}: line {lines.line_num}, {','.join(line)[:60]!r}, does not have a file name without "
+                        "folders, and a label; correct it"
+                    )
+                names[label].append(name)
+    except csv.Error as error:
+        raise archive.InputError(f"{file}: line {lines.line_num} is damaged ({error}); fetch it again") from error
+    if columns is None:
+        raise archive.InputError(f"{file}: is empty; fetch it again")
     return names
+
+
+def csv_columns(file: archive.File, header: list[str]) -> tuple[int, int]:
+    """Return the columns of the file name and the label, in any order and among others, such as a row number."""
+    labels = [i for i, name in enumerate(header) if LABEL_COLUMN.fullmatch(name)]
+    files = [i for i, name in enumerate(header) if i not in labels and FILE_COLUMN.fullmatch(name)]
+    files = [i for i in files if header[i].lower() != "id"] or files
+    if len(labels) != 1 or len(files) != 1:
+        raise archive.InputError(
+            f"{file}: begins with {','.join(header)[:60]!r}, not with a header such as filename,label; add it"
+        )
+    return files[0], labels[0]
 
 
 def find_csv(files: dict[str, archive.File]) -> dict[str, archive.File]:
@@ -102,12 +128,22 @@ def find_csv(files: dict[str, archive.File]) -> dict[str, archive.File]:
 
 def classes_of_csv(csv_files: dict[str, archive.File], photographs: Photographs) -> list[archive.Class]:
     """Return the classes of csv files. A class of the published lists gets their split, any other that of its file."""
-    published, names, others = published_splits(), defaultdict(list), set()
+    published, names, others, label_of = published_splits(), defaultdict(list), set(), {}
     for split in archive.SPLITS:
         for label, files in read_csv(csv_files[split]).items():
+            for name in files:
+                if label_of.setdefault(name, label) != label:
+                    raise archive.InputError(
+                        f"{csv_files[split]}: {name} has the label {label}, and also {label_of[name]}; keep only one"
+                    )
             names[f"{published.get(label, split)}/{label}"] += files
             others |= {label} if published.get(label, split) != split else set()
     say_moved(others)
+    if unknown := sorted(set(label_of.values()) - published.keys()):
+        archive.say(
+            f"{len(unknown)} classes are not in {CLASS_LISTS.name}, so no number of theirs is published: "
+            f"{', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}"
+        )
     return [
         archive.Class(
             folder=folder,
@@ -134,6 +170,17 @@ def in_class_folders(files: Photographs) -> list[tuple[str, str, str, archive.Fi
     """Return (parent of the class folder, wnid, name, file) of every photograph; None if one is not in a <wnid>/."""
     matches = [(re.fullmatch(r"(?:(.*)/)?(n\d{8})/([^/]+)", path), file) for path, file in files.items()]
     return [(*match.groups(""), file) for match, file in matches] if all(match for match, _ in matches) else None
+
+
+def refuse_strays(files: Photographs) -> None:
+    """Raise InputError if some photographs are outside the <wnid>/ folders of others that are not named after them."""
+    inside = {path: match[1] for path in files if (match := re.search(r"(?:^|/)(n\d{8})/[^/]+$", path))}
+    strays = [path for path in files if path not in inside]
+    if strays and any(not path.rpartition("/")[2].startswith(wnid) for path, wnid in inside.items()):
+        raise archive.InputError(
+            f"{files[strays[0]]}: is not in a <wnid>/ folder, as {len(inside):,} of {len(files):,} photographs are; "
+            "move it away"
+        )
 
 
 def classes_of_folders(rows: list[tuple[str, str, str, archive.File]]) -> list[archive.Class]:
@@ -210,6 +257,7 @@ def find_classes(
     if csv_files:
         archive.say(f"Layout: photographs named in {', '.join(str(csv_files[split]) for split in archive.SPLITS)}")
         return classes_of_csv(csv_files, archive.by_name(files))
+    refuse_strays(files)
     classes = classes_by_name(archive.by_name(files))
     if any(entry.images for entry in classes):
         archive.say("Layout: photographs <wnid>*.jpg, without csv files")
