@@ -410,9 +410,9 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
     if unreadable:
         raise InputError(f"{labeled}: all images of class {min(unreadable)} are unreadable; replace them")
     known = [(path, "labeled", label, fingerprint(image)) for path, label, image in support]
-    asked, marks = [], {mark for *_, mark in known if mark}
+    asked, originals = [], {row[3]: row for row in reversed(known) if row[3]}  # fingerprint -> first labeled image
     _report_repeats(labeled, known)
-    warned = _warn_of_dark_borders(model, labeled, [image for *_, image in support])
+    warned = _warn_of_dark_borders(model, labeled, [has_dark_border(image) for *_, image in support])
     adapted = model.adapt(np.stack([image for *_, image in support]), [label for _, label, _ in support])
     path_width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
     class_width = max(len("class"), *(len(printable(name)) for name in adapted.classes))
@@ -425,13 +425,13 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
             images = NORMALIZED[model.normalise_with]
             print(f"Each image is normalized {images} (--normalise_with={model.normalise_with}).")
         print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability  runner-up", flush=True)
-    rows = []
+    rows, dark = [], []
     with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= PROGRESS_BAR_FROM else True) as bar:
         size = CHUNK if model.normalise_with == "support" else len(paths)
         for first in range(0, len(paths), size):
             chunk = [(path, image) for path, _, image in read(paths[first : first + size]) if image is not None]
             if chunk:
-                warned = warned or _warn_of_dark_borders(model, "UNLABELED", [image for _, image in chunk])
+                dark += [has_dark_border(image) for _, image in chunk]
                 asked += [(path, "unlabeled", "", fingerprint(image)) for path, image in chunk]
                 predicted = adapted.predict(np.stack([image for _, image in chunk]))
                 for (path, _), probabilities in zip(chunk, predicted, strict=True):
@@ -445,7 +445,10 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
                             flush=True,
                         )
             bar.update(len(paths[first : first + size]))
-    _report_repeats("UNLABELED", [row for row in known if row[3]] + [row for row in asked if row[3] in marks | {""}])
+    if not warned:
+        _warn_of_dark_borders(model, "UNLABELED", dark)
+    asked = [row for row in asked if not row[3] or row[3] in originals]
+    _report_repeats("UNLABELED", [*originals.values(), *asked])
     if not rows:
         raise InputError("UNLABELED: all images are unreadable; choose other images")
     if table:
@@ -565,15 +568,18 @@ def _report_repeats(where, marked):
         _remark(line)
 
 
-def _warn_of_dark_borders(model, where, pixels):
-    """Warn if images look like light ink, but the model was trained on dark ink. Return whether they do."""
-    dark = sum(map(has_dark_border, pixels)) if model.images.invert else 0
-    if dark:
+def _warn_of_dark_borders(model, where, dark):
+    """Warn if images look like light ink, but the model was trained on dark ink. Return whether they do.
+
+    dark: for each image, whether its border is dark.
+    """
+    wrong = model.images.invert and any(dark)
+    if wrong:
         _remark(
-            f"WARNING: {where}: {dark:,} of {len(pixels):,} images have dark borders, but the model was trained on "
+            f"WARNING: {where}: {sum(dark):,} of {len(dark):,} images have dark borders, but the model was trained on "
             "dark ink on a light ground; invert them"
         )
-    return dark > 0
+    return wrong
 
 
 def _iteration(text):
