@@ -422,14 +422,16 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], list[str], 
 
     The first is `root`. Skip hidden files and folders, and those of SYSTEM_NAMES.
     """
+    suffixes = _suffixes()
     for folder, folders, files in os.walk(root, onerror=_fail, followlinks=True):
         if os.path.islink(folder) and os.path.realpath(folder) in map(os.path.realpath, Path(folder).parents):
             raise InputError(f"{folder}: is a link to a parent folder; remove it")
-        system = list(filter(_is_system, folders + files))
+        system = [name for name in folders + files if _is_system(name)]
         folders[:] = filter(_is_visible, folders)
         images, others = [], []
-        for name in sorted(sorted(filter(_is_visible, files)), key=nfc):
-            (images if _suffix(name) in _suffixes() else others).append(name)
+        for name in sorted(sorted(files), key=nfc):
+            if name[0] != "." and name not in system:
+                (images if _suffix(name) in suffixes else others).append(name)
         yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, system, not folders
 
 
@@ -444,7 +446,7 @@ def _is_visible(name):
 
 
 def _is_system(name):
-    return name.startswith("._") or name.lower() in SYSTEM_NAMES
+    return name.lower() in SYSTEM_NAMES or name[:2] == "._"
 
 
 def _suffix(name):
