@@ -333,7 +333,7 @@ def repeat_lines(where: str | Path, marked: Iterable[tuple[str, str, str, str]],
 
 def _counts(kinds: Iterable[str]) -> str:
     """Return how often each kind occurs, such as "12 .heic, 1 .txt"."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(kinds).most_common())
+    return _listed(f"{count:,} {kind}" for kind, count in Counter(kinds).most_common())
 
 
 def _load_classes(
@@ -395,24 +395,25 @@ def ignored_lines(folder: str | Path, roots: Iterable[str] = ()) -> list[str]:
     Folders without photographs are ignored, too. Other hidden files are not counted. roots: folders in `folder` to
     search instead of all of it. Raise the same errors as class_folders.
     """
-    unread, system = [], [os.path.join(folder, name) for name in os.listdir(folder) if roots and _is_system(name)]
+    unread, system = [], [name for name in os.listdir(folder) if roots and _is_system(name)]
     for root in roots or [str(folder)]:
         for name, images, others, skipped, leaf in _folders(root):
             unread += [os.path.join(root, name, file) for file in others]
-            system += [os.path.join(root, name, other) for other in skipped]
+            system += skipped
             if leaf and name and not images and not _are_photographs(others):
-                system.append(os.path.join(root, name))
+                system.append(name)
     lines = []
     if unread:
         kinds = _counts(_suffix(path) or "without an extension" for path in unread)
         lines.append(
             f"{folder}: ignored {len(unread):,} files whose type Pillow does not read "
-            f"({kinds}); convert photographs to JPEG, and add missing extensions: {_listed(sorted(unread))}"
+            f"({kinds}); convert photographs to JPEG, and add missing extensions: "
+            + _listed(os.path.relpath(path, folder) for path in sorted(unread))
         )
     if system:
         lines.append(
             f"{folder}: ignored {len(system):,} system files and folders, and folders without images: "
-            f"{_listed(sorted(system))}"
+            + _counts("._*" if name.startswith("._") else name for name in sorted(system))
         )
     return lines
 
@@ -664,7 +665,7 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
     height, width = images.stored
     try:
         with Image.open(path, formats=_formats()) as image:
-            deep = ";16" in str(image.tile[:1])  # 16 bits per channel; Pillow keeps the upper 8 of colors
+            deep = ";16" in image.mode + str(image.tile[:1])  # 16 bits per channel; Pillow keeps the upper 8 of colors
             image.load()
             with contextlib.suppress(Exception):  # a damaged EXIF block; Pillow rewrites it after it turned the image
                 ImageOps.exif_transpose(image, in_place=True)

@@ -125,8 +125,9 @@ def test_system_files_and_folders_are_neither_classes_nor_images_and_are_counted
     assert tasks.counts["test"] == dict.fromkeys("abc", 4)
     assert_same(tasks.classes["test"], expected)
     unread, system = capsys.readouterr().out.splitlines()
-    assert unread.startswith(f"{tiny}: ") and " 1 files " in unread and unread.endswith(f": {tiny}/test/notes/a.txt")
+    assert unread.startswith(f"{tiny}: ") and " 1 files " in unread and unread.endswith(": test/notes/a.txt")
     assert system.startswith(f"{tiny}: ") and f" {len(JUNK) + 2} system " in system  # and __MACOSX, empty/inside
+    assert all(part in system for part in ("2 __MACOSX", "2 @eaDir", "2 ._*", "1 #recycle", "empty/inside", "notes"))
     published = MINIIMAGENET._replace(size=TINY.size, skip_broken=True)
     count_splits(published, tiny, ("test",))
     assert capsys.readouterr().out == ""
@@ -845,7 +846,7 @@ def shallow(mode: str, bits: int, suffix: str, file: Path) -> Path:
     return file.with_suffix(suffix)
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("gray", ".png"), ("gray", ".tif"), ("color", ".png")])
+@pytest.mark.parametrize(("mode", "suffix"), [("gray", ".png"), ("gray", ".tif"), ("gray", ".jp2"), ("color", ".png")])
 def test_16_bit_images_of_fewer_bits_are_refused(tmp_path, mode, suffix):
     """A viewer cannot know their white, and they would be nearly black."""
     like = OWN._replace(size=(1, 4))

@@ -308,9 +308,9 @@ def test_files_that_are_not_images_are_reported(characters, capsys, tmp_path):
     _, err = command(capsys, PUBLISHED, tmp_path / "labeled", tmp_path / "unlabeled")
     labeled, unlabeled = err.splitlines()
     assert labeled.startswith(f"{tmp_path}/labeled: ignored 1 ")
-    assert labeled.endswith(f": {first / 'IMG_1.HEIC'}")
+    assert labeled.endswith(f": {first.name}/IMG_1.HEIC")
     assert unlabeled.startswith(f"{tmp_path}/unlabeled: ignored 2 ")
-    assert unlabeled.endswith(f": {tmp_path}/unlabeled/IMG_2.HEIC, {tmp_path}/unlabeled/notes.txt")
+    assert unlabeled.endswith(": IMG_2.HEIC, notes.txt")
 
 
 def test_system_folders_and_empty_folders_are_no_classes(characters, capsys, tmp_path):
@@ -324,7 +324,7 @@ def test_system_folders_and_empty_folders_are_no_classes(characters, capsys, tmp
     assert out.replace(str(tmp_path), str(characters)).split() == expected.split()
     for line, name in zip(err.splitlines(), ("labeled", "unlabeled"), strict=True):
         assert line.startswith(f"{tmp_path / name}: ignored 2 ")
-        assert line.endswith(f": {tmp_path / name / '@eaDir'}, {tmp_path / name / 'empty'}")
+        assert line.endswith(": 1 @eaDir, 1 empty")
 
 
 def test_each_pillow_warning_is_one_line(characters, capsys, monkeypatch):
