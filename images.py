@@ -32,6 +32,16 @@ from recipe import Images
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")  # the index of a split is part of the key of its random stream
 LAYOUT = "train/<class>/, val/<class>/, test/<class>/"
+SYSTEM_NAMES = {  # files and folders of archives, disks and NAS devices, in lower case
+    *("__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+    *("$recycle.bin", "recycler", "system volume information", "lost+found", "found.000", "lost.dir"),
+    *("network trash folder", "temporary items"),
+    *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),
+}
+PHOTOGRAPHS = {  # suffixes of photographs that Pillow does not read, or not in every build
+    *("", ".heic", ".heif", ".hif", ".avif", ".webp", ".jxl", ".jp2"),
+    *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+}
 CACHE_FORMAT = 4
 DECODED_AHEAD = 256  # images to decode before writing them
 
@@ -57,6 +67,7 @@ class Classes(NamedTuple):
     pixels: np.ndarray  # uint8 [images, height, width, channels], shared by the splits of one folder
     aspects: np.ndarray | None = None  # [images], width / height before resizing; None: not augmented
     published: bool = False  # whether these are exactly the published classes of the split
+    marks: Mapping[str, str] = {}  # of a user's own images: path from the split's folder -> fingerprint
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -77,11 +88,15 @@ class Classes(NamedTuple):
 def count_splits(
     images: Images, folder: Path, splits: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, dict[str, int]]:
-    """Return the number of image files of each class, {split: {class: images}}. Decode none, and print nothing.
+    """Return the number of image files of each class, {split: {class: images}}. Decode none.
 
-    optional: further splits, which are empty if they are missing.
+    Print once what is ignored in a user's own folder. optional: further splits, which are empty if they are missing.
     Raise InputError if the folder, a split or a class folder does not match `images`.
     """
+    if images.split_list is None and os.path.isdir(folder):
+        roots = [os.path.join(folder, name) for name in _split_folders(folder).values()]
+        for line in ignored_lines(folder, roots):
+            _say_once(line)
     found = load_splits(images, folder, splits, optional, decode=False)
     return {split: found[split].sizes if split in found else {} for split in (*splits, *optional)}
 
@@ -125,6 +140,20 @@ def load_splits(
         split: _load_classes(images, folder, folder / here[split], files[split], split, published, decode)
         for split in wanted
     }
+    if decode and images.split_list is None:
+        known = {
+            split: loaded[split].marks if split in loaded else _cached_marks(images, folder, here[split], split)
+            for split in SPLITS
+            if split in here
+        }
+        _report_repeats(
+            folder,
+            [
+                (os.path.join(here[split], path), split, _class_of(path), mark)
+                for split, marks in known.items()
+                for path, mark in marks.items()
+            ],
+        )
     return _report_unpublished(published, folder, loaded) if decode else loaded
 
 
@@ -174,7 +203,7 @@ def _splits_among(folders: Mapping[str, bool]) -> dict[str, list[str]]:
 
 def _class_files(images: Images, root: Path, may_be_empty: bool = False) -> dict[str, list[str]]:
     """Return class_folders of `root`. Raise InputError if it contains no images, or folders of splits."""
-    files = class_folders(os.path.normpath(root))
+    files = class_folders(os.path.normpath(root), empty=images.split_list is not None)
     if not (any(files.values()) or may_be_empty):
         raise InputError(f"{root}: has no class folders with images; fill it as described in {images.prepare}")
     inside = defaultdict(dict)  # parent -> its subfolders -> whether they have subfolders
@@ -229,6 +258,10 @@ def _split_classes(
         if decode:
             say(f"{folder}: its {total:,} classes are split {'/'.join(map(str, sizes))} by a seed-1 shuffle.")
         names = _shuffled_split(classes.names, sizes)
+    split_of = {name: split for split in SPLITS for name in names[split]}
+    _report_repeats(
+        folder, [(path, split_of[_class_of(path)], _class_of(path), mark) for path, mark in classes.marks.items()]
+    )
     return {split: classes.named(names[split]) for split in splits}
 
 
@@ -284,6 +317,38 @@ def _listed(names: Iterable[str], separator: str = ", ") -> str:
     return separator.join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
+def _class_of(path):
+    return nfc(path.rpartition("/")[0])
+
+
+def _report_repeats(folder: Path, marked: list[tuple[str, str, str, str]]) -> None:
+    for line in repeat_lines(folder, marked, "two splits"):
+        say(line)
+
+
+def repeat_lines(where: str | Path, marked: Iterable[tuple[str, str, str, str]], two_parts: str) -> Iterator[str]:
+    """Yield warnings of blank images, and of images that are identical to an earlier one, with their numbers.
+
+    marked: path, part of the data (such as its split), class, and fingerprint of each image. two_parts: what to call
+    two parts.
+    """
+    first, repeats = {}, defaultdict(list)
+    for path, part, name, mark in marked:
+        first_path, first_part, first_name = first.setdefault(mark, (path, part, name))
+        if not mark:
+            repeats["blank images"].append(path)
+        elif first_path != path:
+            place = two_parts if first_part != part else "one class" if first_name == name else "two classes"
+            repeats[f"identical images in {place}"].append(f"{path} = {first_path}")
+    for what, paths in repeats.items():
+        yield f"WARNING: {where}: has {len(paths):,} {what}; remove or replace them: {_listed(paths)}"
+
+
+def _counts(kinds: Iterable[str]) -> str:
+    """Return how often each kind occurs, such as "12 .heic, 1 .txt"."""
+    return _listed(f"{count:,} {kind}" for kind, count in Counter(kinds).most_common())
+
+
 def _load_classes(
     images: Images,
     folder: Path,
@@ -304,24 +369,28 @@ def _load_classes(
         if first.setdefault(own, path) != path:
             raise InputError(f"{root}: {first[own]} and {path} are both class {own}; remove one of them")
     paths = [f"{path}/{file}" for path in folders for file in files[path]]
-    pixels, broken, aspects = _cached(images, folder, root, paths, name) if decode else (np.empty(0), [], [])
+    pixels, broken, aspects, marks = np.empty(0), [], [], {}
+    if decode:
+        pixels, broken, aspects, marks = _cached(images, folder, root, paths, name)
     if broken:
-        say(f"{root}: left out {len(broken):,} unreadable images of {len(paths):,}: {_listed(broken)}")
+        kinds = _counts(filter(None, (_identified(f"{root}/{path}")[0] for path in broken)))
+        known = f" ({kinds})" if kinds else ""
+        say(f"{root}: left out {len(broken):,} unreadable images of {len(paths):,}{known}: {_listed(broken)}")
     broken_counts = Counter(path.rpartition("/")[0] for path in broken)
     counts = np.array([len(files[path]) - broken_counts[path] for path in folders], int)
     aspects = np.array(aspects) if images.augment else None
-    return Classes(names, np.cumsum(counts) - counts, counts, pixels, aspects).named(names)
+    return Classes(names, np.cumsum(counts) - counts, counts, pixels, aspects, marks=marks).named(names)
 
 
-def class_folders(root: str) -> dict[str, list[str]]:
+def class_folders(root: str, empty: bool = False) -> dict[str, list[str]]:
     """Return the class folders below `root`: path relative to it -> sorted file names of its images.
 
-    Empty folders count, so that errors can name them. Raise InputError if a folder cannot be read, or if two have the
-    same name in different Unicode forms.
+    A folder whose photographs Pillow does not read counts, so that errors can name it; one without any, with `empty`.
+    Raise InputError if a folder cannot be read, or if two have the same name in different Unicode forms.
     """
     found, spelled = {}, {}
-    for name, images, _, leaf in _folders(root):
-        if name and (images or leaf):
+    for name, images, others, _, leaf in _folders(root):
+        if name and (images or _are_photographs(others) or (empty and leaf)):
             found[name] = images
             if spelled.setdefault(nfc(name), name) != name:
                 raise InputError(f"{root}: has two folders {name} that differ only in Unicode form; rename one of them")
@@ -330,28 +399,54 @@ def class_folders(root: str) -> dict[str, list[str]]:
 
 def image_files(root: str) -> list[str]:
     """Return the paths of the images in `root` and below, sorted. Raise the same errors as class_folders."""
-    return sorted(os.path.join(root, name, file) for name, images, _, _ in _folders(root) for file in images)
+    return sorted(os.path.join(root, name, file) for name, images, *_ in _folders(root) for file in images)
 
 
-def other_files(root: str) -> list[str]:
-    """Return the sorted paths of all files below `root` that are not images. Raise the same errors as class_folders."""
-    return sorted(os.path.join(root, name, file) for name, _, others, _ in _folders(root) for file in others)
+def ignored_lines(folder: str | Path, roots: Iterable[str] = ()) -> list[str]:
+    """Return lines with the numbers of ignored files: of types that Pillow does not read, and of systems.
 
-
-def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], bool]]:
-    """Yield (relative path, sorted images, other files, whether it is a leaf) of `root` and each folder below it.
-
-    Skip hidden files and folders, and the __MACOSX folders that macOS adds to archives.
+    Folders without photographs are ignored, too. Other hidden files are not counted. roots: folders in `folder` to
+    search instead of all of it. Raise the same errors as class_folders.
     """
+    unread, system = [], [name for name in os.listdir(folder) if roots and _is_system(name)]
+    for root in roots or [str(folder)]:
+        for name, images, others, skipped, leaf in _folders(root):
+            unread += [os.path.join(root, name, file) for file in others]
+            system += skipped
+            if leaf and name and not images and not _are_photographs(others):
+                system.append(name)
+    lines = []
+    if unread:
+        kinds = _counts(_suffix(path) or "without an extension" for path in unread)
+        lines.append(
+            f"{folder}: ignored {len(unread):,} files whose type Pillow does not read "
+            f"({kinds}); convert photographs to JPEG, and add missing extensions: "
+            + _listed(os.path.relpath(path, folder) for path in sorted(unread))
+        )
+    if system:
+        lines.append(
+            f"{folder}: ignored {len(system):,} system files and folders, and folders without images: "
+            + _counts("._*" if name.startswith("._") else name for name in sorted(system))
+        )
+    return lines
+
+
+def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], list[str], bool]]:
+    """Yield (relative path, sorted images, other files, system files and folders, whether it is a leaf) of each folder.
+
+    The first is `root`. Skip hidden files and folders, and those of SYSTEM_NAMES.
+    """
+    suffixes = _suffixes()
     for folder, folders, files in os.walk(root, onerror=_fail, followlinks=True):
         if os.path.islink(folder) and os.path.realpath(folder) in map(os.path.realpath, Path(folder).parents):
             raise InputError(f"{folder}: is a link to a parent folder; remove it")
+        system = [name for name in folders + files if _is_system(name)]
         folders[:] = filter(_is_visible, folders)
         images, others = [], []
         for name in sorted(sorted(files), key=nfc):
-            if name[0] != ".":
-                (images if os.path.splitext(name)[1].lower() in _suffixes() else others).append(name)
-        yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, not folders
+            if name[0] != "." and name not in system:
+                (images if _suffix(name) in suffixes else others).append(name)
+        yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, system, not folders
 
 
 def _subfolders(folder: str | Path) -> list[str]:
@@ -361,7 +456,19 @@ def _subfolders(folder: str | Path) -> list[str]:
 
 
 def _is_visible(name):
-    return name[0] != "." and name != "__MACOSX"
+    return name[0] != "." and not _is_system(name)
+
+
+def _is_system(name):
+    return name.lower() in SYSTEM_NAMES or name[:2] == "._"
+
+
+def _suffix(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def _are_photographs(others):
+    return any(_suffix(name) in PHOTOGRAPHS for name in others)
 
 
 def _fail(error):
@@ -386,36 +493,35 @@ def _suffixes() -> frozenset[str]:
 
 def _cached(
     images: Images, folder: Path, root: str, paths: list[str], name: str
-) -> tuple[np.ndarray, list[str], list[float]]:
-    """Return the pixels of the images root/path, unreadable paths, and aspects; from folder/.cache if it is up to date.
+) -> tuple[np.ndarray, list[str], list[float], dict[str, str]]:
+    """Return pixels, unreadable paths, aspects and marks of images root/path; from folder/.cache if it is up to date.
 
     Pixels are uint8 [paths, height, width, channels], memory-mapped if the cache can be written. Unreadable images get
     no row, so the last rows are unused. Aspects (width / height) are of the readable images, and only for augmentation.
+    Marks (path -> fingerprint) are of readable images, and only for a user's own folder.
     Raise the same errors as _decode.
     """
-    cache = folder / ".cache"
-    if images.any_size:
-        name += (
-            "_{}x{}x{}".format(*images.stored, images.channels) + "_whole" * images.augment + "_binary" * images.invert
-        )
-    array_file, index_file = cache / f"{name}.npy", cache / f"{name}.json"
+    cache, own = folder / ".cache", images.split_list is None
+    index_file = _index_file(images, folder, name)
+    array_file = index_file.with_suffix(".npy")
     shape = (len(paths), *images.stored, images.channels)
     index = {"format": CACHE_FORMAT, "shape": list(shape), "files": _digest(root, paths)}
 
     def up_to_date():
         try:
             stored = json.loads(index_file.read_bytes())
-            broken, aspects = stored.pop("broken"), stored.pop("aspects")
+            broken, aspects, marks = stored.pop("broken"), stored.pop("aspects"), stored.pop("marks") if own else {}
             pixels = np.load(array_file, mmap_mode="r", allow_pickle=False)
             same = stored == index and (pixels.shape, pixels.dtype) == (shape, np.uint8)
-            return (pixels, broken, aspects) if same and (images.skip_broken or not broken) else None
+            return (pixels, broken, aspects, marks) if same and (images.skip_broken or not broken) else None
         except Exception:  # a damaged cache can raise nearly any exception; decode again
             return None
 
     def fill(file):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         end = file.tell() + math.prod(shape)
-        index["broken"], index["aspects"] = _decode(images, root, paths, file.write)
+        index["broken"], index["aspects"], marks = _decode(images, root, paths, file.write)
+        index.update({"marks": marks} if own else {})
         file.truncate(end)
         index_file.unlink(missing_ok=True)  # it describes the array that this one replaces
 
@@ -428,12 +534,30 @@ def _cached(
                 return cached
             write_whole(array_file, fill)
             write_whole(index_file, lambda file: file.write(json.dumps(index).encode()))
-            return np.load(array_file, mmap_mode="r", allow_pickle=False), index["broken"], index["aspects"]
+            pixels = np.load(array_file, mmap_mode="r", allow_pickle=False)
+            return pixels, index["broken"], index["aspects"], index.get("marks", {})
     except OSError as error:
         _say_once(f"{cache}: cannot write ({error.strerror or error}); images will be decoded at every start.")
     pixels = np.zeros(shape, np.uint8)
     rows = iter(pixels)
     return pixels, *_decode(images, root, paths, lambda image: np.copyto(next(rows), image))
+
+
+def _index_file(images, folder, name):
+    if images.any_size:
+        name += (
+            "_{}x{}x{}".format(*images.stored, images.channels) + "_whole" * images.augment + "_binary" * images.invert
+        )
+    return folder / ".cache" / f"{name}.json"
+
+
+def _cached_marks(images, folder, root, name):
+    """Return the marks of a split that is not loaded, as far as they are cached: a test of the training images."""
+    try:
+        marks = json.loads(_index_file(images, folder, name).read_bytes())["marks"]
+        return {path: mark for path, mark in marks.items() if os.path.isfile(folder / root / path)}
+    except Exception:  # as in _cached
+        return {}
 
 
 _say_once = functools.cache(say)  # once for all splits of a folder
@@ -453,24 +577,22 @@ def _digest(root, paths):
 
 def _decode(
     images: Images, root: str, paths: list[str], put: Callable[[np.ndarray], object]
-) -> tuple[list[str], list[float]]:
+) -> tuple[list[str], list[float], dict[str, str]]:
     """Decode the images root/path on all cores, and pass each to `put` in order.
 
-    Return the paths of unreadable images (with --skip_broken), and the aspects of the others (for augmentation).
+    Return the paths of unreadable images (with --skip_broken), the aspects of the others (for augmentation), and their
+    marks (in a user's own folder).
     Raise InputError if an image is unreadable without --skip_broken, or does not have the size in `images`.
     """
 
     def decode(path):
         try:
-            return read_whole(f"{root}/{path}", images)
+            image, aspect = read_whole(f"{root}/{path}", images)
+            return image, aspect, fingerprint(image) if images.split_list is None else None
         except UnreadableError as error:
-            if images.skip_broken:
-                return None
-            raise InputError(
-                f"{root}/{path}: cannot read image ({error.reason}); replace or delete it, or use --skip_broken"
-            ) from error
+            return error
 
-    broken, aspects = [], []
+    broken, aspects, marks = [], [], {}
     with (
         pillow_warnings(say),
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -480,12 +602,40 @@ def _decode(
             chunk = paths[first : first + DECODED_AHEAD]
             for path, image in zip(chunk, pool.map(decode, chunk), strict=True):
                 bar.update()
-                if image is None:
+                if isinstance(image, UnreadableError):
+                    if not images.skip_broken:
+                        raise _with_count(image, root, path, paths) from image
                     broken.append(path)
                 else:
-                    put(image[0])
-                    aspects += [image[1]] * images.augment
-    return broken, aspects
+                    pixels, aspect, mark = image
+                    put(pixels)
+                    aspects += [aspect] * images.augment
+                    if mark is not None:
+                        marks[path] = mark
+    return broken, aspects, marks
+
+
+def _with_count(error, root, path, paths):
+    """Return the error of an unreadable image with the number of images of the same kind, if the kind is known."""
+    reason, fix = _identified(f"{root}/{path}")
+    if reason:
+        alike = sum(_identified(f"{root}/{other}")[0] == reason for other in paths)
+        reason = f"{reason}, as are {alike:,} of {len(paths):,} images"
+    return InputError(
+        f"{root}/{path}: cannot read image ({reason or error.reason}); {fix or 'replace or delete it'}, or use "
+        "--skip_broken"
+    )
+
+
+def has_dark_border(image: np.ndarray) -> bool:
+    """Return whether the outermost pixels of an image, uint8 [height, width, channels], are dark on average."""
+    border = image[0], image[-1], image[1:-1, 0], image[1:-1, -1]
+    return np.concatenate(border).mean() < 128
+
+
+def fingerprint(image: np.ndarray) -> str:
+    """Return a checksum of an image's pixels, or an empty string if it is blank: all its pixels have one color."""
+    return "" if (image == image[0, 0]).all() else hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest()
 
 
 # -- reading one image ------------------------------------------------------------------------------------------------
@@ -528,7 +678,12 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
     height, width = images.stored
     try:
         with Image.open(path, formats=_formats()) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            deep = ";16" in image.mode + str(image.tile[:1])  # 16 bits per channel; Pillow keeps the upper 8 of colors
+            image.load()
+            with contextlib.suppress(Exception):  # a damaged EXIF block; Pillow rewrites it after it turned the image
+                ImageOps.exif_transpose(image, in_place=True)
+            if deep:
+                _check_range(image)
             if images.invert and images.any_size and not images.augment and image.mode == "1":
                 # Omniglot's drawings stay binary, as resize_images.py writes them.
                 image = image.resize((width, height))
@@ -540,13 +695,43 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno:  # the system's error, not Pillow's; it may be temporary
             raise InputError(f"{path}: cannot read ({error.strerror}); make it readable, or remove it") from error
-        raise UnreadableError(f"{path}: cannot read image ({reason}); replace or remove it", reason) from error
+        kind, fix = _identified(path)
+        reason, fix = kind or reason, fix or "replace or remove it"
+        raise UnreadableError(f"{path}: cannot read image ({reason}); {fix}", reason) from error
     if image.size != (width, height):
         raise InputError(
             f"{path}: is {image.height}x{image.width} pixels, not {height}x{width}; prepare the folder as "
             f"described in {images.prepare}, or use --image_size"
         )
     return np.asarray(image).reshape(*images.stored, images.channels), aspect
+
+
+def _identified(path: str | Path) -> tuple[str, str]:
+    """Return what a file is that is named like an image, and how to fix it; empty strings if it may be an image."""
+    if not os.path.isfile(path):  # opening a pipe would wait
+        return "", ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(64)
+        if not head:
+            return "empty file", "copy it again"
+        if head.startswith(b"version https://git-lfs"):
+            return "Git LFS pointer", "fetch the images with git lfs pull"
+        heic = head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1") and b"avif" not in head
+        if head[4:8] == b"ftyp" and heic:
+            return "HEIC photograph", "convert it to JPEG"
+        if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+            return "web page", "download it again"
+    return "", ""
+
+
+def _check_range(image):
+    """Raise ValueError if a 16-bit image leaves its upper 2 bits unused, as 12-bit cameras do: its white is unknown."""
+    if image.mode == "CMYK":  # white is 0
+        return
+    bands = [band for band in image.getbands() if band != "A"]
+    highest = max(np.asarray(image if len(bands) == 1 else image.getchannel(band)).max() for band in bands)
+    if 0 < highest < (1 << 14 if image.mode.startswith("I") else 1 << 6):
+        raise ValueError("its values use less than a quarter of 16 bits; scale them to 0 to 65535")
 
 
 def _converted(image, channels):

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import csv
 import functools
-import hashlib
 import io
 import os
 import sys
@@ -44,11 +43,14 @@ from images import (
     ROOT,
     UnreadableError,
     class_folders,
+    fingerprint,
+    has_dark_border,
+    ignored_lines,
     image_files,
     normalize,
-    other_files,
     pillow_warnings,
     read_image,
+    repeat_lines,
 )
 from maml import MAML, inner_step, prepare
 from networks import support_normalized
@@ -407,7 +409,10 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
     unreadable = set(label_of.values()) - {label for _, label, _ in support}
     if unreadable:
         raise InputError(f"{labeled}: all images of class {min(unreadable)} are unreadable; replace them")
-    _warn_of_duplicates(support)
+    known = [(path, "labeled", label, fingerprint(image)) for path, label, image in support]
+    asked, originals = [], {row[3]: row for row in reversed(known) if row[3]}  # fingerprint -> first labeled image
+    _report_repeats(labeled, known)
+    warned = _warn_of_dark_borders(model, labeled, [has_dark_border(image) for *_, image in support])
     adapted = model.adapt(np.stack([image for *_, image in support]), [label for _, label, _ in support])
     path_width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
     class_width = max(len("class"), *(len(printable(name)) for name in adapted.classes))
@@ -420,12 +425,14 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
             images = NORMALIZED[model.normalise_with]
             print(f"Each image is normalized {images} (--normalise_with={model.normalise_with}).")
         print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability  runner-up", flush=True)
-    rows = []
+    rows, dark = [], []
     with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= PROGRESS_BAR_FROM else True) as bar:
         size = CHUNK if model.normalise_with == "support" else len(paths)
         for first in range(0, len(paths), size):
             chunk = [(path, image) for path, _, image in read(paths[first : first + size]) if image is not None]
             if chunk:
+                dark += [has_dark_border(image) for _, image in chunk]
+                asked += [(path, "unlabeled", "", fingerprint(image)) for path, image in chunk]
                 predicted = adapted.predict(np.stack([image for _, image in chunk]))
                 for (path, _), probabilities in zip(chunk, predicted, strict=True):
                     best, second = np.argsort(-probabilities, kind="stable")[:2]
@@ -438,6 +445,10 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
                             flush=True,
                         )
             bar.update(len(paths[first : first + size]))
+    if not warned:
+        _warn_of_dark_borders(model, "UNLABELED", dark)
+    asked = [row for row in asked if not row[3] or row[3] in originals]
+    _report_repeats("UNLABELED", [*originals.values(), *asked])
     if not rows:
         raise InputError("UNLABELED: all images are unreadable; choose other images")
     if table:
@@ -496,7 +507,7 @@ def labeled_files(model: Model, folder: str) -> dict[str, str]:
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
         _remark(f"{folder}: ignored {loose:,} images outside class folders")
-    _report_other_files(folder)
+    _report_ignored(folder)
     if len(classes) != way:
         raise InputError(
             f"{folder}: has {len(classes)} class folders{_first_ten(sorted(classes))}, but {model.checkpoint} is a "
@@ -504,7 +515,7 @@ def labeled_files(model: Model, folder: str) -> dict[str, str]:
         )
     for name, files in classes.items():
         if not files:
-            raise InputError(f"{folder}: class folder {name} contains no images; add one, or remove the folder")
+            raise InputError(f"{folder}: class folder {name} has no images that Pillow reads; convert them to JPEG")
     return {os.path.join(folder, name, file): nfc(name) for name in sorted(classes, key=nfc) for file in classes[name]}
 
 
@@ -520,17 +531,16 @@ def unlabeled_files(labeled: str, unlabeled: Sequence[str]) -> list[str]:
         images = [path]
         if os.path.isdir(path):
             images = image_files(path)
-            _report_other_files(path)
+            _report_ignored(path)
         if not images:
             raise InputError(f"{path}: contains no images; give images, or folders of images")
         paths += images
     return list(dict.fromkeys(paths))
 
 
-def _report_other_files(folder):
-    """Print which files are ignored. Some may be images that Pillow does not read, such as a phone's .heic."""
-    if others := other_files(folder):
-        _remark(f"{folder}: ignored {len(others):,} files whose type Pillow does not read{_first_ten(others)}")
+def _report_ignored(folder):
+    for line in ignored_lines(folder):
+        _remark(line)
 
 
 def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.ndarray | None]]:
@@ -553,13 +563,23 @@ def _read_all(model, paths, labels=None) -> Iterator[tuple[str, str | None, np.n
     return zip(paths, labels or [None] * len(paths), images, strict=True)
 
 
-def _warn_of_duplicates(support):
-    """Warn if two classes share an image, which is usually a mistake and teaches the model nothing."""
-    seen = {}
-    for path, label, image in support:
-        first_path, first_label = seen.setdefault(hashlib.sha256(image.tobytes()).digest(), (path, label))
-        if first_label != label:
-            _remark(f"WARNING: {path} and {first_path} are the same image, in two classes.")
+def _report_repeats(where, marked):
+    for line in repeat_lines(where, marked, "LABELED and UNLABELED"):
+        _remark(line)
+
+
+def _warn_of_dark_borders(model, where, dark):
+    """Warn if images look like light ink, but the model was trained on dark ink. Return whether they do.
+
+    dark: for each image, whether its border is dark.
+    """
+    wrong = model.images.invert and any(dark)
+    if wrong:
+        _remark(
+            f"WARNING: {where}: {sum(dark):,} of {len(dark):,} images have dark borders, but the model was trained on "
+            "dark ink on a light ground; invert them"
+        )
+    return wrong
 
 
 def _iteration(text):

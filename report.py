@@ -33,7 +33,8 @@ FILES = "events.out.tfevents.*"  # TensorFlow's name for event files
 TEST_FOLDER = "test"  # in the run folder, for the events of tests
 FIRST_COLUMNS = {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}  # of the HParams table
 MAX_PICTURED = 5  # support images per class, and query images per class, in a picture
-ENLARGE_TO = 84  # pixels; small images are enlarged up to this side, by an integer factor
+MAX_CLASSES = 20  # in a picture
+ENLARGE_TO = 84  # pixels; small images are enlarged up to this side, large ones reduced to less than twice that
 FONT_SIZE, GAP = 13, 12  # pixels; GAP separates support and query images
 RIGHT, WRONG, WHITE, BLACK = (40, 170, 60), (220, 50, 40), (255, 255, 255), (0, 0, 0)  # RGB
 
@@ -243,21 +244,26 @@ def _layout(updates, images):
 def task_picture(task: Tasks, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
     """Draw a task: for each class its name, its support images, and the query images classified as it.
 
-    Correctly classified query images have a green frame, the others a red one.
+    Correctly classified query images have a green frame, the others a red one. The size is bounded: only the first
+    MAX_CLASSES classes are drawn, with at most MAX_PICTURED * MAX_CLASSES query images each.
+
     Args: one task of images, the names of its classes, scores [N * Q, N]. Return uint8 [height, width, 3].
     """
     support_row, query_row, guesses = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))
-    count = MAX_PICTURED * scores.shape[1]  # examples are ordered so that these are MAX_PICTURED of each class
-    rows = []
-    for label in range(scores.shape[1]):
+    way = scores.shape[1]
+    count = MAX_PICTURED * way  # examples are ordered so that these are MAX_PICTURED of each class
+    rows, names = [], names[:MAX_CLASSES]
+    for label in range(len(names)):
         row = [_framed(image, WHITE) for image in task.support_x[support_row == label][:MAX_PICTURED]]
         row.append(np.full_like(row[0][:, :GAP], 255))
         query = zip(task.query_x[:count], query_row, guesses, strict=False)
-        row += [_framed(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label]
+        query = [(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label]
+        row += [_framed(x, color) for x, color in query[: MAX_PICTURED * MAX_CLASSES]]
         rows.append(np.concatenate(row, 1))
 
     font = ImageFont.load_default(FONT_SIZE)
-    legend = [("support, then queries classified as it:", BLACK), ("right", RIGHT), ("wrong", WRONG)]
+    classes = f"{len(names)} of {way:,} classes: " if len(names) < way else ""
+    legend = [(f"{classes}support, then queries classified as it:", BLACK), ("right", RIGHT), ("wrong", WRONG)]
     legend_width = round(font.getlength(" ".join(text for text, _ in legend)))
     width, high, line = max(legend_width, *(row.shape[1] for row in rows)), len(rows[0]), 2 * FONT_SIZE
     picture = Image.new("RGB", (width, line + (line + high) * len(rows)), WHITE)
@@ -275,7 +281,9 @@ def task_picture(task: Tasks, names: Sequence[str], scores: np.ndarray) -> np.nd
 
 
 def _framed(image, color):
-    """Return an image (pixels 0 to 1, 1 or 3 channels) as framed RGB, enlarged if small."""
+    """Return an image (pixels 0 to 1, 1 or 3 channels) as framed RGB, enlarged if small, reduced if large."""
+    every = max(1, len(image) // ENLARGE_TO)
+    image = image[::every, ::every]
     times = max(1, ENLARGE_TO // len(image))
     pixels = np.uint8(255 * image.repeat(times, 0).repeat(times, 1) + 0.5)
     framed = np.empty((pixels.shape[0] + 4, pixels.shape[1] + 4, 3), np.uint8)

@@ -163,15 +163,24 @@ def train(
             accuracy = before_and_after(curve, recipe.inner_steps)[1] if settings.val_split == "val" else -math.inf
             run.validation = run.validation.then(iteration, accuracy, settings.val_tasks)
             if run.validation.best == iteration:
-                picture(iteration)
+                picture_task(iteration)
             return True
 
-        def picture(iteration: int) -> None:
+        def picture(iteration: int, tag: str, draw: Callable[[], np.ndarray | None]) -> None:
+            """Write a picture for TensorBoard. A failure does not end the training."""
             if settings.log:
-                report.picture(iteration, "validation_task", _task_picture(maml, data, settings, recipe.inner_steps))
+                try:
+                    if (pixels := draw()) is not None:
+                        report.picture(iteration, tag, pixels)
+                except Exception as error:
+                    reason = next(iter(str(error).splitlines()), type(error).__name__)
+                    tell(f"WARNING: {tag}: no picture of iteration {iteration} ({reason}); training continues")
+
+        def picture_task(iteration: int) -> None:
+            picture(iteration, "validation_task", lambda: _task_picture(maml, data, settings, recipe.inner_steps))
 
         if images and start == 0:
-            picture(0)  # before any step
+            picture_task(0)  # before any step
         if missed and validate(start - 1):
             save()  # with the result of the validation
             missed = False
@@ -209,9 +218,9 @@ def train(
             tell(f"Stopped by {stop.reason} {when}. To continue: python main.py --run={run.folder}")
             return False
         if images and run.validation.best != total - 1:
-            picture(total - 1)
-        if settings.log and last_picture and (pixels := last_picture(maml)) is not None:
-            report.picture(total - 1, "test_task", pixels)
+            picture_task(total - 1)
+        if last_picture:
+            picture(total - 1, "test_task", lambda: last_picture(maml))
     say(f"Done: {total} iterations, the last saved in {prefix}.")
     if (best := run.validation).best >= 0:
         print(f"Best on validation: model{best.best}, accuracy {best.accuracy:.6g} on {best.tasks} tasks.")

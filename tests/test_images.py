@@ -107,6 +107,68 @@ def test_junk_of_other_systems_is_ignored(tiny):
     assert_same(read(tiny), expected)
 
 
+JUNK = [  # below a class folder, or next to one
+    *("__MACOSX/a/._0.png", "@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "a/@eaDir/SYNO.jpg", "#recycle/0.png", "a/._0.png"),
+    *("System Volume Information/x", "$RECYCLE.BIN/0.png", "lost+found/x", "a/Thumbs.db", "._a/0.png", "notes/a.txt"),
+]
+
+
+def test_system_files_and_folders_are_neither_classes_nor_images_and_are_counted(tiny, capsys):
+    """Once, also if the folder is counted and then loaded. A folder that is empty, or has only text, is no class."""
+    expected = read(tiny)
+    for name in JUNK:
+        (tiny / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tiny / "test" / name).write_bytes(b"not an image")
+    (tiny / "test" / "empty" / "inside").mkdir(parents=True)
+    (tiny / "__MACOSX").mkdir()
+    tasks = ImageTasks.from_folder(TINY, tiny, ("test",), 3, 1, 1, optional=("train",))
+    assert tasks.counts["test"] == dict.fromkeys("abc", 4)
+    assert_same(tasks.classes["test"], expected)
+    unread, system = capsys.readouterr().out.splitlines()
+    assert unread.startswith(f"{tiny}: ") and " 1 files " in unread and unread.endswith(": test/notes/a.txt")
+    assert system.startswith(f"{tiny}: ") and f" {len(JUNK) + 2} system " in system  # and __MACOSX, empty/inside
+    assert all(part in system for part in ("2 __MACOSX", "2 @eaDir", "2 ._*", "1 #recycle", "empty/inside", "notes"))
+    published = MINIIMAGENET._replace(size=TINY.size, skip_broken=True)
+    count_splits(published, tiny, ("test",))
+    assert capsys.readouterr().out == ""
+
+
+def test_photographs_that_pillow_does_not_read_are_counted(tiny, capsys):
+    """Before an error of a class that is too small without them."""
+    for number in range(3):
+        (tiny / "test" / "a" / f"{number}.HEIC").touch()
+        (tiny / "test" / "d").mkdir(exist_ok=True)
+        (tiny / "test" / "d" / f"{number}.heic").touch()
+    save_image(tiny / "test" / "b" / "IMG_1", 0, format="JPEG")
+    assert "d (test: 0)" in error_of(tiny)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tiny}: ") and " 7 files " in line and "6 .heic" in line and "1 without an ext" in line
+
+
+HEIC = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic")
+NOT_IMAGES = {
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n", "git lfs pull"),
+    "HEIC": (HEIC, "JPEG"),
+    "web page": (b"\n<!DOCTYPE html><html></html>", "again"),
+    "empty": (b"", "again"),
+}
+
+
+@pytest.mark.parametrize(("kind", "content", "fix"), [(k, *v) for k, v in NOT_IMAGES.items()], ids=NOT_IMAGES.keys())
+def test_a_file_that_is_only_named_like_an_image_is_identified_and_counted(tiny, capsys, kind, content, fix):
+    for name in ("a/4.jpg", "b/2.png", "c/0.png"):
+        (tiny / "test" / name).write_bytes(content)
+    (tiny / "test" / "c" / "1.png").write_text("damaged otherwise")
+    message = error_of(tiny, OWN)
+    assert str(tiny / "test" / "a" / "4.jpg") in message and kind in message and "3 of 13" in message and fix in message
+    with pytest.raises(images.UnreadableError, match=f"{kind}.*{fix}"):
+        read_image(tiny / "test" / "a" / "4.jpg", OWN)
+    for _ in range(2):  # decoded, and from the cache
+        read(tiny, OWN._replace(skip_broken=True))
+        line = capsys.readouterr().out
+        assert f"(3 {kind}" in line and " 4 unreadable images of 13 " in line
+
+
 def test_file_name_extensions_ignore_case(tiny):
     for name in ("4.PNG", "5.jpg", "6.JPEG"):
         save_image(tiny / "test" / "a" / name, seed=0)
@@ -159,7 +221,6 @@ WRONG_FOLDERS = {  # name -> (a function that spoils the folder, required parts 
     "empty": (lambda folder: shutil.rmtree(folder) or folder.mkdir(), ["{0}:", TINY.prepare]),
     "only text": (only_text, ["{0}/test:", TINY.prepare]),
     "not split": (unsplit, ["{0}:", "--split", "train/<class>/"]),
-    "class without images": (lambda folder: (folder / "test" / "d").mkdir(), ["{0}:", "d (test: 0)"]),
     "link to its parent": (lambda folder: (folder / "test" / "a" / "up").symlink_to(".."), ["{0}/test/a/up:"]),
     "dangling link": (lambda folder: (folder / "test" / "a" / "4.png").symlink_to("4.png"), ["{0}/test/a/4.png:"]),
 }
@@ -195,7 +256,7 @@ def test_missing_classes_and_images_are_named(tiny):
 def test_all_classes_that_are_too_small_are_listed_before_an_image_is_decoded(tiny, opened):
     for split, name, kept in (("train", "a", 1), ("train", "c", 3), ("test", "b", 0)):
         for file in sorted((tiny / split / name).iterdir())[kept:]:
-            file.unlink()
+            file.rename(file.with_suffix(".heic"))
     message = error_of(tiny, splits=("train", "test"), shot=2, query=2)
     assert re.findall(r"\w \(\w+: \d\)", message) == ["a (train: 1)", "c (train: 3)", "b (test: 0)"]
     assert "--num_query" not in message  # a class with one image is too small for any
@@ -782,6 +843,69 @@ def test_16_bit_gray_is_scaled(tmp_path, suffix):
     assert list(gray.ravel()) == [0, 1, 127, 255]
 
 
+def shallow(mode: str, bits: int, suffix: str, file: Path) -> Path:
+    """Write an image of the values that `bits` bits can have, stored in 16 bits per channel."""
+    values = np.linspace(0, 2**bits - 1, 4).astype(np.uint16)
+    if mode == "gray":
+        Image.fromarray(values[None]).save(file.with_suffix(suffix))
+    else:  # Pillow cannot write 16 bits per color
+        row = b"\0" + np.repeat(values, 3).astype(">u2").tobytes()
+        chunks = (b"IHDR", struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(row)), (b"IEND", b"")
+        content = b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+        file.with_suffix(suffix).write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    return file.with_suffix(suffix)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("gray", ".png"), ("gray", ".tif"), ("gray", ".jp2"), ("color", ".png")])
+def test_16_bit_images_of_fewer_bits_are_refused(tmp_path, mode, suffix):
+    """A viewer cannot know their white, and they would be nearly black."""
+    like = OWN._replace(size=(1, 4))
+    for bits in (10, 12, 14):
+        with pytest.raises(images.UnreadableError, match="16 bits"):
+            read_image(shallow(mode, bits, suffix, tmp_path / f"{bits}"), like)
+    whole = read_image(shallow(mode, 16, suffix, tmp_path / "16"), like)
+    np.testing.assert_array_equal(whole[0, :, 0], [0, 85, 170, 255])
+    black = shallow(mode, 0, suffix, tmp_path / "black")
+    assert not read_image(black, like).any()
+
+
+def exif_of(*entries: bytes, count: int | None = None) -> bytes:
+    """Return a big-endian EXIF block with these 12-byte entries, and 8 zero bytes for a value."""
+    count = len(entries) if count is None else count
+    return b"MM\0*" + struct.pack(">IH", 8, count) + b"".join(entries) + bytes(12)
+
+
+TURNED = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+EXIF = {  # name -> (block, whether the rotation can be read)
+    "truncated": (b"MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03", False),
+    "without a header": (bytes.fromhex("0008000201120003"), False),
+    "text": (b"not an EXIF block", False),
+    "too many entries": (exif_of(TURNED, count=999), True),
+    "signed resolution": (exif_of(TURNED, struct.pack(">HHII", 0x011A, 10, 1, 10 + 24)), True),
+    "negative resolution": (
+        exif_of(TURNED, struct.pack(">HHII", 0x011A, 10, 1, 10 + 24))[:-12] + struct.pack(">iiI", -72, 1, 0),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("block", "turned"), EXIF.values(), ids=EXIF.keys())
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_damaged_exif_block_costs_at_most_the_rotation(tmp_path, suffix, block, turned):
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    pixels[:, :2] = 255
+    file = tmp_path / f"image.{suffix}"
+    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}, "png": {}}[suffix]
+    Image.fromarray(pixels).save(file, exif=(b"Exif\0\0" if suffix == "jpg" else b"") + block, **options)
+    expected = np.rot90(pixels, -1) if turned else pixels
+    with images.pillow_warnings(str):
+        found = read_image(file, OWN._replace(size=expected.shape[:2]))
+    np.testing.assert_allclose(found, expected, atol=3)
+
+
 def test_any_size_is_resized_without_cropping(tmp_path):
     for size in ((40, 10), (10, 40), (2, 2)):
         halves = Image.new("RGB", size, "red")
@@ -886,6 +1010,54 @@ def test_any_file_name_is_printed_on_one_line(name, tiny, capsys):
     assert read(folder, OWN._replace(skip_broken=True)).counts.sum() == 12
     assert capsys.readouterr().out.removesuffix("\n").isprintable()
     assert error_of(folder, OWN).isprintable()
+
+
+def test_identical_and_blank_images_are_reported_with_their_numbers(tiny, capsys):
+    """Decoded or from the cache; in a test also those of the training split, as far as they are cached."""
+    shutil.copytree(tiny / "train", tiny / "val")
+    for place, file in enumerate(sorted((tiny / "val").glob("*/*"))):
+        save_image(file, 100 + place)
+    a, b, blank = tiny / "train" / "a", tiny / "train" / "b", Image.new("LA", (2, 3), (255, 0))
+    shutil.copy(a / "0.png", a / "4.png")
+    shutil.copy(a / "1.png", b / "4.png")
+    shutil.copy(a / "1.png", b / "5.png")
+    shutil.copy(b / "2.png", tiny / "val" / "c" / "4.png")
+    shutil.copy(b / "3.png", tiny / "test" / "b" / "4.png")
+    for name in ("train/a/5.png", "train/b/6.png", "val/a/4.png"):
+        blank.save(tiny / name)
+    for _ in range(2):
+        load_splits(OWN, tiny, ("train", "val"))
+        found = {
+            what: (int(count.replace(",", "")), paths.split(", "))
+            for count, what, paths in re.findall(rf"{tiny}: has (\S+) ([^;]+); [^:]+: (.*)", capsys.readouterr().out)
+        }
+        assert found == {
+            "identical images in one class": (1, ["train/a/4.png = train/a/0.png"]),
+            "identical images in two classes": (2, [f"train/b/{name}.png = train/a/1.png" for name in (4, 5)]),
+            "identical images in two splits": (1, ["val/c/4.png = train/b/2.png"]),
+            "blank images": (3, ["train/a/5.png", "train/b/6.png", "val/a/4.png"]),
+        }
+    load_splits(OWN, tiny, ("test",))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "test/" in line)
+    assert "two splits" in line and line.endswith("test/b/4.png = train/b/3.png")
+    (tiny / "test" / "b" / "4.png").unlink()
+    load_splits(OWN, tiny, ("test",))
+    assert "test/" not in capsys.readouterr().out
+
+
+def test_identical_images_of_a_shuffled_split_are_reported(letters, capsys):
+    load_splits(OWN._replace(split_sizes=(6, 2, 2)), letters, ("train", "val"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "two splits" in line)
+    assert "b/0.png" in line  # of test
+
+
+def test_published_data_sets_are_not_searched_for_identical_images(tmp_path, capsys):
+    """Nor do their caches change."""
+    folder = fill(tmp_path / "data", FLAT)
+    splits_of(PHOTOS, folder)
+    assert capsys.readouterr().out == ""
+    (index,) = (folder / ".cache").glob("*.json")
+    assert json.loads(index.read_text()).keys() == {"format", "shape", "files", "broken", "aspects"}
 
 
 # -- crops ------------------------------------------------------------------------------------------------------------

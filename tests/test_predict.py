@@ -37,13 +37,18 @@ def model() -> predict.Model:
 
 @pytest.fixture(scope="module")
 def characters(omniglot_like, tmp_path_factory) -> Path:
-    """labeled/<class>/: 1 to 5 drawings of five characters; unlabeled/<class>/: the other drawings."""
+    """labeled/<class>/: 1 to 5 drawings of five characters; unlabeled/<class>/: the other drawings.
+
+    A dot at the bottom makes each of them unique.
+    """
     root = tmp_path_factory.mktemp("characters")
     for shot, folder in enumerate(sorted(omniglot_like.glob("Alphabet_1/*"))[:5], start=1):
         for place, drawing in enumerate(sorted(folder.iterdir())):
             part = root / ("labeled" if place < shot else "unlabeled") / folder.name
             part.mkdir(parents=True, exist_ok=True)
-            shutil.copy(drawing, part / drawing.name)
+            with Image.open(drawing) as image:
+                image.putpixel((place, 27), 1 - image.getpixel((place, 27)) // 255)
+                image.save(part / drawing.name)
     return root
 
 
@@ -226,7 +231,7 @@ def test_wrong_arguments_are_refused_in_one_line(characters, capsys, tmp_path):
     shutil.copytree(one / "a", six / "another")
     shutil.copytree(labeled, empty)
     for image in (victim := min(empty.iterdir())).iterdir():
-        image.unlink()
+        image.rename(image.with_suffix(".heic"))
     (nothing := tmp_path / "nothing").mkdir()
     os.mkfifo(pipe := tmp_path / "pipe")
     (photo := tmp_path / "0.HEIC").write_bytes(b"not to be lost")
@@ -303,9 +308,23 @@ def test_files_that_are_not_images_are_reported(characters, capsys, tmp_path):
     _, err = command(capsys, PUBLISHED, tmp_path / "labeled", tmp_path / "unlabeled")
     labeled, unlabeled = err.splitlines()
     assert labeled.startswith(f"{tmp_path}/labeled: ignored 1 ")
-    assert labeled.endswith(f": {first / 'IMG_1.HEIC'}")
+    assert labeled.endswith(f": {first.name}/IMG_1.HEIC")
     assert unlabeled.startswith(f"{tmp_path}/unlabeled: ignored 2 ")
-    assert unlabeled.endswith(f": {tmp_path}/unlabeled/IMG_2.HEIC, {tmp_path}/unlabeled/notes.txt")
+    assert unlabeled.endswith(": IMG_2.HEIC, notes.txt")
+
+
+def test_system_folders_and_empty_folders_are_no_classes(characters, capsys, tmp_path):
+    for name in ("labeled", "unlabeled"):
+        shutil.copytree(characters / name, tmp_path / name)
+        for folder in ("@eaDir", "empty"):
+            (tmp_path / name / folder).mkdir()
+        shutil.copy(next((characters / name).glob("*/*")), tmp_path / name / "@eaDir" / "thumbnail.png")
+    expected, _ = command(capsys, PUBLISHED, characters / "labeled", characters / "unlabeled")
+    out, err = command(capsys, PUBLISHED, tmp_path / "labeled", tmp_path / "unlabeled")
+    assert out.replace(str(tmp_path), str(characters)).split() == expected.split()
+    for line, name in zip(err.splitlines(), ("labeled", "unlabeled"), strict=True):
+        assert line.startswith(f"{tmp_path / name}: ignored 2 ")
+        assert line.endswith(": 1 @eaDir, 1 empty")
 
 
 def test_each_pillow_warning_is_one_line(characters, capsys, monkeypatch):
@@ -336,14 +355,41 @@ def test_diverged_updates_are_an_error(characters, tmp_path):
         adapted.predict(sorted((characters / "unlabeled").glob("*/*"))[:3])
 
 
-def test_an_image_in_two_classes_is_reported(characters, capsys, tmp_path):
+def test_identical_and_blank_images_are_reported_and_counted(characters, capsys, tmp_path):
     shutil.copytree(characters / "labeled", tmp_path / "labeled")
     first, second, *_ = sorted((tmp_path / "labeled").iterdir())
-    shutil.copy(next(first.iterdir()), second / "copy.png")
+    image = next(first.iterdir())
+    copies = [second / "copy.png", second / "same.png", first / "again.png", tmp_path / "asked.png"]
+    for copy in copies:
+        shutil.copy(image, copy)
+    ink = Image.new("RGBA", (28, 28), (255, 255, 255, 0))
+    ink.paste((255, 255, 255, 255), (5, 5, 20, 8))  # white on transparency
+    for blank in (blanks := [second / "blank.png", tmp_path / "blank.png"]):
+        ink.save(blank)
     good = next((characters / "unlabeled").glob("*/*"))
-    _, err = command(capsys, PUBLISHED, tmp_path / "labeled", good)
-    assert err.startswith(f"WARNING: {second / 'copy.png'} and {next(first.iterdir())} ")
-    assert len(err.splitlines()) == 1
+    _, err = command(capsys, PUBLISHED, tmp_path / "labeled", good, copies[-1], blanks[1])
+    ends = [f": {copies[2]} = {image}", f": {blanks[0]}", f": {copies[0]} = {image}, {copies[1]} = {image}"]
+    ends += [f": {copies[3]} = {image}", f": {blanks[1]}"]
+    found = err.splitlines()
+    assert [line.endswith(end) for line, end in zip(found, ends, strict=True)] == [True] * 5, found
+    assert [line.partition(": has ")[2].split()[0] for line in found] == ["1", "1", "2", "1", "1"]
+
+
+def inverted(source: Path, target: Path) -> Path:
+    for path in sorted(source.glob("*/*")):
+        (copy := target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            ImageOps.invert(image.convert("L")).save(copy)
+    return target
+
+
+def test_light_ink_on_a_dark_ground_is_reported_once(characters, capsys, tmp_path):
+    labeled, unlabeled = (inverted(characters / name, tmp_path / name) for name in ("labeled", "unlabeled"))
+    _, err = command(capsys, PUBLISHED, characters / "labeled", unlabeled)
+    assert err.startswith("WARNING: UNLABELED: ") and len(err.splitlines()) == 1
+    for asked in (unlabeled, characters / "unlabeled"):
+        _, err = command(capsys, PUBLISHED, labeled, asked)
+        assert err.startswith(f"WARNING: {labeled}: 15 of 15 images ") and len(err.splitlines()) == 1
 
 
 def test_large_color_images_are_converted(characters, capsys, tmp_path):

@@ -96,6 +96,17 @@ def test_a_task_picture_sorts_and_frames_query_images_by_prediction():
         assert (picture[top - line : top] < 128).any()  # the class name
 
 
+def test_a_task_picture_has_a_bounded_size():
+    """Of many classes, all of whose queries are classified as the first, and of large images."""
+    for way, side in ((300, 28), (5, 400)):
+        images, labels = np.zeros((2 * way, side, side, 1)), np.tile(np.eye(way), (2, 1))
+        scores = np.eye(way)[np.zeros(2 * way, int)]
+        task, names = Tasks(images, labels, images, labels), [str(label) for label in range(way)]
+        height, width, _ = task_picture(task, names, scores).shape
+        assert height <= 20 * (2 * ENLARGE_TO + 4 + 2 * FONT_SIZE) + 2 * FONT_SIZE
+        assert width <= 105 * (2 * ENLARGE_TO + 4) + GAP
+
+
 def test_a_task_picture_has_five_examples_per_class():
     images, labels = np.zeros((14, ENLARGE_TO, ENLARGE_TO, 1)), np.tile(np.eye(2), (7, 1))
     picture = task_picture(Tasks(images, labels, images, labels), ["a", "b"], scores=labels)

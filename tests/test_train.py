@@ -126,3 +126,22 @@ def test_training_needs_only_an_object_that_draws_tasks(custom, omniglot_like, t
     with run.locked():
         assert train.train(example, run, recipe.build(example), data, train.Settings(log=False))
     assert len(run.trained_classes()) == (0 if custom else 20)
+
+
+@pytest.mark.parametrize(("owner", "function"), [(train, "task_picture"), (report.Report, "picture")])
+def test_a_picture_that_fails_does_not_end_the_training(owner, function, omniglot_like, monkeypatch, tmp_path, capsys):
+    """Whether it cannot be drawn or cannot be written. One line says so."""
+
+    def fail(*_):
+        raise ValueError("too large\nwith details")
+
+    monkeypatch.setattr(owner, function, fail)
+    example = Recipe(data_set="omniglot", filters=2, metatrain_steps=1, meta_batch=1, way=5, shot=1)
+    images = DATASETS["omniglot"].images._replace(split_list=None, split_sizes=(20, 10, 10))
+    data = ImageTasks.from_folder(images, omniglot_like, ("train", "val"), 5, 1, 1)
+    run = runs.Run(tmp_path / example.run_name)
+    with run.locked():
+        assert train.train(example, run, recipe.build(example), data, train.Settings())
+    assert run.iterations() == [0]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: validation_task")]
+    assert len(warnings) == 2 and all("too large" in line and "details" not in line for line in warnings)
