@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, NoReturn
 from absl import app, flags
 
 import recipe as recipes
-from files import InputError, read_json, say
+from files import InputError, os_error, read_json, say
 from recipe import DATASETS, EXAMPLES, GROUPS, QUERY_NORMS, QUERY_SHARES, Dataset, Flag, Range, Recipe
 
 if TYPE_CHECKING:
@@ -381,6 +381,8 @@ def recorded(values: flags.FlagValues) -> dict:
     except FileNotFoundError:
         if not folder.is_dir():
             raise InputError(f"--run={folder}: no such folder; name a run folder") from None
+        if below := sorted(path.parent.name for path in folder.glob("[!.]*/flags.json")):
+            raise InputError(f"--run={folder}: holds runs; name one of them: {', '.join(below)}") from None
         if not values["datasource"].present:
             raise InputError(f"--run={folder}: has no flags.json; name its data set with --datasource") from None
         return recipes.to_flags(recipes.from_run_name(folder.resolve().name, values["datasource"].value))
@@ -402,7 +404,12 @@ def _recipe_of_run(values):
         if not values[flag].present or (value := _value(values, flag)) == getattr(trained, field):
             continue
         if flag not in allowed:
-            raise InputError(f"--{flag}={value}: the run in {folder} has {getattr(trained, field)}; leave it out")
+            fix = (
+                f"give --test_updates={value}"
+                if flag == "num_updates" and not values["train"].value
+                else "leave it out"
+            )
+            raise InputError(f"--{flag}={value}: the run in {folder} has {getattr(trained, field)}; {fix}")
         if flag != "data_path":  # the folder of the images may have moved; it is the same run
             changed[field] = value
     if values["test_datasource"].value and not values["split"].present:
@@ -571,7 +578,7 @@ def choose_kernels(values: flags.FlagValues) -> None:
     if any(folder.glob("model*.index")):
         records = []
         with contextlib.suppress(FileNotFoundError):
-            records = read_json(folder / "computed.json", list, "delete it", dict)
+            records = read_json(folder / "computed.json", list, "move it away", dict)
         onednn = bool(records and records[-1].get("onednn"))
     devices.prefer_onednn(onednn)
 
@@ -636,6 +643,7 @@ def run(argv: list[str]) -> None:
         workers = cluster.Cluster()
         workers = cluster.of_environment()
         main(argv, workers)
+        sys.stdout.flush()
     except InputError as error:
         if workers:
             workers.failed()
@@ -648,7 +656,7 @@ def run(argv: list[str]) -> None:
             raise
         if workers:
             workers.failed()
-        fail(error)
+        fail(os_error(error))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -662,7 +670,8 @@ def run(argv: list[str]) -> None:
 
 def fail(error: object) -> NoReturn:
     """End the program with one line on stderr."""
-    say(f"main.py: {error}", sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk
+        say(f"main.py: {error}", sys.stderr)
     sys.exit(1)
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import recipe as recipes
 import runs
-from files import InputError, check_choice, nfc, printable, say, user_path, write_whole, writing
+from files import InputError, check_choice, nfc, os_error, printable, say, user_path, write_whole, writing
 from images import (
     ROOT,
     UnreadableError,
@@ -268,7 +268,7 @@ def export(model: Model, folder: Path | str) -> None:
     """
     folder, way = Path(folder), model.recipe.way
     if folder.exists():
-        raise InputError(f"--export={folder}: already exists; remove it, or choose another folder")
+        raise InputError(f"--export={folder}: already exists; choose another folder")
     runs.check_writable(folder.parent, "--export")
     module = tf.Module()
     module.weights = {name: tf.Variable(weight) for name, weight in model.maml.weights.items()}
@@ -325,7 +325,7 @@ def _other_models(way, folder):
                 models.append(os.path.relpath(record.parent))
     if models:
         return f"use a {way}-way model: {', '.join(models)}"
-    return f"train a {way}-way model with --num_classes={way}"
+    return f"train a {way}-way model (--num_classes={way}), on {way} or more other classes, and {way} more to validate"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -379,11 +379,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"Wrote {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
             answer(model, args.labeled, args.unlabeled, args.csv)
+        sys.stdout.flush()
     except BrokenPipeError:  # for example, from `| head`
         _discard_output(sys.stdout)
         sys.exit(1 if args.csv else 0)
     except (InputError, OSError) as error:
-        say(f"predict.py: {error}", sys.stderr)
+        say(f"predict.py: {os_error(error) if isinstance(error, OSError) else error}", sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
