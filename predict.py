@@ -434,8 +434,8 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
                     with printing(), tqdm.external_write_mode():
                         print(
                             f"{printable(path):{path_width}}  {printable(adapted.classes[best]):{class_width}}"
-                            f"  {probabilities[best]:11.4f}"
-                            f"  {printable(adapted.classes[second])} {probabilities[second]:.4f}",
+                            f"  {probabilities[best]:11.2f}"
+                            f"  {printable(adapted.classes[second])} {probabilities[second]:.2f}",
                             flush=True,
                         )
             bar.update(len(paths[first : first + size]))
