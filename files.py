@@ -87,7 +87,7 @@ def os_error(error: OSError) -> str:
         stream = getattr(sys, name)
         try:
             if stream:
-                stream.flush()  # fails again, because the stream still holds what it could not write
+                print(file=stream, flush=True)  # fails again
         except OSError as again:
             with contextlib.suppress(OSError):  # a notebook's stream is no file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python reports it again when it exits
