@@ -327,10 +327,12 @@ class Run:
         )
         if below:
             return f"choose one of the run folders in it: {', '.join(below)}"
+        for name in siblings:
+            if re.sub(r"^cls_\d+", "", name) == re.sub(r"^cls_\d+", "", self.folder.name):
+                return f"{self.folder.parent / name} has one: give its --num_classes"
         if siblings:  # a test with another K or alpha than the training's looks for a folder of another name
-            return (
-                f"choose a run of {self.folder.parent} (main.py: --run={self.folder.parent}/...): {', '.join(siblings)}"
-            )
+            first, listed = self.folder.parent / siblings[0], ", ".join(siblings)
+            return f"choose a run of {self.folder.parent} (main.py: --run={first}): {listed}"
         return "train first, or choose a trained run"
 
     def restore(self, model: Model, prefix: str) -> None:
