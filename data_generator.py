@@ -217,7 +217,7 @@ def shortage(counts: Mapping[str, Mapping[str, int]], way: int, examples: int) -
     ]
     if splits:
         what.append(f"fewer classes than --num_classes={way} in {', '.join(splits)}")
-        fix.append("add classes, or lower --num_classes")
+        fix.append("add classes, or train with fewer --num_classes")
     if classes:
         what.append(f"fewer images than the {examples} that a task takes from a class (K + Q) in {', '.join(classes)}")
         fix.append("add images, or leave these classes out before training")

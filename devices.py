@@ -23,6 +23,13 @@ _backend = re.match(r"module://(\w+)", os.environ.get("MPLBACKEND", ""))
 if _backend and not importlib.util.find_spec(_backend[1]):
     del os.environ["MPLBACKEND"]
 
+# TensorFlow imports Keras, which ends the program if it is set to a backend that is too old or not installed. Nothing
+# here needs Keras except networks.from_keras, and that needs TensorFlow's.
+if "keras" not in sys.modules:
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # wins over keras.json
+if "TF_USE_LEGACY_KERAS" in os.environ and not importlib.util.find_spec("tf_keras"):
+    del os.environ["TF_USE_LEGACY_KERAS"]
+
 for _stream in (sys.stdout, sys.stderr):  # file names may have characters that the terminal cannot encode
     if hasattr(_stream, "reconfigure"):
         _stream.reconfigure(errors="backslashreplace")

@@ -23,6 +23,9 @@ SPELLINGS = {  # spelling of a split, in lower case, in names of folders and fil
 }
 
 
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not downloaded
+
+
 class InputError(Exception):
     """A one-line error that the user can fix: `<flag or path>: <what is wrong>; <what to do>`."""
 
@@ -79,7 +82,34 @@ def writing(path: Path) -> Iterator[None]:
             raise
         # "...<file>; No space left on device [Op:...]", sometimes followed by more lines
         cause, reason = error, error.message.splitlines()[0].rpartition("; ")[2].partition(" [Op:")[0]
-    raise InputError(f"{path}: cannot write ({reason}); free space there, then run the same command again") from cause
+    raise InputError(f"{path}: cannot write ({reason}); {_remedy(reason)}, then run the same command again") from cause
+
+
+def os_error(error: OSError) -> str:
+    """Return the line for an OSError: the path, or the stream that cannot be written, and the system's reason."""
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            if stream:
+                print(file=stream, flush=True)  # fails again
+        except OSError as again:
+            with contextlib.suppress(OSError):  # a notebook's stream is no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python reports it again when it exits
+            return (
+                f"{name}: cannot write ({again.strerror}); {_remedy(again.strerror)}, then run the same command again"
+            )
+    return error.strerror or str(error)
+
+
+def _remedy(reason):
+    """Return what to do about the system's reason for a failed write."""
+    if reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)):
+        return "free space there"
+    if reason == os.strerror(errno.ENOENT):
+        return "put it back"
+    return "make it writable"
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -106,17 +136,29 @@ def move_in(temporary: Path, path: Path) -> None:
 def read_json(path: Path, kind: type, fix: str, items: type = dict) -> list | dict:
     """Return the dict, or the list of `items`, in a JSON file.
 
-    Raise FileNotFoundError, or InputError, ending in `fix`, if the file is damaged.
+    Raise FileNotFoundError, or InputError if the file cannot be read or is damaged. Then it ends in `fix`.
     """
+    content = b""
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        value = json.loads(content)
         if not isinstance(value, kind) or (kind is list and not all(isinstance(item, items) for item in value)):
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged ({error}); {fix}") from None
+    except PermissionError as error:
+        raise unreadable(path, error) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
+    except (ValueError, RecursionError) as error:
+        what = "is a Git LFS pointer" if content.startswith(LFS_POINTER) else f"is damaged ({error})"
+        raise InputError(f"{path}: {what}; {fix}") from None
     return value
+
+
+def unreadable(path: Path | str, error: PermissionError) -> InputError:
+    """Return the error for a file or folder that may not be read."""
+    return InputError(f"{path}: cannot be read ({error.strerror}); ask its owner for permission to read it")
 
 
 def lock(file: BinaryIO | int, wait: bool = False) -> None:

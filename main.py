@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, NoReturn
 from absl import app, flags
 
 import recipe as recipes
-from files import InputError, read_json, say
+from files import InputError, os_error, read_json, say
 from recipe import DATASETS, EXAMPLES, GROUPS, QUERY_NORMS, QUERY_SHARES, Dataset, Flag, Range, Recipe
 
 if TYPE_CHECKING:
@@ -378,6 +378,8 @@ def recorded(values: flags.FlagValues) -> dict:
     except FileNotFoundError:
         if not folder.is_dir():
             raise InputError(f"--run={folder}: no such folder; choose a run folder") from None
+        if below := sorted(path.parent.name for path in folder.glob("[!.]*/flags.json")):
+            raise InputError(f"--run={folder}: holds runs; choose one of them: {', '.join(below)}") from None
         if not values["datasource"].present:
             raise InputError(f"--run={folder}: has no flags.json; give its data set as --datasource") from None
         return recipes.to_flags(recipes.from_run_name(folder.resolve().name, values["datasource"].value))
@@ -400,7 +402,12 @@ def _recipe_of_run(values):
         if not values[flag].present or (value := _value(values, flag, images)) == getattr(trained, field):
             continue
         if flag not in allowed:
-            raise InputError(f"--{flag}={value}: the run in {folder} has {getattr(trained, field)}; leave it out")
+            fix = (
+                f"give --test_updates={value}"
+                if flag == "num_updates" and not values["train"].value
+                else "leave it out"
+            )
+            raise InputError(f"--{flag}={value}: the run in {folder} has {getattr(trained, field)}; {fix}")
         if flag != "data_path":  # the folder of the images may have moved; it is the same run
             changed[field] = value
     if values["test_datasource"].value and not values["split"].present:
@@ -569,7 +576,7 @@ def choose_kernels(values: flags.FlagValues) -> None:
     if any(folder.glob("model*.index")):
         records = []
         with contextlib.suppress(FileNotFoundError):
-            records = read_json(folder / "computed.json", list, "delete it", dict)
+            records = read_json(folder / "computed.json", list, "move it away", dict)
         onednn = bool(records and records[-1].get("onednn"))
     devices.prefer_onednn(onednn)
 
@@ -634,6 +641,7 @@ def run(argv: list[str]) -> None:
         workers = cluster.Cluster()
         workers = cluster.of_environment()
         main(argv, workers)
+        sys.stdout.flush()
     except InputError as error:
         if workers:
             workers.failed()
@@ -646,7 +654,7 @@ def run(argv: list[str]) -> None:
             raise
         if workers:
             workers.failed()
-        fail(error)
+        fail(os_error(error))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -660,7 +668,8 @@ def run(argv: list[str]) -> None:
 
 def fail(error: object) -> NoReturn:
     """End the program with one line on stderr."""
-    say(f"main.py: {error}", sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk
+        say(f"main.py: {error}", sys.stderr)
     sys.exit(1)
 
 

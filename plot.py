@@ -17,7 +17,7 @@ import functools
 import io
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from PIL import Image
 
 try:
     import matplotlib
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
@@ -101,8 +102,7 @@ def sinusoid_figure(models: Mapping[str, tuple[InnerLoop, Weights]], tasks: Sequ
         row[0].set_ylabel("y")
     for panel in axes[-1]:
         panel.set_xlabel("x")
-    columns = 5 if len(models) > 1 else 2
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+    legend(figure, *axes[0, 0].get_legend_handles_labels())
     return figure
 
 
@@ -145,7 +145,7 @@ def updates_figure(
     axes[0].set_ylabel("mean squared error" if is_error else "accuracy, %")
     if paper and any(paper.values()):
         handles["paper, in the same color"] = Line2D([], [], color="black", linestyle="--", linewidth=1.2)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    legend(figure, handles.values(), handles.keys())
     return figure
 
 
@@ -163,7 +163,7 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
         metric = "accuracy" if "metatrain_Pre-update_accuracy" in curves else "loss"
         after = f"Post-update_{metric}__step_{updates}"
         times = f"{updates} update" + "s" * (updates > 1)
-        for tag, legend, color in (
+        for tag, name, color in (
             (f"metatrain_Pre-update_{metric}", "training, support set before any update", ORANGE),
             (f"metatrain_{after}", f"training, query set after {times}", BLUE),
         ):
@@ -172,14 +172,14 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
                     f"{folder}: TensorBoard events of {tag} are missing; choose a run trained without --nolog"
                 )
             steps, values = np.transpose(sorted(curves[tag].items()))
-            panel.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+            panel.plot(steps, values, _marker(steps), color=color, alpha=0.25, linewidth=0.7)
             window = max(1, round(SMOOTHED * len(values)))
             smooth = np.convolve(values, np.full(window, 1 / window), "valid")
-            middle = (window - 1) // 2
-            panel.plot(steps[middle : middle + len(smooth)], smooth, color=color, linewidth=1.8, label=legend)
+            middle = steps[(window - 1) // 2 :][: len(smooth)]
+            panel.plot(middle, smooth, _marker(smooth), color=color, linewidth=1.8, label=name)
         if f"metaval_{after}" in curves:
             steps, values = np.transpose(sorted(curves[f"metaval_{after}"].items()))
-            panel.plot(steps, values, color="black", linewidth=1, label=f"validation, after {times}")
+            panel.plot(steps, values, _marker(steps), color="black", linewidth=1, label=f"validation, after {times}")
         (_log_scale if metric == "loss" else _accuracy_scale)([panel])
         panel.set_title(label)
         panel.set_xlabel("outer iteration")
@@ -233,6 +233,13 @@ def _letters(names):
     return [chr(ord("A") + label) if len(names) <= 26 else str(label + 1) for label in range(len(names))]
 
 
+def _short(names):
+    """Return the classes' names for an axis: the ends of long ones, which differ more than their beginnings."""
+    names = list(map(printable, names))
+    ends = [name if len(name) <= 26 else f"…{name[-25:]}" for name in names]
+    return ends if len({*ends}) == len(ends) else names
+
+
 def _show(panel, image):
     panel.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)  # cmap is ignored for color images
 
@@ -243,26 +250,44 @@ def confusion_figure(tables: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> 
 
     tables: label -> names of the N classes, and numbers of images [true class, predicted class]. One panel each.
     """
-    side = max(len(names) for names, _ in tables.values())
-    figure = Figure(figsize=((3.2 + 0.45 * side) * len(tables), 1.2 + 0.45 * side), layout="constrained")
+    shown = {label: _short(names) for label, (names, _) in tables.items()}
+    side, longest = max(map(len, shown.values())), max(len(name) for names in shown.values() for name in names)
+    sideways = longest > 5  # characters, in a cell of 0.45 inches
+    size = (3.2 + 0.45 * side) * len(tables), 1.2 + 0.45 * side + 0.06 * longest * sideways
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(tables), squeeze=False)[0]
-    for panel, (label, (names, counts)) in zip(axes, tables.items(), strict=True):
+    for panel, (label, (_, counts)) in zip(axes, tables.items(), strict=True):
         totals = counts.sum(axis=1, keepdims=True)
         shares = counts / np.maximum(totals, 1)
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for true, guess in np.argwhere(counts):
             color = "white" if shares[true, guess] > 0.5 else "black"
             panel.text(guess, true, f"{counts[true, guess]:,}", ha="center", va="center", color=color)
-        letters = _letters(names)
-        ends = [name if len(name) <= 26 else f"…{name[-25:]}" for name in map(printable, names)]
-        panel.set_xticks(range(len(names)), letters)
-        panel.set_yticks(range(len(names)), [f"{end}  {letter}" for end, letter in zip(ends, letters, strict=True)])
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if sideways else {}
+        panel.set_xticks(range(len(counts)), shown[label], **turned)
+        panel.set_yticks(range(len(counts)), shown[label])
         panel.tick_params(length=0)
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
         panel.set_xlabel("predicted class")
+        panel.set_ylabel("true class")
         panel.set_title(f"{label}\n{np.trace(counts):,} of {counts.sum():,} correct")
     return figure
+
+
+def legend(figure: Figure, handles: Iterable[Artist], labels: Iterable[str]) -> None:
+    """Add a legend above the panels, in as many columns as the figure is wide. Call this last."""
+    handles, labels = list(handles), list(labels)
+    for columns in range(len(handles), 0, -1):
+        box = figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+        if columns == 1 or box.get_window_extent().width <= figure.bbox.width:
+            return
+        box.remove()
+
+
+def _marker(points):
+    """Return the line's format. A single point has no line, so it needs a marker."""
+    return "o-" if len(points) == 1 else "-"
 
 
 def _log_scale(panels):

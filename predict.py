@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import recipe as recipes
 import runs
-from files import InputError, check_choice, nfc, printable, say, user_path, write_whole, writing
+from files import InputError, check_choice, nfc, os_error, printable, say, user_path, write_whole, writing
 from images import (
     ROOT,
     UnreadableError,
@@ -270,7 +270,7 @@ def export(model: Model, folder: Path | str) -> None:
     """
     folder, way = Path(folder), model.recipe.way
     if folder.exists():
-        raise InputError(f"--export={folder}: already exists; remove it, or choose another folder")
+        raise InputError(f"--export={folder}: already exists; choose another folder")
     runs.check_writable(folder.parent, "--export")
     module = tf.Module()
     module.weights = {name: tf.Variable(weight) for name, weight in model.maml.weights.items()}
@@ -327,7 +327,7 @@ def _other_models(way, folder):
                 models.append(os.path.relpath(record.parent))
     if models:
         return f"use a {way}-way model: {', '.join(models)}"
-    return f"train a {way}-way model with --num_classes={way}"
+    return f"train a {way}-way model (--num_classes={way}), on {way} or more other classes, and {way} more to validate"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -381,11 +381,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"Wrote {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
             answer(model, args.labeled, args.unlabeled, args.csv)
+        sys.stdout.flush()
     except BrokenPipeError:  # for example, from `| head`
         _discard_output(sys.stdout)
         sys.exit(1 if args.csv else 0)
     except (InputError, OSError) as error:
-        say(f"predict.py: {error}", sys.stderr)
+        say(f"predict.py: {os_error(error) if isinstance(error, OSError) else error}", sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -440,8 +441,8 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
                     with printing(), tqdm.external_write_mode():
                         print(
                             f"{printable(path):{path_width}}  {printable(adapted.classes[best]):{class_width}}"
-                            f"  {probabilities[best]:11.4f}"
-                            f"  {printable(adapted.classes[second])} {probabilities[second]:.4f}",
+                            f"  {probabilities[best]:11.2f}"
+                            f"  {printable(adapted.classes[second])} {probabilities[second]:.2f}",
                             flush=True,
                         )
             bar.update(len(paths[first : first + size]))

@@ -33,7 +33,20 @@ import tensorflow as tf
 
 import devices
 import recipe
-from files import InputError, folder_lock, lock, move_in, nfc, printable, read_json, say, write_whole, writing
+from files import (
+    LFS_POINTER,
+    InputError,
+    folder_lock,
+    lock,
+    move_in,
+    nfc,
+    printable,
+    read_json,
+    say,
+    unreadable,
+    write_whole,
+    writing,
+)
 from maml import MAML
 from parallel import Layout
 from recipe import DATASETS, Recipe
@@ -88,6 +101,7 @@ class Run:
             )
         self.folder = folder
         self.validation = Validation()
+        self._has_lock = False
 
     # -- identity -----------------------------------------------------------------------------------------------------
 
@@ -104,6 +118,7 @@ class Run:
                 ) from None
             except OSError as error:  # some network file systems do not support locks
                 say(f"{self.folder}: cannot be locked ({error.strerror}); make sure no other process trains there")
+            self._has_lock = True
             yield
 
     def check(self, flags: Mapping, defaults: Mapping, resume: bool) -> None:
@@ -112,7 +127,7 @@ class Run:
         if saved and not resume:
             raise InputError(
                 f"--resume=False: would overwrite model{saved[-1]} in {self.folder}; "
-                "choose another --logdir, or delete the folder"
+                "choose another --logdir, or move the folder away"
             )
         if saved:
             self.check_flags(flags, defaults)
@@ -127,7 +142,7 @@ class Run:
         A run may continue on another machine, so this record is not part of its identity.
         """
         try:
-            recorded = read_json(self.folder / "computed.json", list, "delete it")
+            recorded = read_json(self.folder / "computed.json", list, "move it away")
         except FileNotFoundError:
             recorded = []
         earlier = [record for record in recorded if record.get("from_iteration") in range(start)]
@@ -173,7 +188,7 @@ class Run:
         """
         path = self.folder / "classes.json"
         try:
-            recorded = read_json(path, object, "delete it")
+            recorded = read_json(path, object, "move it away")
         except FileNotFoundError:
             return {}
         if isinstance(recorded, list) and all(isinstance(name, str) for name in recorded):
@@ -182,7 +197,7 @@ class Run:
             isinstance(part, dict) and all(isinstance(count, int | None) for count in part.values())
             for part in recorded.values()
         ):
-            raise InputError(f"{path}: is damaged (not {{split: {{class: images}}}}); delete it")
+            raise InputError(f"{path}: is damaged (not {{split: {{class: images}}}}); move it away")
         return {split: {nfc(name): count for name, count in part.items()} for split, part in recorded.items()}
 
     def has_classes(self, counts: Mapping[str, Mapping[str, int]]) -> bool:
@@ -233,9 +248,14 @@ class Run:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def iterations(self) -> list[int]:
-        """Return the iterations i of the complete checkpoints model<i>, ascending."""
-        indices = [re.fullmatch(r"model(\d+)\.index", path.name) for path in self.folder.glob("model*.index")]
-        return sorted(int(match[1]) for match in indices if match and self._data(int(match[1])).exists())
+        """Return the iterations i of the complete checkpoints model<i>, ascending. Raise InputError if unreadable."""
+        try:
+            indices = [re.fullmatch(r"model(\d+)\.index", name) for name in os.listdir(self.folder)]
+            return sorted(int(match[1]) for match in indices if match and self._data(int(match[1])).exists())
+        except PermissionError as error:
+            raise unreadable(self.folder, error) from None
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def prefix(self, iteration: int) -> str:
         """Return the path of a checkpoint without its suffixes, as TensorFlow expects it."""
@@ -253,6 +273,8 @@ class Run:
         prefix = self.prefix(int(model.step) - 1)
         self._check_finite(model)
         with writing(self.folder):
+            if self._has_lock:  # else the folder was moved or deleted, and TensorFlow would create another
+                os.stat(self.folder / ".lock")
             # Differs: the original saves only the weights, so a resumed run starts with zero moments.
             write_checkpoint(Path(prefix), {**model.state, "validation": self.validation})
             for old in self.iterations()[:-KEPT_CHECKPOINTS]:
@@ -269,7 +291,10 @@ class Run:
         """Return the error for a run with a NaN or infinite loss or weight."""
         saved = self.iterations()
         state = f"latest good checkpoint: {self.prefix(saved[-1])}" if saved else "nothing was saved"
-        return InputError(f"{self.folder}: training diverged: {what} ({state}); try a smaller --meta_lr or --update_lr")
+        return InputError(
+            f"{self.folder}: training diverged: {what} ({state}); try a smaller --update_lr, or "
+            "a smaller --meta_lr in another --logdir"
+        )
 
     def best(self) -> Validation:
         """Return the validations recorded in the newest readable checkpoint."""
@@ -285,12 +310,14 @@ class Run:
         """
         saved = self.iterations()
         if not saved:
-            raise InputError(f"{self.folder}: has no checkpoint (model<iteration>.index); {self._where_to_look()}")
+            what = "has no checkpoint (model<iteration>.index)" if self.folder.is_dir() else "no such folder"
+            raise InputError(f"{self.folder}: {what}; {self._where_to_look()}")
         if iteration == "best":
             iteration = self.best().best
             if iteration == -1:
                 raise InputError(
-                    f"{flag}=best: {self.folder} was never validated; give an iteration, or -1 for the latest"
+                    f"{flag}=best: no validation has chosen a checkpoint of {self.folder} (images only, every 500 "
+                    f"iterations, and not with --test_set); leave out {flag} for the latest"
                 )
         if iteration not in (-1, *saved):
             listed = ", ".join(map(str, saved))
@@ -310,8 +337,9 @@ class Run:
         for name in siblings:
             if re.sub(r"^cls_\d+", "", name) == re.sub(r"^cls_\d+", "", self.folder.name):
                 return f"{self.folder.parent / name} has one: give its --num_classes"
-        if siblings:
-            return f"give the flags of a run in {self.folder.parent}: {', '.join(siblings)}"
+        if siblings:  # a test with another K or alpha than the training's looks for a folder of another name
+            first, listed = self.folder.parent / siblings[0], ", ".join(siblings)
+            return f"choose a run of {self.folder.parent} (main.py: --run={first}): {listed}"
         return "train first, or choose a trained run"
 
     def restore(self, model: Model, prefix: str) -> None:
@@ -331,7 +359,7 @@ class Run:
                 return prefix
             except DamagedError as error:
                 say(f"WARNING: {error}. Using the previous one.", sys.stderr)
-        raise InputError(f"{self.folder}: all checkpoints are damaged; delete them to start over")
+        raise InputError(f"{self.folder}: all checkpoints are damaged; copy them again, or choose another --logdir")
 
 
 def load(folder: Path | str, iteration: int | str = -1) -> tuple[Recipe, MAML, str]:
@@ -442,7 +470,7 @@ def check_writable(folder: Path, flag: str) -> None:
             pass
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", error)
-        raise InputError(f"{folder}: cannot write ({reason}); choose another {flag}") from None
+        raise InputError(f"{folder}: cannot write ({reason}); make it writable, or choose another {flag}") from None
 
 
 # -- the checkpoint format --------------------------------------------------------------------------------------------
@@ -467,12 +495,18 @@ def write_checkpoint(prefix: Path, tensors: Mapping[str, object]) -> None:
 def _reader(prefix):
     """Open a checkpoint for reading. Turn any exception except InputError into a DamagedError."""
     try:
+        for path in (f"{prefix}.index", f"{prefix}.data-00000-of-00001"):
+            with open(path, "rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise DamagedError(f"{path}: is a Git LFS pointer; copy the file that it stands for (git lfs pull)")
         yield tf.train.load_checkpoint(prefix)
+    except PermissionError as error:
+        raise unreadable(error.filename, error) from None
     except InputError:
         raise
     except Exception as error:  # TensorFlow raises many kinds of errors on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedError(f"{prefix}: checkpoint is damaged ({reason}); delete it, or choose another one") from error
+        raise DamagedError(f"{prefix}: checkpoint is damaged ({reason}); copy it again, or choose another") from error
 
 
 def _restore(reader, prefix, model):

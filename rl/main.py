@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import runs
 from cluster import stopping_on_signals
-from files import InputError, printable, read_json, user_path, write_whole, writing
+from files import InputError, os_error, printable, read_json, user_path, write_whole, writing
 from maml import InnerLoop
 from recipe import EXAMPLES, ITERATIONS, Range
 from report import Events, scalars, tell
@@ -364,10 +364,11 @@ def program(argv: list[str]) -> None:
         if FLAGS.run:
             take_run(user_path(FLAGS.run))
         main()
+        sys.stdout.flush()
     except flags.Error as error:
         sys.exit(f"rl/main.py: {' '.join(str(error).split())} (python rl/main.py --help lists the flags)")
     except (InputError, OSError) as error:
-        sys.exit(f"rl/main.py: {error}")
+        sys.exit(f"rl/main.py: {os_error(error) if isinstance(error, OSError) else error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

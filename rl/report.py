@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from plot import BLUE, GRAY, LINES, ORANGE, STYLE, save
+from plot import BLUE, GRAY, LINES, ORANGE, STYLE, legend, save
 
 END = "<!-- end of table -->"
 MODELS = {None: "MAML", "pretrained": "pretrained", "random": "random", "oracle": "oracle"}
@@ -139,7 +139,7 @@ def paths_figure(record: Mapping) -> Figure:
     """Draw the point's paths before and after updates (paper, figure 4, bottom), one panel per recorded goal."""
     goals = record["goals_of_paths"]
     figure = Figure(figsize=(3.1 * len(goals), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(goals), sharex=True, sharey=True)
+    axes = figure.subplots(1, len(goals), squeeze=False, sharex=True, sharey=True)[0]
     looks = {0: ("before any update", ORANGE), 1: ("1 update", LINES[4][0]), 3: ("3 updates", BLUE)}
     for panel, goal, number in zip(axes, goals, range(len(goals)), strict=True):
         for updates, (label, color) in looks.items():
@@ -150,7 +150,9 @@ def paths_figure(record: Mapping) -> Figure:
         panel.plot(*goal, "*", color="black", markersize=13, label="goal")
         panel.plot(0, 0, "o", color="black", markersize=4)
         panel.set_aspect("equal")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        panel.set_xlabel("x")
+    axes[0].set_ylabel("y")
+    legend(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -191,7 +193,7 @@ def returns_figure(ours: Mapping[str, Sequence[Mapping]], theirs: Mapping[str, M
     axes[0].set_ylabel("return")
     (dashed,) = axes[0].plot([], [], "--", color=GRAY)
     handles["the authors'"] = dashed
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5)
+    legend(figure, handles.values(), handles.keys())
     return figure
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if hasattr(signal, "SIGHUP"):
@@ -117,6 +119,14 @@ def few_test_tasks():
         main.FLAGS.set_default("test_tasks", 4)
         patch.setitem(Protocol._field_defaults, "tasks", 4)
         yield
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user of this machine may enter, unlike tmp_path."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import math
+import os
 import pickle
 import re
 import signal
@@ -232,6 +233,18 @@ def without_start_up_lines(err: str) -> str:
     """Remove TensorFlow's startup lines from a process's stderr."""
     startup = re.compile(r"WARNING: All log messages before absl|[IWE]0000 ")
     return "\n".join(line for line in err.splitlines() if not startup.match(line))
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Act as a user other than root, whom permissions do not stop."""
+    user = os.geteuid()
+    if not user:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def only_run(logdir: Path) -> Path:

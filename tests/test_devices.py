@@ -53,6 +53,19 @@ def test_a_matplotlib_backend_that_is_not_installed_is_ignored():
     assert (ended.code, ended.err, ended.out) == (0, "", "None\n")
 
 
+@pytest.mark.parametrize("settings", [("torch", "1", "jax"), ("theano", "", "tensorflow"), (None, "", "theano")])
+def test_keras_settings_of_other_projects_are_harmless(settings, tmp_path):
+    """Backends that are not installed, or that Keras no longer has, and a legacy Keras that is not installed."""
+    backend, legacy, in_file = settings
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    environment |= {"KERAS_HOME": str(tmp_path), "TF_USE_LEGACY_KERAS": legacy}
+    environment |= {"KERAS_BACKEND": backend} if backend else {}
+    (tmp_path / "keras.json").write_text(json.dumps({"backend": in_file, "image_dim_ordering": "th"}))
+    program = "import predict, report, tensorflow as tf; print(tf.keras.backend.backend())"
+    ended = end(spawn("-c", program, cwd=ROOT, env=environment))
+    assert (ended.code, ended.err, ended.out) == (0, "", "tensorflow\n")
+
+
 def test_importing_devices_starts_neither_a_process_nor_tensorflow():
     program = (
         "import sys\nsys.addaudithook(lambda event, _: event in ('subprocess.Popen', 'os.fork') and print(event))\n"

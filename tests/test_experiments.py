@@ -617,3 +617,25 @@ def test_gpu_py_draws_the_exported_tasks_again(monkeypatch):
         assert redrawn[2:] == problem[2:] and list(redrawn.weights) == ["w"]
         for redrawn_part, part in zip(redrawn.batches[0], batch, strict=True):
             np.testing.assert_array_equal(redrawn_part, part)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_scripts_keep_their_line_ends_in_a_checkout_for_windows(tmp_path):
+    """Under core.autocrlf=true, which Git for Windows asks for. Bash refuses scripts with CRLF."""
+    settings = "-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@example.com"
+
+    def git(*arguments):
+        subprocess.run(["git", *settings, *map(str, arguments)], check=True, capture_output=True)
+
+    shutil.copytree(
+        ROOT / "experiments", tmp_path / "here" / "experiments", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(ROOT / ".gitattributes", tmp_path / "here")
+    git("init", tmp_path / "here")
+    git("-C", tmp_path / "here", "add", ".")
+    git("-C", tmp_path / "here", "commit", "--message=all")
+    git("clone", tmp_path / "here", tmp_path / "there")
+    scripts = sorted((ROOT / "experiments").glob("*.sh"))
+    assert scripts
+    for script in scripts:
+        assert (tmp_path / "there" / "experiments" / script.name).read_bytes() == script.read_bytes()

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +71,7 @@ from tests.helpers import (
     start_main,
     tiny_networks,
     variables,
+    without_start_up_lines,
 )
 from utils import Curve, Tasks, accuracy, mse, xent
 
@@ -1335,6 +1337,19 @@ def test_a_test_without_a_checkpoint_is_refused(run_copy, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_test_finds_its_run_by_following_the_errors(run_copy, few_test_tasks):
+    """A test with another K, and another J, than the run's."""
+    line = refusal(*run_copy.flags, "--train=False", "--update_batch_size=2", "--num_updates=3")
+    there = f"--run={run_copy.folder.parent}/"
+    assert there in line and run_copy.folder.name in line
+    flags = f"--run={run_copy.folder}", "--train=False", "--update_batch_size=2"
+    (fix,) = re.findall(r"--test_\w+=3", refusal(*flags, "--num_updates=3"))
+    run(*flags, fix)
+    header, _ = read_csv(run_copy.folder / "val_ubs2_stepsize0.001_updates3.csv")
+    assert header[-1] == "update3"
+    assert run_copy.folder.name in refusal(f"--run={run_copy.folder.parent}", "--train=False")
+
+
 def test_without_flags_json_the_checkpoints_shapes_are_checked(run_copy, small):
     """As for the released model."""
     (run_copy.folder / "flags.json").unlink()
@@ -1428,6 +1443,38 @@ def test_a_closed_output_pipe_is_reported_in_one_line(monkeypatch):
 
     monkeypatch.setattr(main, "main", main_)
     assert "stdout" in refusal()
+
+
+def test_a_full_disk_behind_stdout_is_named(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, "--metatrain_iterations=1", f"--logdir={tmp_path}"],
+            **{"stdout": full, "stderr": subprocess.PIPE, "text": True},
+        )
+        (line,) = without_start_up_lines(process.communicate(timeout=300)[1]).splitlines()
+    assert process.returncode == 1
+    assert line.startswith("main.py: stdout: ") and os.strerror(errno.ENOSPC) in line
+
+
+@pytest.mark.parametrize("vanish", [lambda folder: folder.rename(folder.with_name("moved")), shutil.rmtree])
+def test_a_run_folder_that_disappears_ends_the_run(vanish, monkeypatch, tmp_path):
+    """TensorFlow would create another, without flags.json, that cannot be resumed. A moved folder can be."""
+    flags = "--norm=None", "--metatrain_iterations=302", "--save_interval=100"
+
+    def disappear(events, iteration, values, scalars=Events.scalars):
+        scalars(events, iteration, values)
+        if iteration == 200:
+            vanish(events.folder)
+
+    monkeypatch.setattr(Events, "scalars", disappear)
+    line = refusal(*flags, f"--logdir={tmp_path / 'logs'}")
+    monkeypatch.undo()
+    assert str(tmp_path / "logs") in line and os.strerror(errno.ENOENT) in line
+    (moved,) = [*(tmp_path / "logs").iterdir()] or [None]
+    if moved:
+        assert models(moved) == ["model100"]
+        run(f"--run={moved}")
+        assert_same_ending(moved, finished(tmp_path / "whole", *flags).folder)
 
 
 def test_events_are_written_before_each_checkpoint(monkeypatch, tmp_path):

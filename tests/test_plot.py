@@ -223,7 +223,52 @@ def test_confusions_are_counted_by_folder(tmp_path):
     assert panel.get_title() == "Letters\n3 of 5 correct"
     cells = {tuple(map(int, text.get_position())): text.get_text() for text in panel.texts}
     assert cells == {(0, 0): "1", (1, 0): "1", (0, 1): "1", (1, 1): "2"}
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["b  A", "x/b  B"]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("predicted class", "true class")
+    for labels in (panel.get_xticklabels(), panel.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["b", "x/b"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_names_in_a_confusion_matrix_are_complete_inside_the_figure_and_apart(count):
+    """Long ones are cut at their beginning, unless they would then be the same."""
+    names = [f"Alphabet_of_the_Magi/character{number:02}" for number in range(count)]
+    figure = plot.confusion_figure({"Letters": (names, np.eye(count, dtype=int)), "Short": (["a", "b"], np.eye(2))})
+    figure.draw_without_rendering()
+    for labels in (figure.axes[0].get_xticklabels(), figure.axes[0].get_yticklabels()):
+        assert [label.get_text() for label in labels] == [f"…{name[-25:]}" for name in names]
+        for label in labels:
+            box = label.get_window_extent()
+            assert min(box.x0, box.y0) >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    same = [f"{start}/photographs/of_the_same_place_in_1998" for start in ("north", "south")]
+    (panel,) = plot.confusion_figure({"Places": (same, np.eye(2, dtype=int))}).axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == same
+
+
+@pytest.mark.parametrize("labels", [("MAML", "Pretrained", "Oracle"), ("A fairly long label", "B", "C", "D", "E")])
+def test_legend_is_inside_the_figure(labels):
+    """The first entry was outside it, so that the second, of another color, looked like the first."""
+    tests = {label: [entry(1, "accuracy", [0.2, 0.9])] for label in labels}
+    figure = plot.updates_figure(tests, {labels[0]: {1: (90.0, 1.0)}})
+    figure.draw_without_rendering()
+    (box,) = figure.legends
+    assert [text.get_text() for text in box.get_texts()] == [*labels, "paper, in the same color"]
+    outline = box.get_window_extent()
+    assert outline.x0 >= 0 and outline.x1 <= figure.bbox.x1 and outline.y1 <= figure.bbox.y1
+    assert outline.y0 >= figure.axes[0].bbox.y1  # above the panel
+
+
+def test_a_single_point_is_visible(tmp_path):
+    """A run with one validation, after iteration 500, or with one summary. More points are a line."""
+    (tmp_path / "flags.json").write_bytes((OMNIGLOT / "flags.json").read_bytes())
+    with tf.summary.create_file_writer(str(tmp_path)).as_default():
+        for step in (0, 100):
+            tf.summary.scalar("metatrain_Post-update_accuracy__step_1", 0.5, step=step)
+        tf.summary.scalar("metatrain_Pre-update_accuracy", 0.2, step=0)
+        tf.summary.scalar("metaval_Post-update_accuracy__step_1", 0.8, step=500)
+    (panel,) = plot.training_figure({"Omniglot": tmp_path}).axes
+    marked = {len(line.get_xdata()): line.get_marker() != "None" for line in panel.get_lines()}
+    assert marked == {1: True, 2: False}
+    assert sum(len(line.get_xdata()) == 1 for line in panel.get_lines()) == 3  # raw, smoothed, and validation
 
 
 @pytest.mark.parametrize(

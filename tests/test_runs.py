@@ -1,6 +1,7 @@
 """The run folder: name, flags, checkpoints (ours, older ones, the original's) and results."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import recipe
 import runs
 from files import InputError
 from maml import MAML
-from tests.helpers import contents, line_model, line_model_at, maml_of
+from tests.helpers import contents, line_model, line_model_at, maml_of, unprivileged
 from utils import accuracy, mse
 
 FLAGS = {
@@ -353,6 +354,62 @@ def test_a_folder_without_checkpoints_is_reported_with_run_folders_nearby(run):
     for folder in (run.folder, run.folder.parent):
         with pytest.raises(InputError, match=rf"{folder}: .*\bsibling\b"):
             runs.load(folder)
+
+
+@pytest.mark.parametrize("name", ["", "flags.json", "model0.index", "model0.data-00000-of-00001"])
+def test_a_folder_that_may_not_be_read_is_not_called_damaged_or_empty(name, public_folder):
+    """The error has the system's reason and the path. The previous checkpoint does not replace an unreadable one."""
+    run = runs.Run(public_folder / "theirs")
+    run.folder.mkdir()
+    run.record(recipe.to_flags(recipe.Recipe()))
+    run.save(line_model_at(1))
+    (path := run.folder / name).chmod(0)
+    with unprivileged():
+        with pytest.raises(InputError, match=rf"^{path}: .*{os.strerror(errno.EACCES)}") as error:
+            runs.load(run.folder)
+        assert not isinstance(error.value, runs.DamagedError)
+        if name != "flags.json":
+            with pytest.raises(InputError, match=rf"^{path}: "):
+                run.restore_newest(line_model())
+    path.chmod(0o755)
+
+
+def test_a_git_lfs_pointer_is_named_and_the_previous_checkpoint_used(run, capsys):
+    earlier = run.save(line_model_at(1))
+    newest = Path(run.save(line_model_at(2)) + ".data-00000-of-00001")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    newest.write_text(pointer)
+    assert run.restore_newest(line_model()) == earlier
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{newest}: " in line and "Git LFS" in line
+    Path(earlier + ".index").write_text(pointer)
+    with pytest.raises(InputError, match=f"^{run.folder}: "):
+        run.restore_newest(line_model())
+    (run.folder / "flags.json").write_text(pointer)
+    with pytest.raises(InputError, match=r"flags\.json: .*Git LFS"):
+        run.check_flags({}, {})
+
+
+def test_no_error_about_a_damaged_folder_advises_to_delete(run, capsys):
+    """The user may have the only copy."""
+    errors = []
+
+    def refused(function, *arguments):
+        with pytest.raises(InputError) as error:
+            function(*arguments)
+        errors.append(str(error.value))
+
+    os.truncate(run.save(line_model_at(1)) + ".index", 40)
+    refused(run.restore, line_model(), run.prefix(0))
+    refused(run.restore_newest, line_model())
+    refused(run.check, {}, {}, False)
+    for name in ("computed.json", "classes.json", "flags.json"):
+        (run.folder / name).write_text("{")
+    refused(run.record_computed, 1, {})
+    refused(run.classes)
+    refused(run.check_flags, {}, {})
+    for line in [*errors, capsys.readouterr().err]:
+        assert not re.search("delet|remov|eras|overwrite it", line)
 
 
 class Crash(Exception):
