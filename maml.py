@@ -44,16 +44,11 @@ def inner_step(inner: InnerLoop, theta: Weights, task: Tasks, j: int | tf.Tensor
     with tf.GradientTape() as tape:
         tape.watch(phi)
         loss = inner.loss(network.outputs(theta | phi, task.support_x), task.support_y)
-    gradient = _dense(tape.gradient(loss, phi, unconnected_gradients="zero"))
+    gradient = tape.gradient(loss, phi, unconnected_gradients="zero")
     if inner.first_order:
         gradient = tf.nest.map_structure(tf.stop_gradient, gradient)
     alpha = {name: network.step_size(theta, name, j) if network.step_size else inner.alpha for name in phi}
     return theta | {name: phi[name] - alpha[name] * gradient[name] for name in phi}
-
-
-def _dense(gradient):
-    """Return a gradient by name as tensors. Those of embeddings (tf.gather) are IndexedSlices, without arithmetic."""
-    return {name: tf.convert_to_tensor(value) for name, value in gradient.items()}
 
 
 def adapt(inner: InnerLoop, theta: Weights, task: Tasks, steps: int) -> Weights:
@@ -87,7 +82,7 @@ def meta_gradient(
         with tf.GradientTape() as tape:
             tape.watch(theta)
             loss = task_loss(theta, task)
-        return _dense(tape.gradient(loss, theta, unconnected_gradients="zero")), loss
+        return tape.gradient(loss, theta, unconnected_gradients="zero"), loss
 
     shapes = tf.nest.map_structure(tf.TensorSpec.from_tensor, theta), tf.TensorSpec([], tasks.query_x.dtype)
     return mean_over_tasks(gradient_and_loss, theta, tasks, shapes, layout)

@@ -380,7 +380,9 @@ def from_keras(model: "keras.Model", keep_weights: bool = False, **more: object)
             random.setstate(state)
 
     def call(weights, x, training=None):
-        values = [(variable, weights[name]) for variable, name in zip(trained, names, strict=True)]
+        # The gradient of a reshape is a tensor; an Embedding's own are IndexedSlices, without arithmetic.
+        dense = {name: tf.reshape(weight, weight.shape) for name, weight in weights.items()}
+        values = [(variable, dense[name]) for variable, name in zip(trained, names, strict=True)]
         return _call_keras(model, values + constants, x, training)
 
     def check(weights, x):
