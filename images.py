@@ -88,7 +88,7 @@ class Classes(NamedTuple):
 def count_splits(
     images: Images, folder: Path, splits: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, dict[str, int]]:
-    """Return the number of image files of each class, {split: {class: images}}. Decode none.
+    """Return the number of image files of each class, {split: {class: images}}, without decoding.
 
     Print once what is ignored in a user's own folder. optional: further splits, which are empty if they are missing.
     Raise InputError if the folder, a split or a class folder does not match `images`.
@@ -189,9 +189,10 @@ def _split_folders(folder: Path) -> dict[str, str]:
 
 
 def _splits_among(folders: Mapping[str, bool]) -> dict[str, list[str]]:
-    """Return split -> names, for folders of one parent that are named after splits: name -> whether it has subfolders.
+    """Return split -> names of its folders, among the given `folders` of one parent.
 
-    A single one, without subfolders, is a class, such as CIFAR-100's train.
+    folders: name -> whether it has subfolders. A single folder named after a split, without subfolders, is a class,
+    such as CIFAR-100's train.
     """
     found = defaultdict(list)
     for name in folders:
@@ -291,7 +292,7 @@ def _shuffled_split(names: list[str], sizes: tuple[int, int, int]) -> dict[str, 
 
 
 def _report_unpublished(published: Mapping, folder: Path, loaded: dict[str, Classes]) -> dict[str, Classes]:
-    """Return the splits with `published` set. Print a line if their classes are not those of the published ones."""
+    """Return the splits with `published` set. Print a line if their classes differ from the published ones."""
     if not published:
         return loaded
     split_of = {name: split for split, names in published.items() for name in names}
@@ -327,7 +328,7 @@ def _report_repeats(folder: Path, marked: list[tuple[str, str, str, str]]) -> No
 
 
 def repeat_lines(where: str | Path, marked: Iterable[tuple[str, str, str, str]], two_parts: str) -> Iterator[str]:
-    """Yield warnings of blank images, and of images that are identical to an earlier one, with their numbers.
+    """Yield warnings that count blank images, and images that are identical to an earlier one.
 
     marked: path, part of the data (such as its split), class, and fingerprint of each image. two_parts: what to call
     two parts.
@@ -385,7 +386,8 @@ def _load_classes(
 def class_folders(root: str, empty: bool = False) -> dict[str, list[str]]:
     """Return the class folders below `root`: path relative to it -> sorted file names of its images.
 
-    A folder whose photographs Pillow does not read counts, so that errors can name it; one without any, with `empty`.
+    Include folders whose photographs Pillow cannot read, so that errors can name them. empty: also include leaf
+    folders without photographs.
     Raise InputError if a folder cannot be read, or if two have the same name in different Unicode forms.
     """
     found, spelled = {}, {}
@@ -403,7 +405,7 @@ def image_files(root: str) -> list[str]:
 
 
 def ignored_lines(folder: str | Path, roots: Iterable[str] = ()) -> list[str]:
-    """Return lines with the numbers of ignored files: of types that Pillow does not read, and of systems.
+    """Return lines that count the ignored files: those of types that Pillow does not read, and system files.
 
     Folders without photographs are ignored, too. Other hidden files are not counted. roots: folders in `folder` to
     search instead of all of it. Raise the same errors as class_folders.
@@ -552,7 +554,7 @@ def _index_file(images, folder, name):
 
 
 def _cached_marks(images, folder, root, name):
-    """Return the marks of a split that is not loaded, as far as they are cached: a test of the training images."""
+    """Return a split's cached marks, if any, without loading it: a test compares its images with those of training."""
     try:
         marks = json.loads(_index_file(images, folder, name).read_bytes())["marks"]
         return {path: mark for path, mark in marks.items() if os.path.isfile(folder / root / path)}
@@ -651,7 +653,7 @@ class UnreadableError(InputError):
 
 @contextlib.contextmanager
 def pillow_warnings(report: Callable[[str], object]) -> Iterator[None]:
-    """Pass each distinct warning of Pillow to `report` once, as one line. Turn its size-limit warning into an error."""
+    """Pass each distinct Pillow warning to `report` once, as one line. Turn its size-limit warning into an error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -707,7 +709,7 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
 
 
 def _identified(path: str | Path) -> tuple[str, str]:
-    """Return what a file is that is named like an image, and how to fix it; empty strings if it may be an image."""
+    """Return the real type of a file named like an image, and how to fix it; empty strings if it may be an image."""
     if not os.path.isfile(path):  # opening a pipe would wait
         return "", ""
     with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -725,7 +727,7 @@ def _identified(path: str | Path) -> tuple[str, str]:
 
 
 def _check_range(image):
-    """Raise ValueError if a 16-bit image leaves its upper 2 bits unused, as 12-bit cameras do: its white is unknown."""
+    """Raise ValueError if a 16-bit image leaves its upper 2 bits unused (12-bit camera): its white level is unknown."""
     if image.mode == "CMYK":  # white is 0
         return
     bands = [band for band in image.getbands() if band != "A"]

@@ -162,7 +162,7 @@ OTHER_FLAGS = (
     Flag(
         "train_update_batch_size",
         -1,
-        "At test without --run: the K of training, if different. It is part of the run folder's name.",
+        "At test time without --run: the K of training, if different. It is part of the run folder's name.",
         "test",
         int,
         recipes.QUERIES,
@@ -170,7 +170,7 @@ OTHER_FLAGS = (
     Flag(
         "train_update_lr",
         -1.0,
-        "At test without --run: the alpha of training, if different. It is part of the run folder's name.",
+        "At test time without --run: the alpha of training, if different. It is part of the run folder's name.",
         "test",
         float,
         recipes.RATE._replace(also=(-1,)),
@@ -187,8 +187,8 @@ OTHER_FLAGS = (
     Flag(
         "test_datasource",
         None,
-        "At test: the data set to draw tasks from, if not --datasource. Its images are read like the run's: with the "
-        "same size and channels, and inverted for an Omniglot run (dark ink on white paper becomes 1).",
+        "At test time: the data set to draw tasks from, if not --datasource. Its images are read like the run's: with "
+        "the same size and channels, and inverted for an Omniglot run (dark ink on white paper becomes 1).",
         "test",
         accepts=(None, *(name for name, dataset in DATASETS.items() if dataset.images)),
     ),
@@ -196,15 +196,15 @@ OTHER_FLAGS = (
     Flag(
         "query_norm",
         "batch",
-        "At test, under batch norm: normalize a query image with its task's other query images (batch, the paper's "
-        "transductive way), or with the support set only (support).",
+        "At test time, under batch norm: normalize a query image with its task's other query images (batch; "
+        "transductive, as in the paper), or with the support set only (support).",
         "test",
         accepts=QUERY_NORMS,
     ),
     Flag(
         "test_updates",
         -1,
-        "Updates at test. -1, as in the original: 10, or num_updates if that is more.",
+        "Updates at test time. -1, as in the original: 10, or num_updates if that is more.",
         "test",
         int,
         recipes.DEFINITIONS["num_updates"].accepts._replace(also=(-1,)),
@@ -212,8 +212,8 @@ OTHER_FLAGS = (
     Flag(
         "query_shares",
         "balanced",
-        "At test: num_query queries per class (balanced), or the same total, divided among the classes at random "
-        "by a Dirichlet distribution with concentration 2 (dirichlet). num_query then defaults to 15.",
+        "At test time: num_query queries per class (balanced), or the same total, divided among the classes at "
+        "random by a Dirichlet distribution with concentration 2 (dirichlet). num_query then defaults to 15.",
         "test",
         accepts=QUERY_SHARES,
     ),
@@ -221,8 +221,8 @@ OTHER_FLAGS = (
     Flag(
         "compare",
         None,
-        "At test: the folder of a second run. Test it and --run on the same tasks, print both results and the paired "
-        "difference, and write no files. The flags of a test apply to both runs.",
+        "At test time: the folder of a second run. Test it and --run on the same tasks, print both results and the "
+        "paired difference, and write no files. The flags of a test apply to both runs.",
         "test",
     ),
 )

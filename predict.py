@@ -578,7 +578,7 @@ def _warn_of_dark_borders(model, where, dark):
     if wrong:
         _remark(
             f"WARNING: {where}: {sum(dark):,} of {len(dark):,} images have dark borders, but the model was trained on "
-            "dark ink on a light ground; invert them"
+            "dark ink on a light background; invert them"
         )
     return wrong
 

@@ -283,8 +283,8 @@ class Recipe:
         "norm",
         "batch_norm",
         "method",
-        "Normalization. batch_norm uses the statistics of the current batch, at test too (transductive). The sinusoid "
-        "uses None unless this flag is given.",
+        "Normalization. batch_norm uses the statistics of the current batch, at test time too (transductive). The "
+        "sinusoid uses None unless this flag is given.",
         NORMS,
     )
     filters: int = _field(
@@ -316,8 +316,8 @@ class Recipe:
         "none",
         "method",
         "Meta-learn the inner step sizes, which start at update_lr: one per element of each weight (weight, Meta-SGD), "
-        "or one per array of weights and update (step, as in MAML++). At test, updates beyond num_updates reuse the "
-        "last update's step sizes.",
+        "or one per array of weights and update (step, as in MAML++). At test time, updates beyond num_updates reuse "
+        "the last update's step sizes.",
         LEARNED_STEP_SIZES,
     )
     query: int = _field(
