@@ -516,7 +516,9 @@ def labeled_files(model: Model, folder: str) -> dict[str, str]:
         )
     for name, files in classes.items():
         if not files:
-            raise InputError(f"{folder}: class folder {name} has no images that Pillow reads; convert them to JPEG")
+            raise InputError(
+                f"{folder}: class folder {name} has no images that Pillow can read; convert its files to JPEG"
+            )
     return {os.path.join(folder, name, file): nfc(name) for name in sorted(classes, key=nfc) for file in classes[name]}
 
 
@@ -578,7 +580,7 @@ def _warn_of_dark_borders(model, where, dark):
     if wrong:
         _remark(
             f"WARNING: {where}: {sum(dark):,} of {len(dark):,} images have dark borders, but the model was trained on "
-            "dark ink on a light ground; invert them"
+            "dark ink on a light background; invert them"
         )
     return wrong
 
