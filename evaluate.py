@@ -71,7 +71,7 @@ class Protocol(NamedTuple):
 
 
 def _folder_suffix(folder, max_length):
-    """Return the part of a name that identifies a folder. Its checksum tells apart folders with the same name."""
+    """Return the part of a name that identifies a folder. Its checksum distinguishes folders with the same name."""
     return f"-{Path(folder).name[:max_length]}-{zlib.crc32(fsencode(folder)):08x}" if folder else ""
 
 
@@ -136,7 +136,7 @@ def known_classes(data: SinusoidTasks | ImageTasks, split: str, trained: Iterabl
     if not isinstance(data, ImageTasks) or split not in data.classes:
         return 0
     trained, names = set(trained), data.classes[split].names
-    # Either may have folders above the class's own name.
+    # Either name may begin with parent folders.
     inside = {own_name(name, set(names)) for name in trained}
     known = [name for name in names if own_name(name, trained) in trained or name in inside]
     if known:
@@ -162,8 +162,8 @@ def has_published_split(
 ) -> bool:
     """Return whether a split is the published test split, and the run was trained on the published classes throughout.
 
-    Both have the published number of images. best: the checkpoint is the best on the validation classes, which must
-    then be the published ones, too.
+    Both must have the published number of images. best: the checkpoint is the best on the validation classes, which
+    must then be the published ones, too.
     """
     if not isinstance(data, ImageTasks):
         return True  # the sinusoid has no classes

@@ -174,7 +174,7 @@ class MAML(tf.Module):
         seed: int = 0,
         layout: Layout = Layout(),  # noqa: B008  a constant
     ):
-        """Initialize the weights from `seed`, and the moments and the step with 0.
+        """Initialize the weights from `seed`, and the moments and the step to 0.
 
         accuracy: (outputs [n, O], labels [n, O]) -> scalar; None in regression. meta_lr: beta, Adam's learning rate.
         clip: bound on the absolute value of each element of the meta-gradient, or None.

@@ -473,7 +473,7 @@ def _owner(model, variable):
 
 
 def _check_layers(model):
-    """Raise InputError for what MAML would compute wrongly: derivatives, penalties and constraints, and float16."""
+    """Raise InputError if nothing is trainable, or for penalties, constraints, float16 or wrong second derivatives."""
     layers = tf.keras.layers
     if not model.trainable_variables:
         raise _keras_error(model, "has no trainable weights", "add a layer with weights, or set its trainable = True")

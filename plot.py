@@ -335,7 +335,7 @@ def save(figure: Figure, output: Path, dpi: int = SCREEN) -> None:
 def trained(folder: Path, update_lr: float | None = None) -> tuple[InnerLoop, Weights]:
     """Return a sinusoid run's inner loop, with its step size replaced if given, and its weights.
 
-    Raise InputError if the run is not of the sinusoid, or if its step sizes are learned and would be replaced.
+    Raise InputError if the run is not a sinusoid run, or if its step sizes are learned and would be replaced.
     """
     trained_with, maml, _ = runs.load(folder)
     if trained_with.data_set != "sinusoid":
@@ -450,7 +450,7 @@ def main() -> None:
         command.add_argument("--output", type=user_path, required=True, help="path of the figure, without extension")
         command.add_argument("--dpi", type=int, default=300, help="pixels per inch of the PNG (300)")
         if name in ("sinusoid", "updates"):
-            alpha = {"sinusoid": "alpha, if not that of training", "updates": "alpha of the tests to draw"}[name]
+            alpha = {"sinusoid": "alpha (default: as in training)", "updates": "alpha of the tests to draw"}[name]
             command.add_argument("--update_lr", type=float, help=alpha)
         if name == "sinusoid":
             command.add_argument("--shots", type=int, nargs="+", default=[5, 10], help="K of each row of panels (5 10)")

@@ -516,7 +516,9 @@ def labeled_files(model: Model, folder: str) -> dict[str, str]:
         )
     for name, files in classes.items():
         if not files:
-            raise InputError(f"{folder}: class folder {name} has no images that Pillow reads; convert them to JPEG")
+            raise InputError(
+                f"{folder}: class folder {name} has no images that Pillow can read; convert its files to JPEG"
+            )
     return {os.path.join(folder, name, file): nfc(name) for name in sorted(classes, key=nfc) for file in classes[name]}
 
 

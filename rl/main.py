@@ -171,7 +171,7 @@ def asked_for(arguments: list[str]) -> dict | None:
 
 
 def run_folder(identity: dict) -> runs.Run:
-    """Return the run of these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
+    """Return the run with these flags, e.g. <logdir>/point.mbs_40.rollouts_20.updatelr0.5.kl0.01.seed1."""
     if FLAGS.run:
         return runs.Run(user_path(FLAGS.run))
     name = "{env}.mbs_{meta_batch_size}.rollouts_{num_rollouts}.updatelr{update_lr}.kl{meta_step_size}".format(
@@ -193,7 +193,7 @@ def build(identity: dict, environment: Environment, cores: int) -> MetaTRPO:
 
 
 def recorded_product(run: runs.Run) -> str:
-    """Return how a run's Fisher products were computed. Runs until November 2026 did not record it: exactly."""
+    """Return how a run's Fisher products were computed. Older runs did not record it; theirs are exact."""
     try:
         recorded = read_json(run.folder / "flags.json", dict, "restore a copy, or choose another --logdir")
     except FileNotFoundError:
@@ -236,7 +236,7 @@ def train(run: runs.Run, learner: MetaTRPO, identity: dict, environment: Environ
         for iteration in range(start, total):
             values = outer_iteration(learner, environment, iteration)
             history.append(values)
-            after_update[iteration] = np.float32(values[return_tag(learner)])  # as the events have it
+            after_update[iteration] = np.float32(values[return_tag(learner)])  # rounded as in the events
             events.scalars(iteration, {f"metatrain_{tag}": value for tag, value in values.items()})
             progress.update()
             if iteration % PRINT_INTERVAL == 0 or iteration == total - 1:

@@ -181,7 +181,7 @@ class MetaTRPO(tf.Module):
         direction = conjugate_gradients(product, gradient)
         with np.errstate(invalid="ignore"):
             size = np.sqrt(2 * self.bound / (direction @ product(direction) + 1e-8))
-        # NaN if the product, which is not linear, gives the direction a negative length. So in the original.
+        # As in the original, NaN if direction @ product(direction) is negative: the product is not linear.
         step = direction if np.isnan(size) else size * direction
         times.append(time.perf_counter())
         old = self.flat(self.values())
