@@ -39,7 +39,7 @@ SYSTEM_NAMES = {  # files and folders of archives, disks and NAS devices, in low
     *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),
 }
 PHOTOGRAPHS = {  # suffixes of photographs that Pillow does not read, or not in every build
-    *("", ".heic", ".heif", ".hif", ".avif", ".webp", ".jxl", ".jp2"),
+    *("", ".icloud", ".heic", ".heif", ".hif", ".avif", ".webp", ".jxl", ".jp2"),
     *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
 }
 CACHE_FORMAT = 4
@@ -390,7 +390,7 @@ def class_folders(root: str, empty: bool = False) -> dict[str, list[str]]:
     """
     found, spelled = {}, {}
     for name, images, others, _, leaf in _folders(root):
-        if name and (images or _are_photographs(others) or (empty and leaf)):
+        if name and (images or _are_photographs(root, name, others) or (empty and leaf)):
             found[name] = images
             if spelled.setdefault(nfc(name), name) != name:
                 raise InputError(f"{root}: has two folders {name} that differ only in Unicode form; rename one of them")
@@ -413,7 +413,7 @@ def ignored_lines(folder: str | Path, roots: Iterable[str] = ()) -> list[str]:
         for name, images, others, skipped, leaf in _folders(root):
             unread += [os.path.join(root, name, file) for file in others]
             system += skipped
-            if leaf and name and not images and not _are_photographs(others):
+            if leaf and name and not images and not _are_photographs(root, name, others):
                 system.append(name)
     lines = []
     if unread:
@@ -444,7 +444,8 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], list[str], 
         folders[:] = filter(_is_visible, folders)
         images, others = [], []
         for name in sorted(sorted(files), key=nfc):
-            if name[0] != "." and name not in system:
+            placeholder = _suffix(name) == ".icloud"  # .IMG_1.JPG.icloud is a photograph that is not downloaded
+            if (name[0] != "." or placeholder) and name not in system:
                 (images if _suffix(name) in suffixes else others).append(name)
         yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, system, not folders
 
@@ -467,8 +468,23 @@ def _suffix(name):
     return os.path.splitext(name)[1].lower()
 
 
-def _are_photographs(others):
-    return any(_suffix(name) in PHOTOGRAPHS for name in others)
+def _are_photographs(root, folder, others):
+    """Return whether files that Pillow does not read by their names include photographs, without an extension or not."""
+    return any(
+        _suffix(name) in PHOTOGRAPHS and (_suffix(name) or not _is_text(os.path.join(root, folder, name)))
+        for name in others
+    )
+
+
+def _is_text(path):
+    """Return whether a file, such as LICENSE, is text. A file that cannot be read is not."""
+    try:
+        if not os.path.isfile(path):  # a pipe, for example
+            return not os.path.islink(path)
+        with open(path, encoding="utf-8") as file:
+            return file.read(512).replace("\n", "").replace("\t", "").replace("\r", "").isprintable()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _fail(error):
@@ -677,7 +693,10 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
     """
     height, width = images.stored
     try:
+        if Path(path).is_fifo():  # opening it would wait
+            raise ValueError("a pipe")
         with Image.open(path, formats=_formats()) as image:
+            image.filename = ""  # else Pillow maps the file, and turns a gray TIFF wrongly
             deep = ";16" in image.mode + str(image.tile[:1])  # 16 bits per channel; Pillow keeps the upper 8 of colors
             image.load()
             with contextlib.suppress(Exception):  # a damaged EXIF block; Pillow rewrites it after it turned the image
@@ -708,7 +727,7 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
 
 def _identified(path: str | Path) -> tuple[str, str]:
     """Return what a file is that is named like an image, and how to fix it; empty strings if it may be an image."""
-    if not os.path.isfile(path):  # opening a pipe would wait
+    if not os.path.isfile(path):  # a pipe, for example
         return "", ""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(64)
@@ -716,6 +735,8 @@ def _identified(path: str | Path) -> tuple[str, str]:
             return "empty file", "copy it again"
         if head.startswith(b"version https://git-lfs"):
             return "Git LFS pointer", "fetch the images with git lfs pull"
+        if head.startswith(b"/annex/objects/"):
+            return "git-annex pointer", "fetch the images with git annex get"
         heic = head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1") and b"avif" not in head
         if head[4:8] == b"ftyp" and heic:
             return "HEIC photograph", "convert it to JPEG"
@@ -736,8 +757,13 @@ def _check_range(image):
 
 def _converted(image, channels):
     """Convert an image to gray (1 channel) or RGB (3) on white. Raise ValueError if it has 32 bits per channel."""
-    if image.mode.startswith("I;16"):  # 16-bit gray, which Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # 16-bit gray, which Pillow's own conversion clips at 255, and which may be transparent or inverted
+        values, clear = np.asarray(image), image.info.get("transparency")
+        gray = (values >> 8).astype(np.uint8)
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # 0 is white
+            gray = 255 - gray
+        image = Image.fromarray(np.where(values == clear, 255, gray) if isinstance(clear, int) else gray)
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} does not define white; save it with 8 or 16 bits per channel")
     if image.has_transparency_data:
