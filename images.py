@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from files import SPELLINGS, InputError, folder_lock, nfc, say, write_whole
+from files import SPELLINGS, InputError, folder_lock, is_folder, nfc, say, unreadable, write_whole
 from recipe import Images
 
 ROOT = Path(__file__).resolve().parent
@@ -93,7 +93,7 @@ def count_splits(
     Print once what is ignored in a user's own folder. optional: further splits, which are empty if they are missing.
     Raise InputError if the folder, a split or a class folder does not match `images`.
     """
-    if images.split_list is None and os.path.isdir(folder):
+    if images.split_list is None and is_folder(folder):
         roots = [os.path.join(folder, name) for name in _split_folders(folder).values()]
         for line in ignored_lines(folder, roots):
             _say_once(line)
@@ -110,7 +110,7 @@ def load_splits(
     their parent folders. Print a line if they are not the published ones. optional, decode: see count_splits.
     Raise InputError if the folder, a split, a class folder or an image does not match `images`.
     """
-    if not os.path.isdir(folder):
+    if not is_folder(folder):
         raise InputError(
             f"{folder}: no such data folder; prepare it as described in {images.prepare}, or set --data_path "
             "(--test_data_path for --test_datasource)"
@@ -418,9 +418,10 @@ def ignored_lines(folder: str | Path, roots: Iterable[str] = ()) -> list[str]:
     lines = []
     if unread:
         kinds = _counts(_suffix(path) or "without an extension" for path in unread)
+        download = "download .icloud files, " if any(_suffix(path) == ".icloud" for path in unread) else ""
         lines.append(
             f"{folder}: ignored {len(unread):,} files whose type Pillow does not read "
-            f"({kinds}); convert photographs to JPEG, and add missing extensions: "
+            f"({kinds}); convert photographs to JPEG, {download}and add missing extensions: "
             + _listed(os.path.relpath(path, folder) for path in sorted(unread))
         )
     if system:
@@ -469,7 +470,7 @@ def _suffix(name):
 
 
 def _are_photographs(root, folder, others):
-    """Return whether files that Pillow does not read by their names include photographs, without an extension or not."""
+    """Return whether these files, whose type Pillow does not read, include photographs."""
     return any(
         _suffix(name) in PHOTOGRAPHS and (_suffix(name) or not _is_text(os.path.join(root, folder, name)))
         for name in others
@@ -488,6 +489,8 @@ def _is_text(path):
 
 
 def _fail(error):
+    if isinstance(error, PermissionError):
+        raise unreadable(error.filename, error) from error
     raise InputError(f"{error.filename}: cannot read ({error.strerror}); make it readable, or remove it") from error
 
 
@@ -711,6 +714,8 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
             if images.any_size and image.size != (width, height):
                 image = image.resize((width, height), Image.LANCZOS)
     except Exception as error:  # the decoder of a damaged file can raise nearly any exception
+        if isinstance(error, PermissionError):
+            raise unreadable(path, error) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno:  # the system's error, not Pillow's; it may be temporary
             raise InputError(f"{path}: cannot read ({error.strerror}); make it readable, or remove it") from error

@@ -29,7 +29,7 @@ from data_generator import ImageTasks
 from files import InputError
 from images import ROOT, SPLITS, Classes, count_splits, load_splits, read_image
 from recipe import DATASETS, Images
-from tests.helpers import refusal, run
+from tests.helpers import refusal, run, unprivileged
 
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
 PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
@@ -152,7 +152,7 @@ def test_photographs_that_are_not_downloaded_are_counted(tiny, capsys):
         (tiny / "test" / name).write_bytes(b"bplist00")
     assert "d (test: 0)" in error_of(tiny)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "2 .icloud" in line
+    assert "2 .icloud" in line and "download" in line
 
 
 def test_a_folder_of_text_without_extensions_is_no_class(tiny, capsys):
@@ -268,6 +268,24 @@ def test_unreadable_folder_is_named(tiny, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)  # permissions do not stop root
     assert str(tiny / "test" / "b") in error_of(tiny)
+
+
+@pytest.mark.parametrize("hidden", ["", "test", "test/a/0.png"])
+def test_what_may_not_be_read_is_not_called_missing_or_removed(hidden, tiny):
+    """The folder of the data, one in it, or an image."""
+    tiny.parent.chmod(0o755)
+    locked = tiny / hidden if hidden else tiny.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tiny.parent)  # the folders above it are private, too
+        folder = Path("tiny")
+        locked.chmod(0)
+        try:
+            with unprivileged():
+                message = error_of(folder, OWN)
+        finally:
+            locked.chmod(0o755)
+    assert str(folder / hidden) in message and os.strerror(errno.EACCES) in message
+    assert "remove" not in message and "prepare" not in message
 
 
 def test_missing_classes_and_images_are_named(tiny):
