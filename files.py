@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -146,6 +147,8 @@ def read_json(path: Path, kind: type, fix: str, items: type = dict) -> list | di
             raise ValueError(f"not a {kind.__name__}")
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # the folder is a file
+        raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
     except PermissionError as error:
         raise unreadable(path, error) from None
     except OSError as error:
@@ -159,6 +162,16 @@ def read_json(path: Path, kind: type, fix: str, items: type = dict) -> list | di
 def unreadable(path: Path | str, error: PermissionError) -> InputError:
     """Return the error for a file or folder that may not be read."""
     return InputError(f"{path}: cannot be read ({error.strerror}); ask its owner for permission to read it")
+
+
+def is_folder(path: Path | str) -> bool:
+    """Return whether a path is a folder. Raise InputError if permissions hide that."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except PermissionError as error:
+        raise unreadable(path, error) from None
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return False
 
 
 def lock(file: BinaryIO | int, wait: bool = False) -> None:

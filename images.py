@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from files import SPELLINGS, InputError, folder_lock, nfc, say, write_whole
+from files import SPELLINGS, InputError, folder_lock, is_folder, nfc, say, unreadable, write_whole
 from recipe import Images
 
 ROOT = Path(__file__).resolve().parent
@@ -39,7 +39,7 @@ SYSTEM_NAMES = {  # files and folders of archives, disks and NAS devices, in low
     *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),
 }
 PHOTOGRAPHS = {  # suffixes of photographs that Pillow does not read, or not in every build
-    *("", ".heic", ".heif", ".hif", ".avif", ".webp", ".jxl", ".jp2"),
+    *("", ".icloud", ".heic", ".heif", ".hif", ".avif", ".webp", ".jxl", ".jp2"),
     *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
 }
 CACHE_FORMAT = 4
@@ -93,7 +93,7 @@ def count_splits(
     Print once what is ignored in a user's own folder. optional: further splits, which are empty if they are missing.
     Raise InputError if the folder, a split or a class folder does not match `images`.
     """
-    if images.split_list is None and os.path.isdir(folder):
+    if images.split_list is None and is_folder(folder):
         roots = [os.path.join(folder, name) for name in _split_folders(folder).values()]
         for line in ignored_lines(folder, roots):
             _say_once(line)
@@ -110,7 +110,7 @@ def load_splits(
     their parent folders. Print a line if they are not the published ones. optional, decode: see count_splits.
     Raise InputError if the folder, a split, a class folder or an image does not match `images`.
     """
-    if not os.path.isdir(folder):
+    if not is_folder(folder):
         raise InputError(
             f"{folder}: no such data folder; prepare it as described in {images.prepare}, or set --data_path "
             "(--test_data_path for --test_datasource)"
@@ -392,7 +392,7 @@ def class_folders(root: str, empty: bool = False) -> dict[str, list[str]]:
     """
     found, spelled = {}, {}
     for name, images, others, _, leaf in _folders(root):
-        if name and (images or _are_photographs(others) or (empty and leaf)):
+        if name and (images or _are_photographs(root, name, others) or (empty and leaf)):
             found[name] = images
             if spelled.setdefault(nfc(name), name) != name:
                 raise InputError(f"{root}: has two folders {name} that differ only in Unicode form; rename one of them")
@@ -415,14 +415,15 @@ def ignored_lines(folder: str | Path, roots: Iterable[str] = ()) -> list[str]:
         for name, images, others, skipped, leaf in _folders(root):
             unread += [os.path.join(root, name, file) for file in others]
             system += skipped
-            if leaf and name and not images and not _are_photographs(others):
+            if leaf and name and not images and not _are_photographs(root, name, others):
                 system.append(name)
     lines = []
     if unread:
         kinds = _counts(_suffix(path) or "without an extension" for path in unread)
+        download = "download .icloud files, " if any(_suffix(path) == ".icloud" for path in unread) else ""
         lines.append(
             f"{folder}: ignored {len(unread):,} files whose type Pillow does not read "
-            f"({kinds}); convert photographs to JPEG, and add missing extensions: "
+            f"({kinds}); convert photographs to JPEG, {download}and add missing extensions: "
             + _listed(os.path.relpath(path, folder) for path in sorted(unread))
         )
     if system:
@@ -446,7 +447,8 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], list[str], list[str], 
         folders[:] = filter(_is_visible, folders)
         images, others = [], []
         for name in sorted(sorted(files), key=nfc):
-            if name[0] != "." and name not in system:
+            placeholder = _suffix(name) == ".icloud"  # .IMG_1.JPG.icloud is a photograph that is not downloaded
+            if (name[0] != "." or placeholder) and name not in system:
                 (images if _suffix(name) in suffixes else others).append(name)
         yield folder[len(root) :].replace(os.sep, "/").strip("/"), images, others, system, not folders
 
@@ -469,11 +471,28 @@ def _suffix(name):
     return os.path.splitext(name)[1].lower()
 
 
-def _are_photographs(others):
-    return any(_suffix(name) in PHOTOGRAPHS for name in others)
+def _are_photographs(root, folder, others):
+    """Return whether these files, whose type Pillow does not read, include photographs."""
+    return any(
+        _suffix(name) in PHOTOGRAPHS and (_suffix(name) or not _is_text(os.path.join(root, folder, name)))
+        for name in others
+    )
+
+
+def _is_text(path):
+    """Return whether a file, such as LICENSE, is text. A file that cannot be read is not."""
+    try:
+        if not os.path.isfile(path):  # a pipe, for example
+            return not os.path.islink(path)
+        with open(path, encoding="utf-8") as file:
+            return file.read(512).replace("\n", "").replace("\t", "").replace("\r", "").isprintable()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _fail(error):
+    if isinstance(error, PermissionError):
+        raise unreadable(error.filename, error) from error
     raise InputError(f"{error.filename}: cannot read ({error.strerror}); make it readable, or remove it") from error
 
 
@@ -679,7 +698,10 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
     """
     height, width = images.stored
     try:
+        if Path(path).is_fifo():  # opening it would wait
+            raise ValueError("a pipe")
         with Image.open(path, formats=_formats()) as image:
+            image.filename = ""  # else Pillow maps the file, and turns a gray TIFF wrongly
             deep = ";16" in image.mode + str(image.tile[:1])  # 16 bits per channel; Pillow keeps the upper 8 of colors
             image.load()
             with contextlib.suppress(Exception):  # a damaged EXIF block; Pillow rewrites it after it turned the image
@@ -694,6 +716,8 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
             if images.any_size and image.size != (width, height):
                 image = image.resize((width, height), Image.LANCZOS)
     except Exception as error:  # the decoder of a damaged file can raise nearly any exception
+        if isinstance(error, PermissionError):
+            raise unreadable(path, error) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.errno:  # the system's error, not Pillow's; it may be temporary
             raise InputError(f"{path}: cannot read ({error.strerror}); make it readable, or remove it") from error
@@ -710,7 +734,7 @@ def read_whole(path: str | Path, images: Images) -> tuple[np.ndarray, float]:
 
 def _identified(path: str | Path) -> tuple[str, str]:
     """Return the real type of a file named like an image, and how to fix it; empty strings if it may be an image."""
-    if not os.path.isfile(path):  # opening a pipe would wait
+    if not os.path.isfile(path):  # a pipe, for example
         return "", ""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(64)
@@ -718,6 +742,8 @@ def _identified(path: str | Path) -> tuple[str, str]:
             return "empty file", "copy it again"
         if head.startswith(b"version https://git-lfs"):
             return "Git LFS pointer", "fetch the images with git lfs pull"
+        if head.startswith(b"/annex/objects/"):
+            return "git-annex pointer", "fetch the images with git annex get"
         heic = head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1") and b"avif" not in head
         if head[4:8] == b"ftyp" and heic:
             return "HEIC photograph", "convert it to JPEG"
@@ -738,8 +764,13 @@ def _check_range(image):
 
 def _converted(image, channels):
     """Convert an image to gray (1 channel) or RGB (3) on white. Raise ValueError if it has 32 bits per channel."""
-    if image.mode.startswith("I;16"):  # 16-bit gray, which Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # 16-bit gray, which Pillow's own conversion clips at 255, and which may be transparent or inverted
+        values, clear = np.asarray(image), image.info.get("transparency")
+        gray = (values >> 8).astype(np.uint8)
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # 0 is white
+            gray = 255 - gray
+        image = Image.fromarray(np.where(values == clear, 255, gray) if isinstance(clear, int) else gray)
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} does not define white; save it with 8 or 16 bits per channel")
     if image.has_transparency_data:

@@ -477,6 +477,11 @@ def _check_layers(model):
     layers = tf.keras.layers
     if not model.trainable_variables:
         raise _keras_error(model, "has no trainable weights", "add a layer with weights, or set its trainable = True")
+    dtypes = sorted({variable.dtype for variable in model.trainable_variables})
+    if len(dtypes) > 1:
+        raise _keras_error(
+            model, f"has trained weights of types {', '.join(dtypes)}", "build all layers with one dtype"
+        )
     for variable in model.trainable_variables:
         kind = "regularizer" if variable.regularizer else "constraint" if variable.constraint else None
         if kind:

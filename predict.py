@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import recipe as recipes
 import runs
-from files import InputError, check_choice, nfc, os_error, printable, say, user_path, write_whole, writing
+from files import InputError, check_choice, is_folder, nfc, os_error, printable, say, user_path, write_whole, writing
 from images import (
     ROOT,
     UnreadableError,
@@ -503,7 +503,7 @@ def _remark(line):
 
 def labeled_files(model: Model, folder: str) -> dict[str, str]:
     """Return path -> class of the labeled images. Raise InputError unless there are N classes, each with images."""
-    if not os.path.isdir(folder):
+    if not is_folder(folder):
         raise InputError(f"{folder}: no such folder; give a folder with one subfolder of images per class")
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
@@ -527,7 +527,7 @@ def unlabeled_files(labeled: str, unlabeled: Sequence[str]) -> list[str]:
     labeled_path, paths = os.path.realpath(labeled), []
     for path in unlabeled:
         real = os.path.realpath(path)
-        if not os.path.exists(path):
+        if not (is_folder(path) or os.path.exists(path)):
             raise InputError(f"{path}: no such image or folder; check the path")
         if os.path.commonpath([real, labeled_path]) in (real, labeled_path):
             raise InputError(f"{path}: overlaps {labeled}; keep labeled and unlabeled images in separate folders")
@@ -580,7 +580,7 @@ def _warn_of_dark_borders(model, where, dark):
     if wrong:
         _remark(
             f"WARNING: {where}: {sum(dark):,} of {len(dark):,} images have dark borders, but the model was trained on "
-            "dark ink on a light background; invert them"
+            "dark ink on a light background; invert those with light ink"
         )
     return wrong
 

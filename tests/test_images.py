@@ -29,7 +29,7 @@ from data_generator import ImageTasks
 from files import InputError
 from images import ROOT, SPLITS, Classes, count_splits, load_splits, read_image
 from recipe import DATASETS, Images
-from tests.helpers import refusal, run
+from tests.helpers import refusal, run, unprivileged
 
 OMNIGLOT, MINIIMAGENET = DATASETS["omniglot"].images, DATASETS["miniimagenet"].images
 PUBLISHED = json.loads((ROOT / "data" / "splits" / "omniglot.json").read_text())
@@ -145,10 +145,37 @@ def test_photographs_that_pillow_does_not_read_are_counted(tiny, capsys):
     assert line.startswith(f"{tiny}: ") and " 7 files " in line and "6 .heic" in line and "1 without an ext" in line
 
 
+def test_photographs_that_are_not_downloaded_are_counted(tiny, capsys):
+    """iCloud's placeholders are hidden. A class of them is a class."""
+    for name in ("a/.IMG_1.JPG.icloud", "d/.IMG_2.HEIC.icloud"):
+        (tiny / "test" / name).parent.mkdir(exist_ok=True)
+        (tiny / "test" / name).write_bytes(b"bplist00")
+    assert "d (test: 0)" in error_of(tiny)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "2 .icloud" in line and "download" in line
+
+
+def test_a_folder_of_text_without_extensions_is_no_class(tiny, capsys):
+    (tiny / "test" / "licenses").mkdir()
+    for name in ("LICENSE", "README"):
+        (tiny / "test" / "licenses" / name).write_text("\tUse them \u00e9verywhere.\n\n")
+    assert count_splits(TINY, tiny, ("test",))["test"] == dict.fromkeys("abc", 4)
+    unread, system = capsys.readouterr().out.splitlines()
+    assert "licenses/LICENSE" in unread and "licenses" in system
+
+
+def test_a_pipe_that_is_named_like_an_image_is_unreadable(tiny):
+    expected = read(tiny)
+    os.mkfifo(tiny / "test" / "a" / "9.jpg")
+    assert "a/9.jpg" in error_of(tiny)
+    assert_same(read(tiny, TINY._replace(skip_broken=True)), expected)
+
+
 HEIC = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic")
 NOT_IMAGES = {
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n", "git lfs pull"),
     "HEIC": (HEIC, "JPEG"),
+    "git-annex": (b"/annex/objects/SHA256E-s99--00.jpg\n", "git annex get"),
     "web page": (b"\n<!DOCTYPE html><html></html>", "again"),
     "empty": (b"", "again"),
 }
@@ -241,6 +268,24 @@ def test_unreadable_folder_is_named(tiny, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)  # permissions do not stop root
     assert str(tiny / "test" / "b") in error_of(tiny)
+
+
+@pytest.mark.parametrize("hidden", ["", "test", "test/a/0.png"])
+def test_what_may_not_be_read_is_not_called_missing_or_removed(hidden, tiny):
+    """The folder of the data, one in it, or an image."""
+    tiny.parent.chmod(0o755)
+    locked = tiny / hidden if hidden else tiny.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tiny.parent)  # the folders above it are private, too
+        folder = Path("tiny")
+        locked.chmod(0)
+        try:
+            with unprivileged():
+                message = error_of(folder, OWN)
+        finally:
+            locked.chmod(0o755)
+    assert str(folder / hidden) in message and os.strerror(errno.EACCES) in message
+    assert "remove" not in message and "prepare" not in message
 
 
 def test_missing_classes_and_images_are_named(tiny):
@@ -841,6 +886,51 @@ def test_16_bit_gray_is_scaled(tmp_path, suffix):
     Image.fromarray(np.array([[0, 300, 65535 // 2, 65535]], np.uint16)).save(tmp_path / f"image.{suffix}")
     gray = read_image(tmp_path / f"image.{suffix}", OWN._replace(size=(1, 4), channels=1))
     assert list(gray.ravel()) == [0, 1, 127, 255]
+
+
+RAMP, EXPECTED = [0, 21845, 43690, 65535], [0, 85, 170, 255]
+
+
+def png_with_transparent_black(file: Path) -> None:
+    Image.fromarray(np.array([RAMP], np.uint16)).save(file)
+    content = file.read_bytes()
+    chunk = b"tRNS" + bytes(2)
+    file.write_bytes(content[:33] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:])
+
+
+def tiff_whose_white_is_0(file: Path) -> None:
+    Image.fromarray(np.array([RAMP], np.uint16)).save(file)
+    entry = struct.pack("<HHI", 262, 3, 1)
+    content = file.read_bytes()
+    assert content.count(entry + b"\1") == 1
+    file.write_bytes(content.replace(entry + b"\1", entry + b"\0"))
+
+
+def pgm_of_12_bits(file: Path) -> None:
+    file.write_bytes(b"P5 4 1 4095\n" + np.array([0, 1365, 2730, 4095], ">u2").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write", "expected"),
+    [
+        ("png", png_with_transparent_black, [255, *EXPECTED[1:]]),
+        ("tif", tiff_whose_white_is_0, EXPECTED[::-1]),
+        ("pgm", pgm_of_12_bits, EXPECTED),
+    ],
+    ids=["transparent", "inverted", "scaled"],
+)
+def test_16_bit_gray_arrives_as_a_viewer_shows_it(tmp_path, suffix, write, expected):
+    file = tmp_path / f"image.{suffix}"
+    write(file)
+    assert list(read_image(file, OWN._replace(size=(1, 4), channels=1)).ravel()) == expected
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_a_gray_tiff_is_turned(tmp_path, dtype, white):
+    file = tmp_path / "image.tif"
+    Image.fromarray(np.array([[white, white, 0, 0]] * 2, dtype)).save(file, tiffinfo={274: 6})
+    turned = read_image(file, OWN._replace(size=(4, 2), channels=1))
+    np.testing.assert_array_equal(turned[..., 0], [[255, 255]] * 2 + [[0, 0]] * 2)
 
 
 def shallow(mode: str, bits: int, suffix: str, file: Path) -> Path:

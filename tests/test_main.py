@@ -875,6 +875,9 @@ def test_idle_cores_are_reported(small, monkeypatch, tmp_path):
 
 def test_run_of_a_missing_folder_is_refused(tmp_path):
     assert str(tmp_path / "none") in refusal(f"--run={tmp_path / 'none'}", "--train=False")
+    (tmp_path / "flags.json").touch()
+    message = refusal(f"--run={tmp_path / 'flags.json'}", "--train=False")
+    assert "flags.json/" not in message and "copy" not in message
 
 
 def test_testing_a_published_model_does_not_change_its_folder(few_test_tasks, monkeypatch, sinusoid_run, tmp_path):

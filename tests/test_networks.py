@@ -376,6 +376,7 @@ def dense_then(*layers, **more):
         (dense_then(activation="softmax"), "softmax"),
         (dense_then(keras.layers.Softmax(), keras.layers.Reshape((4,))), "softmax"),
         (dense_then(keras.layers.Dense(2, dtype="float32"), dtype="mixed_float16"), "layer it .*float16"),
+        (dense_then(keras.layers.Dense(2, dtype="float64")), "float32.*float64"),
         (dense_then(trainable=False), "trainable"),
         (lambda: keras.layers.Dense(2), "Keras model"),
         (Subclassed, "built"),

@@ -1,6 +1,7 @@
 """predict.py: the command and the library, on the published Omniglot model."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from data_generator import ImageTasks
 from files import InputError
 from images import Classes, read_image
 from recipe import DATASETS
-from tests.helpers import without_start_up_lines
+from tests.helpers import unprivileged, without_start_up_lines
 
 PUBLISHED = predict.PUBLISHED / "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm"
 
@@ -311,6 +312,17 @@ def test_files_that_are_not_images_are_reported(characters, capsys, tmp_path):
     assert labeled.endswith(f": {first.name}/IMG_1.HEIC")
     assert unlabeled.startswith(f"{tmp_path}/unlabeled: ignored 2 ")
     assert unlabeled.endswith(": IMG_2.HEIC, notes.txt")
+
+
+def test_images_that_may_not_be_read_are_not_called_missing(model, characters, tmp_path):
+    hidden = tmp_path / "locked" / "images"
+    hidden.mkdir(parents=True)
+    hidden.parent.chmod(0)
+    with unprivileged():
+        for read in (lambda: predict.labeled_files(model, hidden), lambda: predict.unlabeled_files("none", [hidden])):
+            with pytest.raises(InputError, match=f"{hidden}.*{os.strerror(errno.EACCES)}"):
+                read()
+    hidden.parent.chmod(0o755)
 
 
 def test_system_folders_and_empty_folders_are_no_classes(characters, capsys, tmp_path):
