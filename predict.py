@@ -3,8 +3,8 @@
     python predict.py RUN LABELED UNLABELED [--csv=answers.csv]
     python predict.py RUN --export=DIR
 
-RUN is a run folder, such as one in logs/published/. LABELED is a folder with one subfolder of images per class; the
-model fixes the number of classes, and each needs at least one image. UNLABELED is one or more images or folders of
+RUN is a run folder, such as one in logs/published/. LABELED is a folder with one subfolder of images per class: an
+N-way model takes 2 to N classes, and each needs at least one image. UNLABELED is one or more images or folders of
 images. See docs/predict.md.
 
 As a library:
@@ -19,6 +19,7 @@ import devices  # isort: skip  must precede TensorFlow, which reads the environm
 import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import io
 import os
@@ -107,13 +108,14 @@ class Model:
         self.inner = maml.inner._replace(loss=self._loss)
         self._images_spec = tf.TensorSpec([None, *self.images.size, self.images.channels])
         self._weights_spec = {name: tf.TensorSpec(weight.shape) for name, weight in maml.weights.items()}
+        self._narrower = {}  # number of classes -> this model for so many
 
     def read(self, paths: Sequence[Path | str]) -> np.ndarray:
         """Return images as in training, uint8 [n, height, width, channels]. Raise InputError if one is unreadable."""
         return self._array([read_image(path, self.images) for path in paths])
 
     def adapt(self, images: object, labels: Sequence[str] | Sequence[int]) -> "Adapted":
-        """Return the model adapted to N classes.
+        """Return the model adapted to 2 to N classes. For fewer than N, it uses its first outputs.
 
         Args:
             images: paths, or an array [n, height, width, channels] of the model's size, uint8 (0 to 255) or float (0
@@ -133,17 +135,26 @@ class Model:
             raise InputError(f"labels: has elements of type {kinds}; give all numbers or all strings") from None
         if len(labels) != len(pixels):
             raise InputError(f"labels: has {len(labels)} labels for {len(pixels)} images; give one per image")
-        if len(classes) != way:
+        if not 2 <= len(classes) <= way:
             raise InputError(
                 f"labels: has {len(classes)} classes, but {self.checkpoint} is a {way}-way model; "
-                f"{_other_models(len(classes), Path(self.checkpoint).parent)}"
+                f"{_other_models(len(classes), self)}"
             )
+        if len(classes) < way:
+            return self._for(len(classes)).adapt(pixels, labels)
         support_x = self.inputs(pixels)
         support_y = tf.one_hot([classes.index(label) for label in labels], way)
         trajectory = [self.maml.values()]
         for j in range(self.updates):
             trajectory.append(self._one_update(trajectory[-1], support_x, support_y, tf.constant(j)))
         return Adapted(self, classes, support_x, trajectory)
+
+    def _for(self, way):
+        """Return this model for fewer classes."""
+        if way not in self._narrower:
+            maml, recipe = runs.narrowed(self.recipe, self.maml, way), dataclasses.replace(self.recipe, way=way)
+            self._narrower[way] = Model(recipe, maml, self.checkpoint, self.updates, self.normalise_with)
+        return self._narrower[way]
 
     def _loss(self, logits, labels):
         """Return the recipe's loss, for any number of labeled images per class."""
@@ -315,18 +326,19 @@ def _remove_gradient_names(graph):
     graph.write_bytes(saved.SerializeToString(deterministic=True))
 
 
-def _other_models(way, folder):
-    """Return the advice for an error: models for this number of classes, in the folder's parent or published."""
+def _other_models(way, model):
+    """Return the advice for an error: models for so many classes or more, next to the model or published."""
     if way < 2:
-        return "give as many classes as the model has"
-    models = []
-    for record in sorted({*folder.resolve().parent.glob("*/flags.json"), *PUBLISHED.glob("*/flags.json")}):
+        return f"give 2 to {model.recipe.way} classes"
+    models, siblings = [], Path(model.checkpoint).parent.resolve().parent
+    for record in sorted({*siblings.glob("*/flags.json"), *PUBLISHED.glob("*/flags.json")}):
         with contextlib.suppress(InputError, FileNotFoundError):  # skip damaged records
             flags = runs.read_json(record, dict, "remove it")
-            if flags.get("num_classes") == way and flags.get("datasource") not in (None, "sinusoid"):
+            has = flags.get("num_classes")
+            if isinstance(has, int) and has >= way and flags.get("datasource") not in (None, "sinusoid"):
                 models.append(os.path.relpath(record.parent))
     if models:
-        return f"use a {way}-way model: {', '.join(models)}"
+        return f"use a model for {way} classes or more: {', '.join(models)}"
     return f"train a {way}-way model (--num_classes={way}), on {way} or more other classes, and {way} more to validate"
 
 
@@ -502,17 +514,17 @@ def _remark(line):
 
 
 def labeled_files(model: Model, folder: str) -> dict[str, str]:
-    """Return path -> class of the labeled images. Raise InputError unless there are N classes, each with images."""
+    """Return path -> class of the labeled images. Raise InputError unless 2 to N classes have images."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; give a folder with one subfolder of images per class")
     classes, way = class_folders(folder), model.recipe.way
     if loose := len(image_files(folder)) - sum(map(len, classes.values())):
         _remark(f"{folder}: ignored {loose:,} images outside class folders")
     _report_ignored(folder)
-    if len(classes) != way:
+    if not 2 <= len(classes) <= way:
         raise InputError(
             f"{folder}: has {len(classes)} class folders{_first_ten(sorted(classes))}, but {model.checkpoint} is a "
-            f"{way}-way model; {_other_models(len(classes), Path(model.checkpoint).parent)}"
+            f"{way}-way model; {_other_models(len(classes), model)}"
         )
     for name, files in classes.items():
         if not files:

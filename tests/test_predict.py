@@ -24,8 +24,11 @@ import runs
 from data_generator import ImageTasks
 from files import InputError
 from images import Classes, read_image
+from maml import adapt
+from networks import support_normalized
 from recipe import DATASETS
 from tests.helpers import without_start_up_lines
+from utils import Tasks
 
 PUBLISHED = predict.PUBLISHED / "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm"
 
@@ -171,7 +174,8 @@ def test_predictions_after_any_number_of_updates(model, characters):
     "images, labels, named",
     [
         (np.zeros((5, 28, 28), np.uint8), "abcd", "^labels: .*4 labels .*5 images"),
-        (np.zeros((5, 28, 28), np.uint8), "abcdd", "^labels: .*4 classes.* 5-way .*--num_classes=4"),
+        (np.zeros((6, 28, 28), np.uint8), "abcdef", "^labels: .*6 classes.* 5-way .*--num_classes=6"),
+        (np.zeros((5, 28, 28), np.uint8), "aaaaa", "^labels: .*1 classes.* 5-way .* 2 to 5"),
         (np.zeros((5, 28, 28), np.uint8), np.eye(5), "^labels: .*ndarray"),
         (np.zeros((5, 28, 28), np.uint8), [0, 1, 2, 3, "e"], "^labels: .*int and str"),
         (np.zeros((5, 84, 84, 3), np.uint8), "abcde", r"^images: .*\[5, 84, 84, 3\].* \[n, 28, 28, 1\]"),
@@ -193,6 +197,39 @@ def test_predictions_after_any_number_of_updates(model, characters):
 def test_invalid_images_and_labels_are_refused(model, images, labels, named):
     with pytest.raises(InputError, match=named):
         model.adapt(images, list(labels) if isinstance(labels, str) else labels)
+
+
+@pytest.mark.parametrize("way", [2, 4])
+def test_fewer_classes_use_the_first_outputs(model, characters, way):
+    folders = sorted((characters / "labeled").iterdir())[-way:]
+    paths = [path for folder in folders for path in sorted(folder.iterdir())]
+    labels = [path.parent.name for path in paths]
+    queries = [path for folder in folders for path in sorted((characters / "unlabeled" / folder.name).iterdir())]
+    adapted = model.adapt(paths, labels)
+    assert adapted.classes == [folder.name for folder in folders]
+
+    theta = {name: value[..., :way] if name in ("w5", "b5") else value for name, value in model.maml.values().items()}
+    support_x = model.inputs(model.read(paths))
+    support_y = tf.one_hot([adapted.classes.index(label) for label in labels], way)
+    weights = adapt(model.inner, theta, Tasks(support_x, support_y, support_x, support_y), model.updates)
+    scores = support_normalized(model.inner.network, weights, support_x, model.inputs(model.read(queries)))
+    found = adapted.predict(queries)
+    np.testing.assert_allclose(found, tf.nn.softmax(scores), atol=1e-5)
+    right = found.argmax(1) == [adapted.classes.index(path.parent.name) for path in queries]
+    assert right.mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["step", "weight"])
+def test_learned_step_sizes_of_fewer_classes(kind):
+    """Those per update stay whole, even if there are as many updates as classes."""
+    trained = recipe.Recipe(data_set="omniglot", way=5, inner_steps=5, filters=2, learn_inner_lr=kind)
+    maml = recipe.build(trained)
+    for number, weight in enumerate(maml.weights.values()):
+        weight.assign(np.arange(number, number + weight.shape.num_elements()).reshape(weight.shape))
+    narrow = runs.narrowed(trained, maml, 2)
+    assert narrow.weights["b5"].numpy().tolist() == maml.weights["b5"].numpy()[:2].tolist()
+    sizes = maml.weights["step_size_b5"].numpy()
+    np.testing.assert_array_equal(narrow.weights["step_size_b5"], sizes if kind == "step" else sizes[:2])
 
 
 @pytest.mark.parametrize(
@@ -453,7 +490,7 @@ def test_undecodable_file_names_survive_in_the_table(characters, capsys, tmp_pat
 
 
 def test_error_suggests_models_with_the_right_number_of_classes(model, tmp_path):
-    """From the model's parent folder and the published runs, without damaged records."""
+    """Or with more: from the model's parent folder and the published runs, without damaged records."""
     folder = tmp_path / PUBLISHED.name
     shutil.copytree(PUBLISHED, folder)
     (tmp_path / "damaged").mkdir()
@@ -463,7 +500,7 @@ def test_error_suggests_models_with_the_right_number_of_classes(model, tmp_path)
     flags = json.loads((PUBLISHED / "flags.json").read_text())
     (other / "flags.json").write_text(json.dumps(flags | {"num_classes": 7}))
     with pytest.raises(InputError, match=r"^labels: .*cls_7$"):
-        predict.load(folder).adapt(np.zeros((7, 28, 28), np.uint8), range(7))
+        predict.load(folder).adapt(np.zeros((6, 28, 28), np.uint8), range(6))
 
 
 WITHOUT_THE_PROJECT = """
