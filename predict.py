@@ -21,6 +21,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import sys
@@ -63,6 +64,7 @@ NORMALIZED = {
     "support": "with the labeled images only",
     "batch": "with all images to classify, as in the paper",
 }
+CLASS_ORDERS = {0: "all cyclic orders, whose probabilities are averaged", 1: "only that of the names"}
 UPDATES = recipes.DEFINITIONS["num_updates"].accepts._replace(least=0)  # 0: use the meta-learned weights
 CHUNK = 64  # images to read and classify at once with normalise_with=support
 PROGRESS_BAR_FROM = 200  # images
@@ -73,7 +75,12 @@ COLUMNS = ("image", "class", "probability")  # of the table of predictions; one 
 
 
 def load(
-    run: Path | str, *, checkpoint: int | str = -1, updates: int | None = None, normalise_with: str = "support"
+    run: Path | str,
+    *,
+    checkpoint: int | str = -1,
+    updates: int | None = None,
+    normalise_with: str = "support",
+    class_orders: int = 0,
 ) -> "Model":
     """Return a trained image classifier.
 
@@ -85,6 +92,9 @@ def load(
         normalise_with: which images batch norm normalizes together. "support": each image with the labeled images, so
             that its prediction does not depend on other images. "batch": all images of one call of `predict`, as in
             the paper.
+        class_orders: which outputs of the model the classes get. The outputs are not alike, so their order changes the
+            answer. 0: all cyclic orders of the classes, sorted by their images; the probabilities are averaged, so they
+            do not depend on the labels' names. 1: one order, by name.
     Raise InputError for a missing run or checkpoint, a sinusoid run, or an invalid argument.
     """
     recipe, maml, prefix = runs.load(run, checkpoint)
@@ -93,14 +103,25 @@ def load(
     check_choice("normalise_with", normalise_with, NORMALIZED)
     if updates is not None and not (isinstance(updates, Integral) and updates in UPDATES):
         raise InputError(f"updates={updates}: must be {UPDATES}")
-    return Model(recipe, maml, prefix, updates, normalise_with)
+    if class_orders not in CLASS_ORDERS:
+        raise InputError(f"class_orders={class_orders!r}: must be 0 (all) or 1 (by name)")
+    return Model(recipe, maml, prefix, updates, normalise_with, class_orders)
 
 
 class Model:
     """A trained image classifier that learns new classes from a few labeled images of each. Returned by `load`."""
 
-    def __init__(self, recipe: Recipe, maml: MAML, checkpoint: str, updates: int | None, normalise_with: str):
-        self.recipe, self.maml, self.checkpoint, self.normalise_with = recipe, maml, checkpoint, normalise_with
+    def __init__(
+        self,
+        recipe: Recipe,
+        maml: MAML,
+        checkpoint: str,
+        updates: int | None,
+        normalise_with: str,
+        class_orders: int = 0,
+    ):
+        self.recipe, self.maml, self.checkpoint = recipe, maml, checkpoint
+        self.normalise_with, self.class_orders = normalise_with, class_orders
         if updates is None:
             updates = (recipe.paper_updates or (recipe.inner_steps,))[-1]
         self.updates = updates
@@ -142,18 +163,25 @@ class Model:
             )
         if len(classes) < way:
             return self._for(len(classes)).adapt(pixels, labels)
-        support_x = self.inputs(pixels)
-        support_y = tf.one_hot([classes.index(label) for label in labels], way)
-        trajectory = [self.maml.values()]
-        for j in range(self.updates):
-            trajectory.append(self._one_update(trajectory[-1], support_x, support_y, tf.constant(j)))
-        return Adapted(self, classes, support_x, trajectory)
+        numbers, columns = np.array([classes.index(label) for label in labels]), np.arange(way)[None]
+        if self.class_orders == 0:
+            order, places = _ordered_by_images(pixels, numbers)
+            pixels, numbers = pixels[order], numbers[order]
+            columns = (places + np.arange(way)[:, None]) % way
+        support_x, trajectories = self.inputs(pixels), []
+        for column_of in columns:
+            support_y, trajectory = tf.one_hot(column_of[numbers], way), [self.maml.values()]
+            for j in range(self.updates):
+                trajectory.append(self._one_update(trajectory[-1], support_x, support_y, tf.constant(j)))
+            trajectories.append(trajectory)
+        return Adapted(self, classes, support_x, columns, trajectories)
 
     def _for(self, way):
         """Return this model for fewer classes."""
         if way not in self._narrower:
             maml, recipe = runs.narrowed(self.recipe, self.maml, way), dataclasses.replace(self.recipe, way=way)
-            self._narrower[way] = Model(recipe, maml, self.checkpoint, self.updates, self.normalise_with)
+            settings = self.checkpoint, self.updates, self.normalise_with, self.class_orders
+            self._narrower[way] = Model(recipe, maml, *settings)
         return self._narrower[way]
 
     def _loss(self, logits, labels):
@@ -234,40 +262,73 @@ class Model:
 class Adapted:
     """A model adapted to the classes of labeled images. Returned by Model.adapt."""
 
-    def __init__(self, model: Model, classes: list, support_x: tf.Tensor, trajectory: list[Weights]):
-        """trajectory: the weights before the first update and after each one."""
-        self.model, self.classes, self.support_x, self.trajectory = model, classes, support_x, trajectory
+    def __init__(
+        self,
+        model: Model,
+        classes: list,
+        support_x: tf.Tensor,
+        columns: np.ndarray,
+        trajectories: list[list[Weights]],
+    ):
+        """Store the weights of R class orders.
+
+        columns: [R, N], the output that each class has in each order. trajectories: for each order, the weights before
+        the first update and after each one.
+        """
+        self.model, self.classes, self.support_x = model, classes, support_x
+        self.columns, self.trajectories = columns, trajectories
 
     def predict(self, images: object, updates: int | None = None) -> np.ndarray:
-        """Return the probability of each class, float32 [n, N]; column c is classes[c].
+        """Return the probability of each class, float32 [n, N]; column c is classes[c]. Arguments as in predict_orders.
+
+        It is the mean over the class orders.
+        """
+        return self.predict_orders(images, updates).mean(0)
+
+    def predict_orders(self, images: object, updates: int | None = None) -> np.ndarray:
+        """Return the probability of each class in each of the R class orders, float32 [R, n, N].
 
         Args:
             images: as in Model.adapt.
             updates: use the weights after this many updates; None: after all.
         Raise InputError if the images are invalid, if fewer updates were taken, or if the updates diverged.
         """
-        if updates is not None and not (isinstance(updates, Integral) and 0 <= updates < len(self.trajectory)):
-            taken = len(self.trajectory) - 1
+        taken = len(self.trajectories[0]) - 1
+        if updates is not None and not (isinstance(updates, Integral) and 0 <= updates <= taken):
             raise InputError(f"updates={updates}: the model took {taken} updates; give 0 to {taken}")
-        pixels, weights = self.model._pixels(images), self.trajectory[-1 if updates is None else updates]
+        pixels, update = self.model._pixels(images), taken if updates is None else updates
         size = CHUNK if self.model.normalise_with == "support" else len(pixels)
+        parts = []
         try:
-            parts = [
-                self.model._probabilities(weights, self.support_x, self.model.inputs(pixels[first : first + size]))
-                for first in range(0, len(pixels), size)
-            ]
+            for first in range(0, len(pixels), size):
+                query_x = self.model.inputs(pixels[first : first + size])
+                weights = (trajectory[update] for trajectory in self.trajectories)
+                parts.append([self.model._probabilities(each, self.support_x, query_x) for each in weights])
         except tf.errors.ResourceExhaustedError:
             raise InputError(
                 f"images: {len(pixels):,} at once do not fit in memory; classify fewer at once, or use "
                 "--normalise_with=support"
             ) from None
-        probabilities = np.concatenate(parts)
+        probabilities = np.take_along_axis(np.concatenate(parts, 1), self.columns[:, None], 2)
         if not np.isfinite(probabilities).all():
             raise InputError(
                 "--updates: the updates on the labeled images diverged, so the probabilities are NaN; take fewer "
                 "updates, or use images that are more like the training images"
             )
         return probabilities
+
+
+def _ordered_by_images(pixels, numbers):
+    """Sort labeled images and their classes by the checksums of the pixels, so that their names do not matter.
+
+    Args: pixels [n, ...]; numbers, the class of each image, int [n]. Return the images' order, and each class's place.
+    """
+    if pixels.dtype != np.uint8:
+        pixels = np.uint8(np.round(255 * pixels))
+    checksums = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+    images = [sorted(np.array(checksums)[numbers == c]) for c in range(numbers.max() + 1)]
+    places = np.argsort(sorted(range(len(images)), key=images.__getitem__))
+    return sorted(range(len(pixels)), key=lambda i: (places[numbers[i]], checksums[i])), places
 
 
 def export(model: Model, folder: Path | str) -> None:
@@ -374,6 +435,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         + " (default: support)",
     )
     parser.add_argument(
+        "--class_orders",
+        type=int,
+        default=0,
+        choices=list(CLASS_ORDERS),
+        help="orders of the classes in the model's last layer, which change its answers; "
+        + "; ".join(f"{value}: {orders}" for value, orders in CLASS_ORDERS.items())
+        + " (default: 0)",
+    )
+    parser.add_argument(
         "--export", **path, metavar="DIR", help="write the model to DIR as a SavedModel instead of classifying images"
     )
     args = parser.parse_intermixed_args(arguments)
@@ -387,6 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             checkpoint=args.checkpoint if args.checkpoint == "best" else _iteration(args.checkpoint),
             updates=args.updates,
             normalise_with=args.normalise_with,
+            class_orders=args.class_orders,
         )
         if args.export:
             export(model, args.export)
@@ -429,6 +500,7 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
     adapted = model.adapt(np.stack([image for *_, image in support]), [label for _, label, _ in support])
     path_width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
     class_width = max(len("class"), *(len(printable(name)) for name in adapted.classes))
+    orders, heading = len(adapted.columns), "" if model.class_orders == 1 else "  orders"
     with printing():
         say(
             f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(support)} labeled images "
@@ -437,7 +509,12 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
         if model.inner.network.batch_statistics:
             images = NORMALIZED[model.normalise_with]
             print(f"Each image is normalized {images} (--normalise_with={model.normalise_with}).")
-        print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability  runner-up", flush=True)
+        if heading:
+            print(
+                f"Probabilities are means over {orders} class orders (--class_orders={model.class_orders}); the column "
+                "orders says how many give this class."
+            )
+        print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability{heading}  runner-up", flush=True)
     rows, dark = [], []
     with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= PROGRESS_BAR_FROM else True) as bar:
         size = CHUNK if model.normalise_with == "support" else len(paths)
@@ -446,14 +523,16 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
             if chunk:
                 dark += [has_dark_border(image) for _, image in chunk]
                 asked += [(path, "unlabeled", "", fingerprint(image)) for path, image in chunk]
-                predicted = adapted.predict(np.stack([image for _, image in chunk]))
-                for (path, _), probabilities in zip(chunk, predicted, strict=True):
+                predicted = adapted.predict_orders(np.stack([image for _, image in chunk]))
+                agreeing = (predicted.argmax(2) == predicted.mean(0).argmax(1)).sum(0)
+                for (path, _), probabilities, agree in zip(chunk, predicted.mean(0), agreeing, strict=True):
                     best, second = np.argsort(-probabilities, kind="stable")[:2]
+                    share = f"{agree}/{orders}".rjust(len(heading)) if heading else ""
                     rows.append([path, adapted.classes[best], probabilities[best], *probabilities])
                     with printing(), tqdm.external_write_mode():
                         print(
                             f"{printable(path):{path_width}}  {printable(adapted.classes[best]):{class_width}}"
-                            f"  {probabilities[best]:11.2f}"
+                            f"  {probabilities[best]:11.2f}{share}"
                             f"  {printable(adapted.classes[second])} {probabilities[second]:.2f}",
                             flush=True,
                         )

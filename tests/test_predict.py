@@ -24,7 +24,7 @@ import runs
 from data_generator import ImageTasks
 from files import InputError
 from images import Classes, read_image
-from maml import adapt
+from maml import MAML, adapt
 from networks import support_normalized
 from recipe import DATASETS
 from tests.helpers import without_start_up_lines
@@ -90,7 +90,7 @@ def test_command_prints_a_line_and_writes_a_row_for_each_image(characters, capsy
         assert float(probability) == max(numbers) == numbers[classes.index(answer)]
         second = classes[np.argsort(numbers)[-2]]
         (line,) = (line for line in out.splitlines() if line.startswith(f"{path} "))
-        assert line.split()[1] == answer and line.split()[3] == second
+        assert line.split()[1] == answer and line.split()[4] == second
     right = [Path(row[0]).parent.name == row[1] for row in rows]
     assert np.mean(right) > 0.9
 
@@ -127,8 +127,9 @@ def test_support_makes_predictions_independent_of_other_images(model, characters
     adapted = _adapted(model, characters)
     assert not np.allclose(adapted.predict(queries[:1])[0], adapted.predict(queries)[0], atol=0.01)
     pixels = model.inputs(model.read(queries))
-    scores = model.maml.inner.network.apply(adapted.trajectory[-1], pixels)
-    np.testing.assert_allclose(adapted.predict(queries), tf.nn.softmax(scores), atol=1e-6)
+    scores = [model.maml.inner.network.apply(trajectory[-1], pixels) for trajectory in adapted.trajectories]
+    for order, columns, found in zip(scores, adapted.columns, adapted.predict_orders(queries), strict=True):
+        np.testing.assert_allclose(found, tf.nn.softmax(order).numpy()[:, columns], atol=1e-6)
 
 
 def _adapted(model, characters):
@@ -159,7 +160,8 @@ def test_predictions_after_any_number_of_updates(model, characters):
     queries = sorted((characters / "unlabeled").glob("*/*"))[:5]
     adapted = _adapted(model, characters)
     one = _adapted(predict.load(PUBLISHED, updates=1), characters)
-    assert (len(adapted.trajectory), len(one.trajectory)) == (4, 2)
+    assert {len(trajectory) for trajectory in adapted.trajectories} == {4}
+    assert {len(trajectory) for trajectory in one.trajectories} == {2}
     np.testing.assert_allclose(adapted.predict(queries, updates=1), one.predict(queries), atol=1e-6)
     assert not np.allclose(adapted.predict(queries, updates=0), one.predict(queries), atol=0.01)
     for wrong in (-1, 4, 1.5, "1"):
@@ -200,7 +202,8 @@ def test_invalid_images_and_labels_are_refused(model, images, labels, named):
 
 
 @pytest.mark.parametrize("way", [2, 4])
-def test_fewer_classes_use_the_first_outputs(model, characters, way):
+def test_fewer_classes_use_the_first_outputs(characters, way):
+    model = predict.load(PUBLISHED, class_orders=1)
     folders = sorted((characters / "labeled").iterdir())[-way:]
     paths = [path for folder in folders for path in sorted(folder.iterdir())]
     labels = [path.parent.name for path in paths]
@@ -217,6 +220,74 @@ def test_fewer_classes_use_the_first_outputs(model, characters, way):
     np.testing.assert_allclose(found, tf.nn.softmax(scores), atol=1e-5)
     right = found.argmax(1) == [adapted.classes.index(path.parent.name) for path in queries]
     assert right.mean() > 0.9
+
+
+def sensitive(way: int = 5) -> tuple[recipe.Recipe, MAML]:
+    """Return an untrained model. The order of the classes changes many of its answers."""
+    trained = recipe.Recipe(data_set="omniglot", way=way, filters=4, inner_lr=0.1)
+    return trained, recipe.build(trained)
+
+
+@pytest.mark.parametrize("normalise_with", ["support", "batch"])
+@pytest.mark.parametrize("way", [3, 5])
+def test_answers_do_not_depend_on_the_names_of_classes_and_files(characters, normalise_with, way):
+    """Bit for bit, with all class orders. With one, they do."""
+    folders, names = sorted((characters / "labeled").iterdir())[:way], "abcde"[:way]
+    queries = sorted((characters / "unlabeled").glob("*/*"))
+
+    def answers(name_of, reverse, class_orders):
+        model = predict.Model(*sensitive(), "model0", 3, normalise_with, class_orders)
+        labeled = [(path, name) for folder, name in zip(folders, name_of, strict=True) for path in folder.iterdir()]
+        adapted = model.adapt(*zip(*sorted(labeled, reverse=reverse), strict=True))
+        assert adapted.classes == sorted(name_of)
+        assert len(adapted.columns) == (1 if class_orders == 1 else way)
+        return adapted.predict(queries)[:, [adapted.classes.index(name) for name in name_of]]
+
+    others = [names[::-1], names[1:] + names[0], names[1] + names[0] + names[2:]]
+    expected = answers(names, False, 0)
+    for other in others:
+        np.testing.assert_array_equal(answers(other, True, 0), expected)
+    changed = [(answers(other, False, 1).argmax(1) != answers(names, False, 1).argmax(1)).any() for other in others]
+    assert any(changed)
+
+
+def test_class_orders_are_averaged(characters):
+    """Each is one with the names that make it: every class has every output once."""
+    paths = sorted((characters / "labeled").glob("*/*"))
+    queries = sorted((characters / "unlabeled").glob("*/*"))[::4]
+    labels = [path.parent.name for path in paths]
+    trained = sensitive()
+    adapted = predict.Model(*trained, "model0", 3, "support").adapt(paths, labels)
+    found = adapted.predict_orders(queries)
+    by_name = predict.Model(*trained, "model0", 3, "support", class_orders=1)
+    assert sorted(map(sorted, adapted.columns.T.tolist())) == [list(range(5))] * 5
+    for columns, probabilities in zip(adapted.columns, found, strict=True):
+        renamed = [int(columns[adapted.classes.index(label)]) for label in labels]
+        expected = by_name.adapt(paths, renamed).predict(queries)[:, columns]
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    np.testing.assert_allclose(adapted.predict(queries), found.mean(0), atol=1e-7)
+    with pytest.raises(InputError, match=r"^class_orders=2: "):
+        predict.load(PUBLISHED, class_orders=2)
+
+
+def test_command_says_how_many_class_orders_agree(characters, capsys, tmp_path):
+    folder, (trained, maml) = tmp_path / "run", sensitive()
+    run = runs.Run(folder)
+    maml.step.assign(1)
+    with run.locked():
+        run.record(recipe.to_flags(trained))
+        run.save(maml)
+    queries = sorted((characters / "unlabeled").glob("*/*"))[::9]
+    adapted = _adapted(predict.load(folder), characters)
+    orders = adapted.predict_orders(queries)
+    agree = (orders.argmax(2) == orders.mean(0).argmax(1)).sum(0)
+    assert len(set(agree)) > 1
+    arguments = folder, characters / "labeled", *queries
+    out, _ = command(capsys, *arguments)
+    for path, count in zip(queries, agree, strict=True):
+        assert f" {count}/5 " in next(line for line in out.splitlines() if line.startswith(f"{path} "))
+    out, _ = command(capsys, *arguments, "--class_orders=1")
+    assert "/5 " not in out.replace(str(characters), "")
 
 
 @pytest.mark.parametrize("kind", ["step", "weight"])
@@ -536,7 +607,7 @@ def test_export_runs_without_the_project(characters, capsys, tmp_path, way):
     """In a process that cannot import the project, TensorFlow gives the same numbers."""
     out, _ = command(capsys, PUBLISHED, f"--export={tmp_path / 'exported'}", f"--normalise_with={way}")
     assert str(tmp_path / "exported") in out
-    model = predict.load(PUBLISHED, normalise_with=way)
+    model = predict.load(PUBLISHED, normalise_with=way, class_orders=1)
     adapted = _adapted(model, characters)
     queries = sorted((characters / "unlabeled").glob("*/*"))
     labeled = sorted((characters / "labeled").glob("*/*"))
