@@ -67,6 +67,7 @@ NORMALIZED = {
 CLASS_ORDERS = {0: "all cyclic orders, whose probabilities are averaged", 1: "only that of the names"}
 UPDATES = recipes.DEFINITIONS["num_updates"].accepts._replace(least=0)  # 0: use the meta-learned weights
 CHUNK = 64  # images to read and classify at once with normalise_with=support
+MAX_HELD_OUT = 10  # labeled images of each class
 PROGRESS_BAR_FROM = 200  # images
 COLUMNS = ("image", "class", "probability")  # of the table of predictions; one column per class follows
 
@@ -144,23 +145,8 @@ class Model:
             labels: one number or string per image.
         Raise InputError if images or labels are invalid.
         """
-        pixels = self._pixels(images)
-        try:
-            labels = list(labels)
-        except TypeError:
-            raise InputError(f"labels: has type {type(labels).__name__}; give a list, one label per image") from None
-        try:
-            classes, way = sorted(set(labels)), self.recipe.way
-        except TypeError:  # rows of a one-hot array, or numbers mixed with strings
-            kinds = " and ".join(sorted({type(label).__name__ for label in labels}))
-            raise InputError(f"labels: has elements of type {kinds}; give all numbers or all strings") from None
-        if len(labels) != len(pixels):
-            raise InputError(f"labels: has {len(labels)} labels for {len(pixels)} images; give one per image")
-        if not 2 <= len(classes) <= way:
-            raise InputError(
-                f"labels: has {len(classes)} classes, but {self.checkpoint} is a {way}-way model; "
-                f"{_other_models(len(classes), self)}"
-            )
+        pixels, labels, classes = self._labeled(images, labels)
+        way = self.recipe.way
         if len(classes) < way:
             return self._for(len(classes)).adapt(pixels, labels)
         numbers, columns = np.array([classes.index(label) for label in labels]), np.arange(way)[None]
@@ -175,6 +161,43 @@ class Model:
                 trajectory.append(self._one_update(trajectory[-1], support_x, support_y, tf.constant(j)))
             trajectories.append(trajectory)
         return Adapted(self, classes, support_x, columns, trajectories)
+
+    def hold_out(self, images: object, labels: Sequence[str] | Sequence[int]) -> np.ndarray:
+        """Return whether the model is right about labeled images that it was not adapted to, bool [n].
+
+        Hold out one image of each class, adapt the model to the others, and classify those held out; then the next one
+        of each class, up to ten. Arguments and errors as in adapt. Return [0] if a class has only one image.
+        """
+        pixels, labels, classes = self._labeled(images, labels)
+        places = [[place for place, label in enumerate(labels) if label == name] for name in classes]
+        right = []
+        for turn in range(min(MAX_HELD_OUT, max(map(len, places))) if min(map(len, places)) > 1 else 0):
+            held = [own[turn] for own in places if turn < len(own)]
+            others = [place for place in range(len(labels)) if place not in held]
+            answers = self.adapt(pixels[others], [labels[place] for place in others]).predict(pixels[held]).argmax(1)
+            right += [classes[answer] == labels[place] for answer, place in zip(answers, held, strict=True)]
+        return np.array(right, bool)
+
+    def _labeled(self, images, labels):
+        """Check labeled images. Return the pixels, the labels as a list, and the sorted classes."""
+        pixels, way = self._pixels(images), self.recipe.way
+        try:
+            labels = list(labels)
+        except TypeError:
+            raise InputError(f"labels: has type {type(labels).__name__}; give a list, one label per image") from None
+        try:
+            classes = sorted(set(labels))
+        except TypeError:  # rows of a one-hot array, or numbers mixed with strings
+            kinds = " and ".join(sorted({type(label).__name__ for label in labels}))
+            raise InputError(f"labels: has elements of type {kinds}; give all numbers or all strings") from None
+        if len(labels) != len(pixels):
+            raise InputError(f"labels: has {len(labels)} labels for {len(pixels)} images; give one per image")
+        if not 2 <= len(classes) <= way:
+            raise InputError(
+                f"labels: has {len(classes)} classes, but {self.checkpoint} is a {way}-way model; "
+                f"{_other_models(len(classes), self)}"
+            )
+        return pixels, labels, classes
 
     def _for(self, way):
         """Return this model for fewer classes."""
@@ -444,6 +467,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         + " (default: 0)",
     )
     parser.add_argument(
+        "--no_hold_out",
+        action="store_true",
+        help="do not measure the accuracy by holding out labeled images, which needs two or more of each class",
+    )
+    parser.add_argument(
         "--export", **path, metavar="DIR", help="write the model to DIR as a SavedModel instead of classifying images"
     )
     args = parser.parse_intermixed_args(arguments)
@@ -463,7 +491,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export(model, args.export)
             say(f"Wrote {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
-            answer(model, args.labeled, args.unlabeled, args.csv)
+            answer(model, args.labeled, args.unlabeled, args.csv, not args.no_hold_out)
         sys.stdout.flush()
     except BrokenPipeError:  # for example, from `| head`
         _discard_output(sys.stdout)
@@ -475,13 +503,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | None) -> None:
+def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | None, hold_out: bool = True) -> None:
     """Adapt the model to the labeled images, and print the class of every other image.
 
     Args:
         labeled: folder with one folder of images per class.
         unlabeled: images, or folders of images.
         table: file to write all probabilities to, or None.
+        hold_out: first print the accuracy on labeled images held out, if each class has two or more.
     """
     label_of, paths = labeled_files(model, labeled), unlabeled_files(labeled, unlabeled)
     if table:
@@ -497,7 +526,8 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
     asked, originals = [], {row[3]: row for row in reversed(known) if row[3]}  # fingerprint -> first labeled image
     _report_repeats(labeled, known)
     warned = _warn_of_dark_borders(model, labeled, [has_dark_border(image) for *_, image in support])
-    adapted = model.adapt(np.stack([image for *_, image in support]), [label for _, label, _ in support])
+    images, labels = np.stack([image for *_, image in support]), [label for _, label, _ in support]
+    adapted, right = model.adapt(images, labels), model.hold_out(images, labels) if hold_out else np.array([], bool)
     path_width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
     class_width = max(len("class"), *(len(printable(name)) for name in adapted.classes))
     orders, heading = len(adapted.columns), "" if model.class_orders == 1 else "  orders"
@@ -513,6 +543,12 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
             print(
                 f"Probabilities are means over {orders} class orders (--class_orders={model.class_orders}); the column "
                 "orders says how many give this class."
+            )
+        if right.size:
+            low, high = _interval(right)
+            print(
+                f"Labeled images held out, one of each class at a time: {right.sum()} of {right.size} are right, "
+                f"{right.mean():.0%} (95% interval {low:.0%} to {high:.0%}; chance {1 / len(adapted.classes):.0%})."
             )
         print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability{heading}  runner-up", flush=True)
     rows, dark = [], []
@@ -549,6 +585,13 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
         write_whole(table, lambda file: file.write(text.encode(errors="surrogateescape")))
         with printing():
             say(f"Wrote {table}.")
+
+
+def _interval(right):
+    """Return the 95% confidence interval (Wilson's) of the accuracy, given bool [n]."""
+    n, z = right.size, 1.96
+    center, half = (right.sum() + z**2 / 2) / (n + z**2), z * np.sqrt(n * right.mean() * (1 - right.mean()) + z**2 / 4)
+    return center - half / (n + z**2), center + half / (n + z**2)
 
 
 def _check_table(table):

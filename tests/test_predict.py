@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import tensorflow as tf
 from PIL import Image, ImageOps
 
@@ -288,6 +289,48 @@ def test_command_says_how_many_class_orders_agree(characters, capsys, tmp_path):
         assert f" {count}/5 " in next(line for line in out.splitlines() if line.startswith(f"{path} "))
     out, _ = command(capsys, *arguments, "--class_orders=1")
     assert "/5 " not in out.replace(str(characters), "")
+
+
+def test_hold_out_classifies_labeled_images_that_the_model_was_not_adapted_to(characters):
+    """One of each class at a time. Classes may have different numbers of images."""
+    paths = sorted((characters / "labeled").glob("*/*"))[1:]  # 2, 3, 4 and 5 images of four classes
+    labels = [path.parent.name for path in paths]
+    model = predict.Model(*sensitive(), "model0", 3, "support")
+    expected = []
+    for turn in range(5):
+        places = {name: [i for i, label in enumerate(labels) if label == name] for name in sorted(set(labels))}
+        held = [own[turn] for own in places.values() if turn < len(own)]
+        kept = [i for i in range(len(paths)) if i not in held]
+        adapted = model.adapt([paths[i] for i in kept], [labels[i] for i in kept])
+        answers = adapted.predict([paths[i] for i in held]).argmax(1)
+        expected += [adapted.classes[answer] == labels[i] for answer, i in zip(answers, held, strict=True)]
+    assert len(expected) == 14 and len(set(expected)) == 2
+    assert model.hold_out(paths, labels).tolist() == expected
+    assert model.hold_out(paths[1:], labels[1:]).shape == (0,)  # one image of the first class
+    many = model.read([path for path in paths for _ in range(6)])
+    assert model.hold_out(many, [label for label in labels for _ in range(6)]).shape == (40,)
+    with pytest.raises(InputError, match=r"^labels: .*int"):
+        model.hold_out(paths, 5)
+
+
+def test_command_prints_the_accuracy_on_images_held_out(characters, capsys, tmp_path):
+    """Before the answers, unless a class has only one image."""
+    shutil.copytree(characters / "labeled", tmp_path / "labeled")
+    query, labeled = next((characters / "unlabeled").glob("*/*")), tmp_path / "labeled"
+    out, _ = command(capsys, PUBLISHED, labeled, query)
+    assert "chance" not in out
+    shutil.rmtree(min(labeled.iterdir()))
+    out, _ = command(capsys, PUBLISHED, labeled, query)
+    before, _ = out.split(f"\n{query} ")
+    assert " 14 of 14 " in before and "100% (95% interval 78% to 100%; chance 25%)" in before
+    out, _ = command(capsys, PUBLISHED, labeled, query, "--no_hold_out")
+    assert "chance" not in out
+
+
+@pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (50, 100), (9, 20)])
+def test_interval_is_wilsons(right, n):
+    expected = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(predict._interval(np.arange(n) < right), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["step", "weight"])
