@@ -1,7 +1,7 @@
 """Classify images with a trained model, given a few labeled images of each class.
 
     python predict.py RUN LABELED UNLABELED [--csv=answers.csv]
-    python predict.py RUN --export=DIR
+    python predict.py RUN [LABELED] --export=DIR
 
 RUN is a run folder, such as one in logs/published/. LABELED is a folder with one subfolder of images per class: an
 N-way model takes 2 to N classes, and each needs at least one image. UNLABELED is one or more images or folders of
@@ -23,10 +23,11 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
@@ -109,7 +110,55 @@ def load(
     return Model(recipe, maml, prefix, updates, normalise_with, class_orders)
 
 
-class Model:
+class Reader:
+    """Reads images as in the training of a model."""
+
+    def __init__(self, recipe: Recipe):
+        self.images = recipe.dataset.images._replace(any_size=True)
+
+    def read(self, paths: Sequence[Path | str]) -> np.ndarray:
+        """Return images as in training, uint8 [n, height, width, channels]. Raise InputError if one is unreadable."""
+        return self._array([read_image(path, self.images) for path in paths])
+
+    def _array(self, images):
+        return np.array(images, np.uint8).reshape(-1, *self.images.size, self.images.channels)
+
+    def _pixels(self, images):
+        """Read a list of paths, or check an array. Return pixels [n, height, width, channels], uint8 or float."""
+        if isinstance(images, str | Path):
+            raise InputError(f"images: {images} is a single path; give a list of paths, or an array")
+        try:
+            are_paths = len(images) > 0 and isinstance(images[0], str | Path)
+        except (TypeError, LookupError):
+            raise InputError(f"images: has type {type(images).__name__}; give a list of paths, or an array") from None
+        if are_paths:
+            if not all(isinstance(image, str | Path) for image in images):
+                raise InputError("images: mixes paths with other values; give only paths, or one array")
+            return self.read(images)
+        try:
+            pixels = np.asarray(images)
+        except ValueError:
+            raise InputError("images: must all have the same shape; resize them, or give their paths") from None
+        size, channels = self.images.size, self.images.channels
+        if channels == 1 and pixels.shape[1:] == size:
+            pixels = pixels[..., None]
+        if pixels.shape[1:] != (*size, channels) or not len(pixels):
+            raise InputError(
+                f"images: has shape {list(pixels.shape)}, but the model takes [n, {size[0]}, {size[1]}, {channels}] "
+                "with n of at least 1; resize them, or give their paths"
+            )
+        if pixels.dtype != np.uint8:
+            if not np.issubdtype(pixels.dtype, np.floating):
+                raise InputError(f"images: has type {pixels.dtype}; give uint8 from 0 to 255, or floats from 0 to 1")
+            if not (pixels.min() >= 0 and pixels.max() <= 1):  # also refuses NaN
+                raise InputError(
+                    f"images: has floats from {pixels.min():g} to {pixels.max():g}; scale them to 0 to 1, or give "
+                    "uint8 from 0 to 255"
+                )
+        return pixels
+
+
+class Model(Reader):
     """A trained image classifier that learns new classes from a few labeled images of each. Returned by `load`."""
 
     def __init__(
@@ -121,20 +170,16 @@ class Model:
         normalise_with: str,
         class_orders: int = 0,
     ):
+        super().__init__(recipe)
         self.recipe, self.maml, self.checkpoint = recipe, maml, checkpoint
         self.normalise_with, self.class_orders = normalise_with, class_orders
         if updates is None:
             updates = (recipe.paper_updates or (recipe.inner_steps,))[-1]
         self.updates = updates
-        self.images = recipe.dataset.images._replace(any_size=True)
         self.inner = maml.inner._replace(loss=self._loss)
         self._images_spec = tf.TensorSpec([None, *self.images.size, self.images.channels])
         self._weights_spec = {name: tf.TensorSpec(weight.shape) for name, weight in maml.weights.items()}
         self._narrower = {}  # number of classes -> this model for so many
-
-    def read(self, paths: Sequence[Path | str]) -> np.ndarray:
-        """Return images as in training, uint8 [n, height, width, channels]. Raise InputError if one is unreadable."""
-        return self._array([read_image(path, self.images) for path in paths])
 
     def adapt(self, images: object, labels: Sequence[str] | Sequence[int]) -> "Adapted":
         """Return the model adapted to 2 to N classes. For fewer than N, it uses its first outputs.
@@ -244,43 +289,6 @@ class Model:
             self._weights_spec, self._images_spec, self._images_spec
         )
 
-    def _array(self, images):
-        return np.array(images, np.uint8).reshape(-1, *self.images.size, self.images.channels)
-
-    def _pixels(self, images):
-        """Read a list of paths, or check an array. Return pixels [n, height, width, channels], uint8 or float."""
-        if isinstance(images, str | Path):
-            raise InputError(f"images: {images} is a single path; give a list of paths, or an array")
-        try:
-            are_paths = len(images) > 0 and isinstance(images[0], str | Path)
-        except (TypeError, LookupError):
-            raise InputError(f"images: has type {type(images).__name__}; give a list of paths, or an array") from None
-        if are_paths:
-            if not all(isinstance(image, str | Path) for image in images):
-                raise InputError("images: mixes paths with other values; give only paths, or one array")
-            return self.read(images)
-        try:
-            pixels = np.asarray(images)
-        except ValueError:
-            raise InputError("images: must all have the same shape; resize them, or give their paths") from None
-        size, channels = self.images.size, self.images.channels
-        if channels == 1 and pixels.shape[1:] == size:
-            pixels = pixels[..., None]
-        if pixels.shape[1:] != (*size, channels) or not len(pixels):
-            raise InputError(
-                f"images: has shape {list(pixels.shape)}, but the model takes [n, {size[0]}, {size[1]}, {channels}] "
-                "with n of at least 1; resize them, or give their paths"
-            )
-        if pixels.dtype != np.uint8:
-            if not np.issubdtype(pixels.dtype, np.floating):
-                raise InputError(f"images: has type {pixels.dtype}; give uint8 from 0 to 255, or floats from 0 to 1")
-            if not (pixels.min() >= 0 and pixels.max() <= 1):  # also refuses NaN
-                raise InputError(
-                    f"images: has floats from {pixels.min():g} to {pixels.max():g}; scale them to 0 to 1, or give "
-                    "uint8 from 0 to 255"
-                )
-        return pixels
-
 
 class Adapted:
     """A model adapted to the classes of labeled images. Returned by Model.adapt."""
@@ -340,6 +348,80 @@ class Adapted:
             )
         return probabilities
 
+    def save(self, folder: Path | str) -> None:
+        """Write the adapted model as a SavedModel, which TensorFlow runs without this project.
+
+        Its one function, predict(images) -> {"probabilities": [n, N], "classes": [N]}, includes preprocessing and
+        normalization, but neither updates nor gradients. Images are [n, height, width, channels], all uint8 (0 to 255)
+        or all float32 (0 to 1); column c is classes[c]. The signature predict takes uint8, predict_float takes float32.
+        load_adapted reads it.
+        Raise InputError if the folder exists or cannot be written.
+        """
+        model, module = self.model, tf.Module()
+        module.weights = [
+            {name: tf.Variable(weight) for name, weight in trajectory[-1].items()} for trajectory in self.trajectories
+        ]
+        module.support_x = tf.Variable(self.support_x)
+
+        def predict(images):
+            support_x, query_x, orders = tf.convert_to_tensor(module.support_x), model.inputs(images), []
+            for weights, column_of in zip(module.weights, self.columns, strict=True):
+                orders.append(tf.gather(model.probabilities(weights, support_x, query_x), column_of, axis=1))
+            classes = [str(name).encode(errors="surrogateescape") for name in self.classes]
+            return {"probabilities": tf.reduce_mean(orders, 0), "classes": tf.constant(classes)}
+
+        module.predict = tf.function(predict, autograph=False)
+        signatures = {
+            name: module.predict.get_concrete_function(tf.TensorSpec(model._images_spec.shape, dtype, "images"))
+            for name, dtype in (("predict", tf.uint8), ("predict_float", tf.float32))
+        }
+        classes = [name.item() if isinstance(name, np.generic) else name for name in self.classes]
+        record = {
+            "classes": classes,
+            "normalise_with": model.normalise_with,
+            "recipe": recipes.to_flags(model.recipe),
+        }
+        orders = "one class order" if model.class_orders == 1 else f"the mean of {len(self.columns)} class orders"
+        made = f"{_made(model)} on {len(self.support_x)} labeled images; {orders}"
+        listed = f"The classes are {printable(', '.join(map(str, classes)))}."
+        read_me = _read_me(model, made, ADAPTED_CALL, listed)
+        texts = {"adapted.json": json.dumps(record, indent=1), "README.md": read_me}
+        _write_saved_model(module, signatures, Path(folder), texts)
+
+
+class SavedAdapted(Reader):
+    """An adapted model that Adapted.save wrote. Returned by load_adapted."""
+
+    def __init__(self, module: object, recipe: Recipe, classes: list, normalise_with: str):
+        super().__init__(recipe)
+        self.module, self.classes, self.normalise_with = module, classes, normalise_with
+
+    def predict(self, images: object) -> np.ndarray:
+        """Return the probability of each class, float32 [n, N]; column c is classes[c]. Images as in Model.adapt.
+
+        Raise InputError if the images are invalid.
+        """
+        pixels = self._pixels(images)
+        pixels = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+        size = CHUNK if self.normalise_with == "support" else len(pixels)
+        chunks = [pixels[first : first + size] for first in range(0, len(pixels), size)]
+        return np.concatenate([self.module.predict(tf.constant(chunk))["probabilities"] for chunk in chunks])
+
+
+def load_adapted(folder: Path | str) -> SavedAdapted:
+    """Return the adapted model that Adapted.save, or `predict.py RUN LABELED --export`, wrote.
+
+    Load only folders that you trust: a SavedModel is a program. Raise InputError if it is not such a folder.
+    """
+    folder, fix = Path(folder), "choose a folder that `predict.py RUN LABELED --export=DIR` wrote"
+    try:
+        record = runs.read_json(folder / "adapted.json", dict, fix)
+        recipe = recipes.from_flags(record["recipe"], str(folder / "adapted.json"))
+        module = tf.saved_model.load(str(folder))
+        return SavedAdapted(module, recipe, record["classes"], record["normalise_with"])
+    except (OSError, KeyError):
+        raise InputError(f"{folder}: is not a saved adapted model; {fix}") from None
+
 
 def _ordered_by_images(pixels, numbers):
     """Sort labeled images and their classes by the checksums of the pixels, so that their names do not matter.
@@ -363,11 +445,7 @@ def export(model: Model, folder: Path | str) -> None:
     adapt_and_predict takes uint8, adapt_and_predict_float takes float32.
     Raise InputError if the folder exists or cannot be written.
     """
-    folder, way = Path(folder), model.recipe.way
-    if folder.exists():
-        raise InputError(f"--export={folder}: already exists; choose another folder")
-    runs.check_writable(folder.parent, "--export")
-    module = tf.Module()
+    way, module = model.recipe.way, tf.Module()
     module.weights = {name: tf.Variable(weight) for name, weight in model.maml.weights.items()}
 
     def adapt_and_predict(support_x, support_y, query_x):
@@ -392,10 +470,79 @@ def export(model: Model, folder: Path | str) -> None:
 
     module.adapt_and_predict = tf.function(adapt_and_predict, autograph=False)
     signatures = {"adapt_and_predict": concrete(tf.uint8), "adapt_and_predict_float": concrete(tf.float32)}
+    labels = f"`support_y` has the class number of each labeled image, int64 from 0 to {way - 1}, each at least once."
+    text = _read_me(model, _made(model) + " in each call", EXPORTED_CALL, labels)
+    _write_saved_model(module, signatures, Path(folder), {"README.md": text})
+
+
+ADAPTED_CALL = """model = tf.saved_model.load("DIR")
+answer = model.predict(images)
+probabilities, classes = answer["probabilities"], answer["classes"]  # [n, N], [N]"""
+EXPORTED_CALL = """model = tf.saved_model.load("DIR")
+probabilities = model.adapt_and_predict(support_x, support_y, query_x)["probabilities"]  # [n, N]"""
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise InputError if an export cannot be written to this folder."""
+    if folder.exists():
+        raise InputError(f"--export={folder}: already exists; choose another folder")
+    runs.check_writable(folder.parent, "--export")
+
+
+def _write_saved_model(module, signatures, folder, texts):
+    """Write a module as a SavedModel, with text files by name, or nothing if it fails."""
+    check_new_folder(folder)
     with writing(folder.parent), tempfile.TemporaryDirectory(prefix=".export", dir=folder.parent) as temporary:
         tf.saved_model.save(module, f"{temporary}/model", signatures)
         _remove_gradient_names(Path(temporary) / "model" / "saved_model.pb")
+        for name, text in texts.items():
+            (Path(temporary) / "model" / name).write_text(text + "\n", encoding="utf-8")
         os.replace(f"{temporary}/model", folder)
+
+
+def _made(model):
+    """Return how a model was made, without the paths of this machine."""
+    checkpoint = Path(model.checkpoint)
+    run = f"{checkpoint.absolute().parent.name}/{checkpoint.name} of {model.recipe.data_set}"
+    normalized = f", normalized {NORMALIZED[model.normalise_with]}" if model.inner.network.batch_statistics else ""
+    return f"{run}{normalized}, {model.updates} updates"
+
+
+def _read_me(model, made, call, more):
+    """Return the README.md of an exported model: inputs, outputs, how it was made, and how to read images for it."""
+    (height, width), channels = model.images.size, model.images.channels
+    if model.images.augment:  # center crops, which take more than a few lines
+        reading = "images = predict.load(RUN).read(paths)  # predict.py of the project that trained the model"
+    elif model.images.invert:
+        reading = (
+            'image = ImageOps.exif_transpose(Image.open("drawing.png"))  # Pillow; dark ink on a light ground\n'
+            'image = (image if image.mode == "1" else image.convert("L")).resize('
+            f'({width}, {height}), Image.LANCZOS).convert("L")\n'
+            f"images = np.asarray(image).reshape(1, {height}, {width}, {channels})"
+        )
+    else:
+        mode = "L" if channels == 1 else "RGB"
+        reading = (
+            f'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")  # Pillow\n'
+            f"image = image.resize(({width}, {height}), Image.LANCZOS)\n"
+            f"images = np.asarray(image).reshape(1, {height}, {width}, {channels})"
+        )
+    return f"""# A few-shot image classifier
+
+A SavedModel for TensorFlow, made from {printable(made)}.
+
+```python
+{call}
+```
+
+Images are arrays [n, {height}, {width}, {channels}], all uint8 from 0 to 255 or all float32 from 0 to 1. {more}
+Column c of the probabilities is class c.
+
+Read files as in training, or the answers get worse:
+
+```python
+{reading}
+```"""
 
 
 def _remove_gradient_names(graph):
@@ -472,11 +619,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="do not measure the accuracy by holding out labeled images, which needs two or more of each class",
     )
     parser.add_argument(
-        "--export", **path, metavar="DIR", help="write the model to DIR as a SavedModel instead of classifying images"
+        "--export",
+        **path,
+        metavar="DIR",
+        help="write the model, adapted to LABELED if given, to DIR as a SavedModel instead of classifying images",
     )
     args = parser.parse_intermixed_args(arguments)
-    if bool(args.export) == bool(args.unlabeled) or (args.export and (args.labeled or args.csv)):
-        parser.error("give RUN LABELED UNLABELED to classify images, or RUN --export=DIR")
+    if bool(args.export) == bool(args.unlabeled) or (args.export and args.csv):
+        parser.error("give RUN LABELED UNLABELED to classify images, or RUN [LABELED] --export=DIR")
     logging.set_verbosity(logging.WARNING)
     devices.start()
     try:
@@ -488,7 +638,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             class_orders=args.class_orders,
         )
         if args.export:
-            export(model, args.export)
+            check_new_folder(Path(args.export))
+            if args.labeled:
+                label_of = labeled_files(model, args.labeled)
+                adapted, *_ = adapt_to_files(model, args.labeled, label_of, not args.no_hold_out)
+                adapted.save(args.export)
+            else:
+                export(model, args.export)
             say(f"Wrote {args.export}, a SavedModel of {model.checkpoint} with {model.updates} updates.")
         else:
             answer(model, args.labeled, args.unlabeled, args.csv, not args.no_hold_out)
@@ -515,47 +671,23 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
     label_of, paths = labeled_files(model, labeled), unlabeled_files(labeled, unlabeled)
     if table:
         _check_table(table)
-    read = functools.partial(_read_all, model)
     # With a table, a closed stdout does not stop the work.
     printing = functools.partial(_closed_stream_allowed, sys.stdout) if table else contextlib.nullcontext
-    support = [row for row in read(list(label_of), list(label_of.values())) if row[2] is not None]
-    unreadable = set(label_of.values()) - {label for _, label, _ in support}
-    if unreadable:
-        raise InputError(f"{labeled}: all images of class {min(unreadable)} are unreadable; replace them")
-    known = [(path, "labeled", label, fingerprint(image)) for path, label, image in support]
+    adapted, known, warned = adapt_to_files(model, labeled, label_of, hold_out, printing)
     asked, originals = [], {row[3]: row for row in reversed(known) if row[3]}  # fingerprint -> first labeled image
-    _report_repeats(labeled, known)
-    warned = _warn_of_dark_borders(model, labeled, [has_dark_border(image) for *_, image in support])
-    images, labels = np.stack([image for *_, image in support]), [label for _, label, _ in support]
-    adapted, right = model.adapt(images, labels), model.hold_out(images, labels) if hold_out else np.array([], bool)
     path_width = min(60, max(len("image"), *(len(printable(path)) for path in paths)))
     class_width = max(len("class"), *(len(printable(name)) for name in adapted.classes))
     orders, heading = len(adapted.columns), "" if model.class_orders == 1 else "  orders"
     with printing():
-        say(
-            f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(support)} labeled images "
-            f"of {len(adapted.classes)} classes."
-        )
-        if model.inner.network.batch_statistics:
-            images = NORMALIZED[model.normalise_with]
-            print(f"Each image is normalized {images} (--normalise_with={model.normalise_with}).")
         if heading:
-            print(
-                f"Probabilities are means over {orders} class orders (--class_orders={model.class_orders}); the column "
-                "orders says how many give this class."
-            )
-        if right.size:
-            low, high = _interval(right)
-            print(
-                f"Labeled images held out, one of each class at a time: {right.sum()} of {right.size} are right, "
-                f"{right.mean():.0%} (95% interval {low:.0%} to {high:.0%}; chance {1 / len(adapted.classes):.0%})."
-            )
+            print("The column orders says how many of them give the class.")
         print(f"\n{'image':{path_width}}  {'class':{class_width}}  probability{heading}  runner-up", flush=True)
     rows, dark = [], []
     with tqdm(total=len(paths), unit=" images", disable=None if len(paths) >= PROGRESS_BAR_FROM else True) as bar:
         size = CHUNK if model.normalise_with == "support" else len(paths)
         for first in range(0, len(paths), size):
-            chunk = [(path, image) for path, _, image in read(paths[first : first + size]) if image is not None]
+            images = _read_all(model, paths[first : first + size])
+            chunk = [(path, image) for path, _, image in images if image is not None]
             if chunk:
                 dark += [has_dark_border(image) for _, image in chunk]
                 asked += [(path, "unlabeled", "", fingerprint(image)) for path, image in chunk]
@@ -585,6 +717,50 @@ def answer(model: Model, labeled: str, unlabeled: Sequence[str], table: Path | N
         write_whole(table, lambda file: file.write(text.encode(errors="surrogateescape")))
         with printing():
             say(f"Wrote {table}.")
+
+
+def adapt_to_files(
+    model: Model,
+    labeled: str,
+    label_of: dict[str, str],
+    hold_out: bool,
+    printing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> tuple[Adapted, list[tuple[str, str, str, str]], bool]:
+    """Adapt the model to the labeled images, and print how, and its accuracy on labeled images held out.
+
+    Args:
+        labeled: their folder.
+        label_of: path -> class.
+        hold_out: print the accuracy, if each class has two or more images.
+        printing: a context for what is printed.
+    Return the adapted model, the labeled images as images.repeat_lines takes them, and whether they look inverted.
+    """
+    support = [row for row in _read_all(model, list(label_of), list(label_of.values())) if row[2] is not None]
+    unreadable = set(label_of.values()) - {label for _, label, _ in support}
+    if unreadable:
+        raise InputError(f"{labeled}: all images of class {min(unreadable)} are unreadable; replace them")
+    known = [(path, "labeled", label, fingerprint(image)) for path, label, image in support]
+    _report_repeats(labeled, known)
+    warned = _warn_of_dark_borders(model, labeled, [has_dark_border(image) for *_, image in support])
+    images, labels = np.stack([image for *_, image in support]), [label for _, label, _ in support]
+    adapted, right = model.adapt(images, labels), model.hold_out(images, labels) if hold_out else np.array([], bool)
+    with printing():
+        say(
+            f"{model.checkpoint} of {model.recipe.data_set}, {model.updates} updates on {len(support)} labeled images "
+            f"of {len(adapted.classes)} classes."
+        )
+        if model.inner.network.batch_statistics:
+            together = NORMALIZED[model.normalise_with]
+            print(f"Each image is normalized {together} (--normalise_with={model.normalise_with}).")
+        if right.size:
+            low, high = _interval(right)
+            print(
+                f"Labeled images held out, one of each class at a time: {right.sum()} of {right.size} are right, "
+                f"{right.mean():.0%} (95% interval {low:.0%} to {high:.0%}; chance {1 / len(adapted.classes):.0%})."
+            )
+        if model.class_orders == 0:
+            print(f"Probabilities are means over {len(adapted.columns)} class orders (--class_orders=0).")
+    return adapted, known, warned
 
 
 def _interval(right):

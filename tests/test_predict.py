@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -670,6 +671,88 @@ def test_export_runs_without_the_project(characters, capsys, tmp_path, way):
             np.testing.assert_allclose(found[kind], adapted.predict(queries), atol=1e-6)
     flag = f"--export={tmp_path / 'exported'}"
     assert f"{flag}: " in refusal(capsys, PUBLISHED, flag)
+
+
+@pytest.mark.parametrize("way", ["support", "batch"])
+def test_adapted_model_is_exported_saved_and_loaded(characters, capsys, tmp_path, way):
+    """It gives the same probabilities, for paths and arrays, without computing gradients."""
+    labeled, flag = characters / "labeled", f"--export={tmp_path / 'exported'}"
+    out, _ = command(capsys, PUBLISHED, labeled, flag, f"--normalise_with={way}")
+    assert str(tmp_path / "exported") in out
+    adapted = _adapted(predict.load(PUBLISHED, normalise_with=way), characters)
+    queries = sorted((characters / "unlabeled").glob("*/*"))
+    expected, pixels = adapted.predict(queries), adapted.model.read(queries)
+    module = tf.saved_model.load(str(tmp_path / "exported"))
+    floats = tf.cast(pixels, tf.float32) / 255
+    answers = [module.predict(pixels), module.predict(floats)]
+    answers.append(module.signatures["predict"](images=tf.constant(pixels)))
+    answers.append(module.signatures["predict_float"](images=floats))
+    for answer in answers:
+        np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
+        assert [name.decode() for name in answer["classes"].numpy()] == adapted.classes
+    operations = module.signatures["predict"].graph.as_graph_def(add_shapes=False)
+    names = {node.op for function in operations.library.function for node in function.node_def}
+    assert "Conv2D" in names and not [name for name in names if "Backprop" in name or name.endswith("Grad")]
+    loaded = predict.load_adapted(tmp_path / "exported")
+    assert loaded.classes == adapted.classes
+    for images in (queries, pixels, pixels / 255):
+        np.testing.assert_allclose(loaded.predict(images), expected, atol=1e-6)
+    with pytest.raises(InputError, match=r"^images: .*\[1, 5, 5\]"):
+        loaded.predict(np.zeros((1, 5, 5), np.uint8))
+    assert f"{flag}: " in refusal(capsys, PUBLISHED, labeled, flag)
+    assert "absent: " in refusal(capsys, PUBLISHED, tmp_path / "absent", f"--export={tmp_path / 'new'}")
+
+
+def test_adapted_models_keep_the_type_of_their_labels(model, tmp_path):
+    drawings = np.uint8(np.random.default_rng(0).random((3, 28, 28)) > 0.8) * 255
+    for labels in ([7, 9, 8], np.array([7, 9, 8]), ["b", "a", "caf\u00e9"]):
+        adapted = model.adapt(drawings, labels)
+        adapted.save(folder := tmp_path / str(len(list(tmp_path.iterdir()))))
+        loaded = predict.load_adapted(folder)
+        assert loaded.classes == sorted(labels)
+        np.testing.assert_allclose(loaded.predict(drawings), adapted.predict(drawings), atol=1e-6)
+    for wrong in (tmp_path / "absent", PUBLISHED):
+        with pytest.raises(InputError, match=f"^{re.escape(str(wrong))}.*: "):
+            predict.load_adapted(wrong)
+
+
+@pytest.mark.parametrize("way", ["support", "batch"])
+def test_exported_model_converts_to_tflite_with_built_in_operations(characters, tmp_path, way):
+    if not hasattr(lite := getattr(tf, "lite", None), "TFLiteConverter"):
+        pytest.skip("this TensorFlow has no TFLite converter")
+    adapted = _adapted(predict.load(PUBLISHED, normalise_with=way), characters)
+    adapted.save(tmp_path / "exported")
+    converter = lite.TFLiteConverter.from_saved_model(str(tmp_path / "exported"), signature_keys=["predict"])
+    converter.target_spec.supported_ops = [lite.OpsSet.TFLITE_BUILTINS]
+    queries = adapted.model.read(sorted((characters / "unlabeled").glob("*/*"))[::4])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "\\s*Warning: tf.lite.Interpreter is deprecated")
+        interpreter = lite.Interpreter(model_content=converter.convert())
+    answer = interpreter.get_signature_runner("predict")(images=queries)
+    np.testing.assert_allclose(answer["probabilities"], adapted.predict(queries), atol=1e-5)
+    assert [name.decode() for name in answer["classes"]] == adapted.classes
+
+
+def test_exported_read_me_reads_files_as_training_does(characters, tmp_path):
+    """Upright photographs, and 1-bit and gray drawings."""
+    random, python = np.random.default_rng(0), re.compile("```python\n(.*?)```", re.S)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    pixels = random.integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
+    for kind, filters, name in (("cifarfs", 4, "photo.jpg"), ("omniglot", 4, "1"), ("omniglot", 4, "L")):
+        trained = recipe.Recipe(data_set=kind, filters=filters)
+        if name != "photo.jpg":
+            Image.fromarray(pixels).convert(name).save(tmp_path / "drawing.png")
+        model = predict.Model(trained, recipe.build(trained), "model0", 1, "support")
+        predict.export(model, tmp_path / f"{kind}{name}")
+        model.adapt(np.zeros((2, *model.images.size, model.images.channels)), [0, 1]).save(tmp_path / f"{kind}{name}2")
+        for folder in (f"{kind}{name}", f"{kind}{name}2"):
+            _, reading = python.findall((tmp_path / folder / "README.md").read_text())
+            scope = {"Image": Image, "ImageOps": ImageOps, "np": np}
+            file = "photo.jpg" if name == "photo.jpg" else "drawing.png"
+            exec(reading.replace(file, str(tmp_path / file)), scope)
+            np.testing.assert_array_equal(scope["images"], model.read([tmp_path / file]))
 
 
 @pytest.mark.parametrize("arguments", [["--export=a", "labeled", "b"], ["labeled"], []])
