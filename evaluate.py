@@ -46,6 +46,7 @@ class Protocol(NamedTuple):
     query_norm: str = "batch"  # see maml.adaptation_curve
     updates: int = -1  # inner steps; -1: as many as in training, at least TEST_UPDATES
     query_shares: str = "balanced"  # see data_generator.ImageTasks
+    way: int | None = None  # N, fewer than in training; None: as in training
 
     def name(self, recipe: Recipe) -> str:
         """Return the name of the test's files: the original's, plus a suffix for every setting not at its default.
@@ -64,7 +65,8 @@ class Protocol(NamedTuple):
             if recipe.data_path:  # runs trained on different folders can have the same name and --results_dir
                 name += f"_trained{_folder_suffix(recipe.data_path, max_folder_name)}"
         suffixes = {"query": "query", "tasks": "tasks", "task_seed": "evalseed", "query_norm": "querynorm"}
-        for field, suffix in (suffixes | {"updates": "updates", "query_shares": "queryshares"}).items():
+        suffixes |= {"updates": "updates", "query_shares": "queryshares", "way": "classes"}
+        for field, suffix in suffixes.items():
             if getattr(self, field) != self._field_defaults[field]:
                 name += f"_{suffix}{getattr(self, field)}"
         return name
@@ -228,7 +230,8 @@ def test(
 
     best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
     is_best = iteration == best.best
-    reported = () if protocol.other_data_set not in (None, recipe.data_set) else recipe.paper_updates
+    as_published = protocol.other_data_set in (None, recipe.data_set) and protocol.way is None
+    reported = recipe.paper_updates if as_published else ()
     reported = tuple(update for update in reported if update <= updates)
     paper = reported if has_published_split(data, protocol.split, recipe, run, is_best) else ()
     entry = {
@@ -240,7 +243,7 @@ def test(
         "trained_on_folder": recipe.data_path,
         "split": protocol.split,
         "metric": metric,
-        "classes_N": recipe.way if dataset.images else None,
+        "classes_N": (protocol.way or recipe.way) if dataset.images else None,
         "support_examples_a_class_K": protocol.shot,
         "query_examples_a_class_Q": data.query,
         "inner_step_size_alpha": protocol.inner_lr,
@@ -254,6 +257,8 @@ def test(
         # Batch norm normalizes the query examples of a task together.
         "transductive": recipe.norm == "batch_norm" and protocol.query_norm == "batch",
     }
+    if protocol.way is not None:
+        entry["classes_N_in_training"] = recipe.way
     if protocol.query_norm != "batch":
         entry["query_normalised_with"] = protocol.query_norm
     if protocol.query_shares != "balanced":
@@ -281,7 +286,7 @@ def test(
     name = protocol.name(recipe)
     write_results(results, name, values, entry, known, paper)
     means, _, ci95 = statistics(values)
-    standard = protocol.split == "test" and protocol.shot == recipe.shot
+    standard = protocol.split == "test" and protocol.shot == recipe.shot and protocol.way is None
     standard &= (protocol.query_norm, protocol.updates, protocol.query_shares) == ("batch", -1, "balanced")
     logged = any(run.folder.glob("events.out.tfevents.*"))  # False after training with --log=False
     measure = "accuracy" if dataset.images else metric  # a percentage, so without METRICS' range

@@ -175,6 +175,15 @@ OTHER_FLAGS = (
         float,
         recipes.RATE._replace(also=(-1,)),
     ),
+    Flag(
+        "test_num_classes",
+        -1,
+        "Classes per test task, 2 to the num_classes of training: the test uses the first outputs of the model. -1: as "
+        "in training.",
+        "test",
+        int,
+        Range(2, 10**6, also=(-1,)),
+    ),
     Flag("test_tasks", 600, "Number of test tasks. Paper: 600.", "test", int, EXAMPLES),
     Flag(
         "eval_seed",
@@ -826,12 +835,18 @@ def test_run(recipe: Recipe, workers: "Cluster") -> None:
         query_norm=FLAGS.query_norm,
         updates=FLAGS.test_updates,
         query_shares=FLAGS.query_shares,
+        way=None if tested_way(recipe) == recipe.way else tested_way(recipe),
     )
     data = open_test_data(dataset, recipe)
     maml, prefix = tested_model(run, recipe, workers)
     evaluate.check_same_start(maml, data, workers)
     evaluate.test(maml, data, trained, protocol, run, prefix, results, workers)
     workers.leave()
+
+
+def tested_way(recipe: Recipe) -> int:
+    """Return the number of classes of a test task. recipe: with the number in training."""
+    return recipe.way if FLAGS.test_num_classes == -1 else FLAGS.test_num_classes
 
 
 def check_test_flags(recipe: Recipe, trained: Recipe) -> None:
@@ -842,20 +857,29 @@ def check_test_flags(recipe: Recipe, trained: Recipe) -> None:
         raise InputError(
             f"--update_lr={recipe.inner_lr}: this run learned its step sizes; give {trained.inner_lr}, as in training"
         )
-    if FLAGS.query_shares != "balanced" and not recipe.dataset.images:
-        raise InputError(f"--query_shares: applies only to classification; the {recipe.data_set} task is regression")
+    for name in ("query_shares", "test_num_classes"):
+        if FLAGS[name].value != FLAGS[name].default and not recipe.dataset.images:
+            raise InputError(f"--{name}: applies only to classification; the {recipe.data_set} task is regression")
+    if tested_way(recipe) > recipe.way:
+        raise InputError(
+            f"--test_num_classes={FLAGS.test_num_classes}: is more than the {recipe.way} of training; give 2 to "
+            f"{recipe.way}, or test a run with more"
+        )
 
 
 def open_test_data(dataset: Dataset, recipe: Recipe) -> "SinusoidTasks | ImageTasks":
     """Open the source of the tasks of a test."""
     uneven = FLAGS.query_shares != "balanced"
-    asked = dataclasses.replace(recipe, query=UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query)
+    query = UNEVEN_QUERY if uneven and FLAGS.num_query == -1 else FLAGS.num_query
+    asked = dataclasses.replace(recipe, query=query, way=tested_way(recipe))
     split = "test" if FLAGS.test_set else "val"
     return open_data(dataset, (split,), asked, training=False, query_shares=FLAGS.query_shares)
 
 
 def tested_model(run: "Run", recipe: Recipe, workers: "Cluster") -> "tuple[MAML, str]":
     """Return a run's model with the weights of the checkpoint to test, and the checkpoint's prefix."""
+    import runs
+
     maml = recipes.build(recipe, layout(workers))
     if FLAGS.test_iter == -1:
         prefix = run.restore_newest(maml)
@@ -863,6 +887,8 @@ def tested_model(run: "Run", recipe: Recipe, workers: "Cluster") -> "tuple[MAML,
         prefix = run.checkpoint(FLAGS.test_iter)
         run.restore(maml, prefix)
     say(f"Restoring model weights from {prefix}")
+    if tested_way(recipe) != recipe.way:
+        maml = runs.narrowed(recipe, maml, tested_way(recipe))
     return maml, prefix
 
 
@@ -926,7 +952,7 @@ def tasks_identity(recipe: Recipe) -> dict[str, object]:
     images, own = recipe.dataset.images, FLAGS.test_datasource is None
     return {
         "datasource": recipe.data_set if own else FLAGS.test_datasource,
-        "num_classes": images and recipe.way,
+        "num_classes": images and tested_way(recipe),
         "update_batch_size": recipe.shot,
         "split": recipe.split,
         "data_path": recipe.data_path if own and not FLAGS["data_path"].present else None,

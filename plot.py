@@ -499,7 +499,8 @@ def _draw(args, inputs):
 def _tests(path, update_lr):
     """Return one test per K from results/<row>.json or a run's results.json, with this alpha if given.
 
-    Prefer a test with K queries per class, as in the original's code, then the latest checkpoint, then the last entry.
+    Prefer a test with as many classes as in training, then one with K queries per class, as in the original's code,
+    then the latest checkpoint, then the last entry.
     """
     fix = "choose a file of results/, or a run's results.json"
     try:
@@ -518,7 +519,7 @@ def _tests(path, update_lr):
 
     def rank(test):
         own_queries = test.get("query_examples_a_class_Q") == test["support_examples_a_class_K"]
-        return own_queries, test.get("iteration", 0)
+        return "classes_N_in_training" not in test, own_queries, test.get("iteration", 0)
 
     tests.sort(key=rank)
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())

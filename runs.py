@@ -15,6 +15,7 @@ An untrusted run folder is safe to load: only JSON, tensors and events are read,
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -387,6 +388,17 @@ def load(folder: Path | str, iteration: int | str = -1) -> tuple[Recipe, MAML, s
             if trained is candidates[-1]:
                 raise
     raise AssertionError("there is at least one data set")
+
+
+def narrowed(trained: Recipe, maml: MAML, way: int) -> MAML:
+    """Return a trained model for fewer classes: its weights with the first `way` columns of the last layer.
+
+    trained: the model's recipe, of `way` or more classes. The moments of the optimizers are not copied.
+    """
+    narrow = recipe.build(dataclasses.replace(trained, way=way), maml.layout)
+    for name, weight in narrow.weights.items():
+        weight.assign(maml.weights[name][..., : weight.shape[-1]])  # the whole weight, except in the last layer
+    return narrow
 
 
 class ReadOnlyRun(Run):

@@ -262,16 +262,16 @@ def test_predictions_use_the_learned_step_sizes(trained, tmp_path):
     random = np.random.default_rng(0)
     labeled, queries = (random.random((n, 16, 16, 3), np.float32) for n in (10, 7))
     labels = np.arange(10) % 5
-    model = predict.load(trained.folder, updates=3)
+    model = predict.load(trained.folder, updates=3, class_orders=1)
     adapted = model.adapt(labeled, labels)
     maml, initial = learned_and_initial(trained)
     task = Tasks(tf.constant(labeled), tf.one_hot(labels, 5), None, None)
     inner = maml.inner._replace(loss=functools.partial(xent, shot=2))
     expected, unlearned = (trajectory(inner, each.values(), task, 3) for each in (maml, initial))
-    for weights, expected_weights in zip(adapted.trajectory, expected, strict=True):
+    for weights, expected_weights in zip(adapted.trajectories[0], expected, strict=True):
         for name, value in expected_weights.items():
             np.testing.assert_allclose(weights[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    assert not np.allclose(adapted.trajectory[-1]["w5"], unlearned[-1]["w5"], atol=1e-5)
+    assert not np.allclose(adapted.trajectories[0][-1]["w5"], unlearned[-1]["w5"], atol=1e-5)
 
     answers = adapted.predict(queries)
     predict.export(model, tmp_path / "exported")
@@ -281,5 +281,5 @@ def test_predictions_use_the_learned_step_sizes(trained, tmp_path):
     if not (trained.folder / "results.json").exists():
         run(*trained.flags, "--metatrain_iterations=4", "--train=False", "--test_tasks=3")
     copy = publish.publish(trained.folder, tmp_path / "published")
-    published = predict.load(copy, updates=3).adapt(labeled, labels)
+    published = predict.load(copy, updates=3, class_orders=1).adapt(labeled, labels)
     np.testing.assert_allclose(published.predict(queries), answers, atol=1e-6)

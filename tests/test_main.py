@@ -342,6 +342,35 @@ def test_test_updates_sets_the_number_of_updates(omniglot_run, few_test_tasks, t
     assert "--test_updates=0" in refusal(*flags, "--test_updates=0")
 
 
+@pytest.mark.usefixtures("generated_are_published")
+def test_a_test_with_fewer_classes_uses_the_first_outputs(omniglot_run, sinusoid_run, few_test_tasks, tmp_path):
+    """No column is then the paper's."""
+    flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
+    run(*flags, "--test_num_classes=3")
+    values = read_pickle(tmp_path / "test_ubs1_stepsize0.4_classes3.pkl")
+
+    data = Path(omniglot_run.flags[2].removeprefix("--data_path="))
+    tasks = ImageTasks.from_folder(DATASETS["omniglot"].images, data, ("test",), 3, 1, 1).draw(0, "test", 0, 4)
+    network = networks.NETWORKS["omniglot"]((28, 28, 1), 3, "batch_norm", 4, False)
+    maml = maml_of(network, functools.partial(xent, shot=1), accuracy, inner_lr=0.4, inner_steps=1)
+    reader = tf.train.load_checkpoint(str(omniglot_run.folder / "model509"))
+    for name, key in network.tf1_names.items():
+        value = reader.get_tensor(key)
+        maml.weights[name].assign(value[..., :3] if name in network.head else value)
+    np.testing.assert_allclose(values, maml.evaluate(tasks, 10).accuracies, atol=1e-6)
+
+    run(*flags, "--test_num_classes=5")
+    few, five = json.loads((tmp_path / "results.json").read_text())
+    assert (few["classes_N"], few["classes_N_in_training"], five["classes_N"]) == (3, 5, 5)
+    assert "classes_N_in_training" not in five
+    marked = [
+        [column["updates"] for column in entry["results"] if column["the_papers_number"]] for entry in (few, five)
+    ]
+    assert marked == [[], [3]]
+    assert "--test_num_classes=6: " in refusal(*flags, "--test_num_classes=6")
+    assert "--test_num_classes: " in refusal(*sinusoid_run.flags, "--train=False", "--test_num_classes=3")
+
+
 def test_query_shares_draws_uneven_numbers_of_queries(omniglot_run, sinusoid_run, few_test_tasks, tmp_path):
     """Without --num_query, a task has 75 queries. A class of 20 drawings is too small for that."""
     flags = *omniglot_run.flags, "--train=False", "--test_set=True", f"--results_dir={tmp_path}"

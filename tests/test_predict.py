@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import tensorflow as tf
 from PIL import Image, ImageOps
 
@@ -25,8 +27,11 @@ import runs
 from data_generator import ImageTasks
 from files import InputError
 from images import Classes, read_image
+from maml import MAML, adapt
+from networks import support_normalized
 from recipe import DATASETS
 from tests.helpers import unprivileged, without_start_up_lines
+from utils import Tasks
 
 PUBLISHED = predict.PUBLISHED / "cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm"
 
@@ -88,7 +93,7 @@ def test_command_prints_a_line_and_writes_a_row_for_each_image(characters, capsy
         assert float(probability) == max(numbers) == numbers[classes.index(answer)]
         second = classes[np.argsort(numbers)[-2]]
         (line,) = (line for line in out.splitlines() if line.startswith(f"{path} "))
-        assert line.split()[1] == answer and line.split()[3] == second
+        assert line.split()[1] == answer and line.split()[4] == second
     right = [Path(row[0]).parent.name == row[1] for row in rows]
     assert np.mean(right) > 0.9
 
@@ -125,8 +130,9 @@ def test_support_makes_predictions_independent_of_other_images(model, characters
     adapted = _adapted(model, characters)
     assert not np.allclose(adapted.predict(queries[:1])[0], adapted.predict(queries)[0], atol=0.01)
     pixels = model.inputs(model.read(queries))
-    scores = model.maml.inner.network.apply(adapted.trajectory[-1], pixels)
-    np.testing.assert_allclose(adapted.predict(queries), tf.nn.softmax(scores), atol=1e-6)
+    scores = [model.maml.inner.network.apply(trajectory[-1], pixels) for trajectory in adapted.trajectories]
+    for order, columns, found in zip(scores, adapted.columns, adapted.predict_orders(queries), strict=True):
+        np.testing.assert_allclose(found, tf.nn.softmax(order).numpy()[:, columns], atol=1e-6)
 
 
 def _adapted(model, characters):
@@ -157,7 +163,8 @@ def test_predictions_after_any_number_of_updates(model, characters):
     queries = sorted((characters / "unlabeled").glob("*/*"))[:5]
     adapted = _adapted(model, characters)
     one = _adapted(predict.load(PUBLISHED, updates=1), characters)
-    assert (len(adapted.trajectory), len(one.trajectory)) == (4, 2)
+    assert {len(trajectory) for trajectory in adapted.trajectories} == {4}
+    assert {len(trajectory) for trajectory in one.trajectories} == {2}
     np.testing.assert_allclose(adapted.predict(queries, updates=1), one.predict(queries), atol=1e-6)
     assert not np.allclose(adapted.predict(queries, updates=0), one.predict(queries), atol=0.01)
     for wrong in (-1, 4, 1.5, "1"):
@@ -172,7 +179,8 @@ def test_predictions_after_any_number_of_updates(model, characters):
     "images, labels, named",
     [
         (np.zeros((5, 28, 28), np.uint8), "abcd", "^labels: .*4 labels .*5 images"),
-        (np.zeros((5, 28, 28), np.uint8), "abcdd", "^labels: .*4 classes.* 5-way .*--num_classes=4"),
+        (np.zeros((6, 28, 28), np.uint8), "abcdef", "^labels: .*6 classes.* 5-way .*--num_classes=6"),
+        (np.zeros((5, 28, 28), np.uint8), "aaaaa", "^labels: .*1 classes.* 5-way .* 2 to 5"),
         (np.zeros((5, 28, 28), np.uint8), np.eye(5), "^labels: .*ndarray"),
         (np.zeros((5, 28, 28), np.uint8), [0, 1, 2, 3, "e"], "^labels: .*int and str"),
         (np.zeros((5, 84, 84, 3), np.uint8), "abcde", r"^images: .*\[5, 84, 84, 3\].* \[n, 28, 28, 1\]"),
@@ -194,6 +202,150 @@ def test_predictions_after_any_number_of_updates(model, characters):
 def test_invalid_images_and_labels_are_refused(model, images, labels, named):
     with pytest.raises(InputError, match=named):
         model.adapt(images, list(labels) if isinstance(labels, str) else labels)
+
+
+@pytest.mark.parametrize("way", [2, 4])
+def test_fewer_classes_use_the_first_outputs(characters, way):
+    model = predict.load(PUBLISHED, class_orders=1)
+    folders = sorted((characters / "labeled").iterdir())[-way:]
+    paths = [path for folder in folders for path in sorted(folder.iterdir())]
+    labels = [path.parent.name for path in paths]
+    queries = [path for folder in folders for path in sorted((characters / "unlabeled" / folder.name).iterdir())]
+    adapted = model.adapt(paths, labels)
+    assert adapted.classes == [folder.name for folder in folders]
+
+    theta = {name: value[..., :way] if name in ("w5", "b5") else value for name, value in model.maml.values().items()}
+    support_x = model.inputs(model.read(paths))
+    support_y = tf.one_hot([adapted.classes.index(label) for label in labels], way)
+    weights = adapt(model.inner, theta, Tasks(support_x, support_y, support_x, support_y), model.updates)
+    scores = support_normalized(model.inner.network, weights, support_x, model.inputs(model.read(queries)))
+    found = adapted.predict(queries)
+    np.testing.assert_allclose(found, tf.nn.softmax(scores), atol=1e-5)
+    right = found.argmax(1) == [adapted.classes.index(path.parent.name) for path in queries]
+    assert right.mean() > 0.9
+
+
+def sensitive(way: int = 5) -> tuple[recipe.Recipe, MAML]:
+    """Return an untrained model. The order of the classes changes many of its answers."""
+    trained = recipe.Recipe(data_set="omniglot", way=way, filters=4, inner_lr=0.1)
+    return trained, recipe.build(trained)
+
+
+@pytest.mark.parametrize("normalise_with", ["support", "batch"])
+@pytest.mark.parametrize("way", [3, 5])
+def test_answers_do_not_depend_on_the_names_of_classes_and_files(characters, normalise_with, way):
+    """Bit for bit, with all class orders. With one, they do."""
+    folders, names = sorted((characters / "labeled").iterdir())[:way], "abcde"[:way]
+    queries = sorted((characters / "unlabeled").glob("*/*"))
+
+    def answers(name_of, reverse, class_orders):
+        model = predict.Model(*sensitive(), "model0", 3, normalise_with, class_orders)
+        labeled = [(path, name) for folder, name in zip(folders, name_of, strict=True) for path in folder.iterdir()]
+        adapted = model.adapt(*zip(*sorted(labeled, reverse=reverse), strict=True))
+        assert adapted.classes == sorted(name_of)
+        assert len(adapted.columns) == (1 if class_orders == 1 else way)
+        return adapted.predict(queries)[:, [adapted.classes.index(name) for name in name_of]]
+
+    others = [names[::-1], names[1:] + names[0], names[1] + names[0] + names[2:]]
+    expected = answers(names, False, 0)
+    for other in others:
+        np.testing.assert_array_equal(answers(other, True, 0), expected)
+    changed = [(answers(other, False, 1).argmax(1) != answers(names, False, 1).argmax(1)).any() for other in others]
+    assert any(changed)
+
+
+def test_class_orders_are_averaged(characters):
+    """Each is one with the names that make it: every class has every output once."""
+    paths = sorted((characters / "labeled").glob("*/*"))
+    queries = sorted((characters / "unlabeled").glob("*/*"))[::4]
+    labels = [path.parent.name for path in paths]
+    trained = sensitive()
+    adapted = predict.Model(*trained, "model0", 3, "support").adapt(paths, labels)
+    found = adapted.predict_orders(queries)
+    by_name = predict.Model(*trained, "model0", 3, "support", class_orders=1)
+    assert sorted(map(sorted, adapted.columns.T.tolist())) == [list(range(5))] * 5
+    for columns, probabilities in zip(adapted.columns, found, strict=True):
+        renamed = [int(columns[adapted.classes.index(label)]) for label in labels]
+        expected = by_name.adapt(paths, renamed).predict(queries)[:, columns]
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    np.testing.assert_allclose(adapted.predict(queries), found.mean(0), atol=1e-7)
+    with pytest.raises(InputError, match=r"^class_orders=2: "):
+        predict.load(PUBLISHED, class_orders=2)
+
+
+def test_command_says_how_many_class_orders_agree(characters, capsys, tmp_path):
+    folder, (trained, maml) = tmp_path / "run", sensitive()
+    run = runs.Run(folder)
+    maml.step.assign(1)
+    with run.locked():
+        run.record(recipe.to_flags(trained))
+        run.save(maml)
+    queries = sorted((characters / "unlabeled").glob("*/*"))[::9]
+    adapted = _adapted(predict.load(folder), characters)
+    orders = adapted.predict_orders(queries)
+    agree = (orders.argmax(2) == orders.mean(0).argmax(1)).sum(0)
+    assert len(set(agree)) > 1
+    arguments = folder, characters / "labeled", *queries
+    out, _ = command(capsys, *arguments)
+    for path, count in zip(queries, agree, strict=True):
+        assert f" {count}/5 " in next(line for line in out.splitlines() if line.startswith(f"{path} "))
+    out, _ = command(capsys, *arguments, "--class_orders=1")
+    assert "/5 " not in out.replace(str(characters), "")
+
+
+def test_hold_out_classifies_labeled_images_that_the_model_was_not_adapted_to(characters):
+    """One of each class at a time. Classes may have different numbers of images."""
+    paths = sorted((characters / "labeled").glob("*/*"))[1:]  # 2, 3, 4 and 5 images of four classes
+    labels = [path.parent.name for path in paths]
+    model = predict.Model(*sensitive(), "model0", 3, "support")
+    expected = []
+    for turn in range(5):
+        places = {name: [i for i, label in enumerate(labels) if label == name] for name in sorted(set(labels))}
+        held = [own[turn] for own in places.values() if turn < len(own)]
+        kept = [i for i in range(len(paths)) if i not in held]
+        adapted = model.adapt([paths[i] for i in kept], [labels[i] for i in kept])
+        answers = adapted.predict([paths[i] for i in held]).argmax(1)
+        expected += [adapted.classes[answer] == labels[i] for answer, i in zip(answers, held, strict=True)]
+    assert len(expected) == 14 and len(set(expected)) == 2
+    assert model.hold_out(paths, labels).tolist() == expected
+    assert model.hold_out(paths[1:], labels[1:]).shape == (0,)  # one image of the first class
+    many = model.read([path for path in paths for _ in range(6)])
+    assert model.hold_out(many, [label for label in labels for _ in range(6)]).shape == (40,)
+    with pytest.raises(InputError, match=r"^labels: .*int"):
+        model.hold_out(paths, 5)
+
+
+def test_command_prints_the_accuracy_on_images_held_out(characters, capsys, tmp_path):
+    """Before the answers, unless a class has only one image."""
+    shutil.copytree(characters / "labeled", tmp_path / "labeled")
+    query, labeled = next((characters / "unlabeled").glob("*/*")), tmp_path / "labeled"
+    out, _ = command(capsys, PUBLISHED, labeled, query)
+    assert "chance" not in out
+    shutil.rmtree(min(labeled.iterdir()))
+    out, _ = command(capsys, PUBLISHED, labeled, query)
+    before, _ = out.split(f"\n{query} ")
+    assert " 14 of 14 " in before and "100% (95% interval 78% to 100%; chance 25%)" in before
+    out, _ = command(capsys, PUBLISHED, labeled, query, "--no_hold_out")
+    assert "chance" not in out
+
+
+@pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (50, 100), (9, 20)])
+def test_interval_is_wilsons(right, n):
+    expected = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(predict._interval(np.arange(n) < right), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["step", "weight"])
+def test_learned_step_sizes_of_fewer_classes(kind):
+    """Those per update stay whole, even if there are as many updates as classes."""
+    trained = recipe.Recipe(data_set="omniglot", way=5, inner_steps=5, filters=2, learn_inner_lr=kind)
+    maml = recipe.build(trained)
+    for number, weight in enumerate(maml.weights.values()):
+        weight.assign(np.arange(number, number + weight.shape.num_elements()).reshape(weight.shape))
+    narrow = runs.narrowed(trained, maml, 2)
+    assert narrow.weights["b5"].numpy().tolist() == maml.weights["b5"].numpy()[:2].tolist()
+    sizes = maml.weights["step_size_b5"].numpy()
+    np.testing.assert_array_equal(narrow.weights["step_size_b5"], sizes if kind == "step" else sizes[:2])
 
 
 @pytest.mark.parametrize(
@@ -465,7 +617,7 @@ def test_undecodable_file_names_survive_in_the_table(characters, capsys, tmp_pat
 
 
 def test_error_suggests_models_with_the_right_number_of_classes(model, tmp_path):
-    """From the model's parent folder and the published runs, without damaged records."""
+    """Or with more: from the model's parent folder and the published runs, without damaged records."""
     folder = tmp_path / PUBLISHED.name
     shutil.copytree(PUBLISHED, folder)
     (tmp_path / "damaged").mkdir()
@@ -475,7 +627,7 @@ def test_error_suggests_models_with_the_right_number_of_classes(model, tmp_path)
     flags = json.loads((PUBLISHED / "flags.json").read_text())
     (other / "flags.json").write_text(json.dumps(flags | {"num_classes": 7}))
     with pytest.raises(InputError, match=r"^labels: .*cls_7$"):
-        predict.load(folder).adapt(np.zeros((7, 28, 28), np.uint8), range(7))
+        predict.load(folder).adapt(np.zeros((6, 28, 28), np.uint8), range(6))
 
 
 WITHOUT_THE_PROJECT = """
@@ -511,7 +663,7 @@ def test_export_runs_without_the_project(characters, capsys, tmp_path, way):
     """In a process that cannot import the project, TensorFlow gives the same numbers."""
     out, _ = command(capsys, PUBLISHED, f"--export={tmp_path / 'exported'}", f"--normalise_with={way}")
     assert str(tmp_path / "exported") in out
-    model = predict.load(PUBLISHED, normalise_with=way)
+    model = predict.load(PUBLISHED, normalise_with=way, class_orders=1)
     adapted = _adapted(model, characters)
     queries = sorted((characters / "unlabeled").glob("*/*"))
     labeled = sorted((characters / "labeled").glob("*/*"))
@@ -531,6 +683,88 @@ def test_export_runs_without_the_project(characters, capsys, tmp_path, way):
             np.testing.assert_allclose(found[kind], adapted.predict(queries), atol=1e-6)
     flag = f"--export={tmp_path / 'exported'}"
     assert f"{flag}: " in refusal(capsys, PUBLISHED, flag)
+
+
+@pytest.mark.parametrize("way", ["support", "batch"])
+def test_adapted_model_is_exported_saved_and_loaded(characters, capsys, tmp_path, way):
+    """It gives the same probabilities, for paths and arrays, without computing gradients."""
+    labeled, flag = characters / "labeled", f"--export={tmp_path / 'exported'}"
+    out, _ = command(capsys, PUBLISHED, labeled, flag, f"--normalise_with={way}")
+    assert str(tmp_path / "exported") in out
+    adapted = _adapted(predict.load(PUBLISHED, normalise_with=way), characters)
+    queries = sorted((characters / "unlabeled").glob("*/*"))
+    expected, pixels = adapted.predict(queries), adapted.model.read(queries)
+    module = tf.saved_model.load(str(tmp_path / "exported"))
+    floats = tf.cast(pixels, tf.float32) / 255
+    answers = [module.predict(pixels), module.predict(floats)]
+    answers.append(module.signatures["predict"](images=tf.constant(pixels)))
+    answers.append(module.signatures["predict_float"](images=floats))
+    for answer in answers:
+        np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
+        assert [name.decode() for name in answer["classes"].numpy()] == adapted.classes
+    operations = module.signatures["predict"].graph.as_graph_def(add_shapes=False)
+    names = {node.op for function in operations.library.function for node in function.node_def}
+    assert "Conv2D" in names and not [name for name in names if "Backprop" in name or name.endswith("Grad")]
+    loaded = predict.load_adapted(tmp_path / "exported")
+    assert loaded.classes == adapted.classes
+    for images in (queries, pixels, pixels / 255):
+        np.testing.assert_allclose(loaded.predict(images), expected, atol=1e-6)
+    with pytest.raises(InputError, match=r"^images: .*\[1, 5, 5\]"):
+        loaded.predict(np.zeros((1, 5, 5), np.uint8))
+    assert f"{flag}: " in refusal(capsys, PUBLISHED, labeled, flag)
+    assert "absent: " in refusal(capsys, PUBLISHED, tmp_path / "absent", f"--export={tmp_path / 'new'}")
+
+
+def test_adapted_models_keep_the_type_of_their_labels(model, tmp_path):
+    drawings = np.uint8(np.random.default_rng(0).random((3, 28, 28)) > 0.8) * 255
+    for labels in ([7, 9, 8], np.array([7, 9, 8]), ["b", "a", "caf\u00e9"]):
+        adapted = model.adapt(drawings, labels)
+        adapted.save(folder := tmp_path / str(len(list(tmp_path.iterdir()))))
+        loaded = predict.load_adapted(folder)
+        assert loaded.classes == sorted(labels)
+        np.testing.assert_allclose(loaded.predict(drawings), adapted.predict(drawings), atol=1e-6)
+    for wrong in (tmp_path / "absent", PUBLISHED):
+        with pytest.raises(InputError, match=f"^{re.escape(str(wrong))}.*: "):
+            predict.load_adapted(wrong)
+
+
+@pytest.mark.parametrize("way", ["support", "batch"])
+def test_exported_model_converts_to_tflite_with_built_in_operations(characters, tmp_path, way):
+    if not hasattr(lite := getattr(tf, "lite", None), "TFLiteConverter"):
+        pytest.skip("this TensorFlow has no TFLite converter")
+    adapted = _adapted(predict.load(PUBLISHED, normalise_with=way), characters)
+    adapted.save(tmp_path / "exported")
+    converter = lite.TFLiteConverter.from_saved_model(str(tmp_path / "exported"), signature_keys=["predict"])
+    converter.target_spec.supported_ops = [lite.OpsSet.TFLITE_BUILTINS]
+    queries = adapted.model.read(sorted((characters / "unlabeled").glob("*/*"))[::4])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "\\s*Warning: tf.lite.Interpreter is deprecated")
+        interpreter = lite.Interpreter(model_content=converter.convert())
+    answer = interpreter.get_signature_runner("predict")(images=queries)
+    np.testing.assert_allclose(answer["probabilities"], adapted.predict(queries), atol=1e-5)
+    assert [name.decode() for name in answer["classes"]] == adapted.classes
+
+
+def test_exported_read_me_reads_files_as_training_does(characters, tmp_path):
+    """Upright photographs, and 1-bit and gray drawings."""
+    random, python = np.random.default_rng(0), re.compile("```python\n(.*?)```", re.S)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    pixels = random.integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg", exif=exif)
+    for kind, filters, name in (("cifarfs", 4, "photo.jpg"), ("omniglot", 4, "1"), ("omniglot", 4, "L")):
+        trained = recipe.Recipe(data_set=kind, filters=filters)
+        if name != "photo.jpg":
+            Image.fromarray(pixels).convert(name).save(tmp_path / "drawing.png")
+        model = predict.Model(trained, recipe.build(trained), "model0", 1, "support")
+        predict.export(model, tmp_path / f"{kind}{name}")
+        model.adapt(np.zeros((2, *model.images.size, model.images.channels)), [0, 1]).save(tmp_path / f"{kind}{name}2")
+        for folder in (f"{kind}{name}", f"{kind}{name}2"):
+            _, reading = python.findall((tmp_path / folder / "README.md").read_text())
+            scope = {"Image": Image, "ImageOps": ImageOps, "np": np}
+            file = "photo.jpg" if name == "photo.jpg" else "drawing.png"
+            exec(reading.replace(file, str(tmp_path / file)), scope)
+            np.testing.assert_array_equal(scope["images"], model.read([tmp_path / file]))
 
 
 @pytest.mark.parametrize("arguments", [["--export=a", "labeled", "b"], ["labeled"], []])
