@@ -5,6 +5,7 @@ meta-gradient, the milliseconds per step, the run's flags, and pictures of a val
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -29,6 +30,7 @@ from recipe import Recipe, to_flags
 from utils import Curve, Tasks
 
 PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000  # iterations (the original's main.py)
+REFRESH_SECONDS = 3  # of the progress line, if a step takes longer
 FILES = "events.out.tfevents.*"  # TensorFlow's name for event files
 TEST_FOLDER = "test"  # in the run folder, for the events of tests
 FIRST_COLUMNS = {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}  # of the HParams table
@@ -120,8 +122,17 @@ class Report(Events):
         self.unprinted = []  # (before, after) of each summary since the last printed line
         disable = None if show_progress else True  # None: enable on terminals only
         self.progress = tqdm(total=recipe.steps, initial=start, unit=" iterations", disable=disable)
+        self.closed = threading.Event()
+        if not self.progress.disable:
+            threading.Thread(target=self._refresh, daemon=True).start()
+
+    def _refresh(self):
+        """Redraw the progress line, which tqdm does only after a step, so that it shows the time while a step runs."""
+        while not self.closed.wait(REFRESH_SECONDS):
+            self.progress.refresh()
 
     def __exit__(self, *exception):
+        self.closed.set()
         self.progress.close()
         super().__exit__(*exception)
 
@@ -129,8 +140,10 @@ class Report(Events):
         """Report the curve of an iteration's training tasks, and its step's gradient norm and duration."""
         values = {"metatrain_gradient_norm": gradient_norm, "metatrain_step_milliseconds": milliseconds}
         self.scalars(iteration, self._curve_scalars("metatrain", curve) | values)
-        self.progress.set_postfix_str("loss {:.4g} -> {:.4g}".format(*self._mean_losses(curve)), refresh=False)
-        self.unprinted.append(before_and_after(curve, self.recipe.inner_steps))
+        values = before_and_after(curve, self.recipe.inner_steps)
+        form = "acc {:.2f} -> {:.2f}" if curve.accuracies.shape[1] else "loss {:.4g} -> {:.4g}"
+        self.progress.set_postfix_str(form.format(*values), refresh=False)
+        self.unprinted.append(values)
         if iteration and iteration % (PRINT_INTERVAL if self.images else SINUSOID_PRINT_INTERVAL) == 0:
             pretrain = self.recipe.pretrain_steps
             name = f"Iteration {iteration - pretrain}" if iteration >= pretrain else f"Pretrain Iteration {iteration}"

@@ -420,16 +420,37 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert entry["classes_also_trained_on"] == 2
 
 
+def table(printed: str) -> list[tuple[int, list[float]]]:
+    """Return the table that a test prints: a row of mean, interval and median for each number of updates."""
+    found = re.findall(r"^ +(\d+)-?(\d*) +(\S+) \+- +(\S+) +(\S+) +(?:query|support) set", printed, re.MULTILINE)
+    return [(j, [*map(float, row)]) for first, last, *row in found for j in range(int(first), int(last or first) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "printed_rows"),
+    [([0.2, 0.5, 0.5, 0.7, 0.7, 0.7], 4), ([0.2, 0.2], 2), ([0.2, 0.3, 0.7, 0.3], 4), ([0.5], 1)],
+)
+def test_a_table_ends_where_its_rows_stop_changing(accuracies, printed_rows, capsys):
+    """Only the last rows are joined. The support set's row stays on its own."""
+    evaluate._print_table(np.array([accuracies, accuracies]), "accuracy", evaluate.Protocol("val", 1, 0.1, tasks=2))
+    printed = capsys.readouterr().out
+    assert [(j, row[0]) for j, row in table(printed)] == list(enumerate(accuracies))
+    assert printed.count(" set") == printed_rows
+
+
 @pytest.mark.usefixtures("generated_are_published")
 def test_a_test_prints_a_table_and_the_papers_column(omniglot_run, photo_run, few_test_tasks, tmp_path):
     """The table has a line per update. The paper's column is printed only for the paper's data sets."""
     flags = "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
     printed = run(*omniglot_run.flags, *flags)
-    rows = re.findall(r"^ +(\d+) +(\S+) \+- +(\S+) +(\S+) +(query|support) set", printed, re.MULTILINE)
+    rows = table(printed)
     _, (means, _, ci95) = read_csv(tmp_path / "test_ubs1_stepsize0.4.csv")
     median = np.median(read_pickle(tmp_path / "test_ubs1_stepsize0.4.pkl"), 0)
-    assert [int(row[0]) for row in rows] == list(range(11))
-    np.testing.assert_allclose(np.array(rows)[:, 1:4].astype(float).T, [means, ci95, median], rtol=1e-2, atol=1e-4)
+    assert [update for update, _ in rows] == list(range(11))
+    np.testing.assert_allclose(np.transpose([row for _, row in rows]), [means, ci95, median], rtol=1e-2, atol=1e-4)
+    assert printed.index("updates  ") < printed.index("Mean validation accuracy/loss")
+    assert "test tasks\n\nupdates" in printed
+    assert "validation tasks\n\nupdates" in run(*omniglot_run.flags, "--train=False", f"--results_dir={tmp_path}")
     assert "The paper's column, update3: accuracy" in printed
     assert "The paper's column" not in run(*photo_run.flags, *flags)
     photos = photo_run.flags[2].removeprefix("--data_path=")

@@ -1,6 +1,8 @@
 """The training loop: its schedule, its steps, and its use as a library."""
 
 import functools
+import io
+import sys
 import threading
 import time
 import types
@@ -82,6 +84,21 @@ def test_mean_losses_are_per_example(loss, function, tmp_path, capsys):
     for tag in ("metaval_Pre-update_mean_loss", "metaval_Post-update_mean_loss__step_1"):
         assert report.scalars(tmp_path)[tag] == {500: pytest.approx(np.log(5), rel=1e-6)}
     assert capsys.readouterr().out == "Validation results: 0.25, 0.5\n"
+
+
+def test_the_progress_line_shows_accuracies_and_moves_during_a_step(monkeypatch, tmp_path):
+    """It is drawn again and again although no step ends."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(report, "REFRESH_SECONDS", 0.01)
+    with report.Report(tmp_path, 0, Recipe(data_set="cub", inner_steps=1), log=False) as reporter:
+        reporter.training(0, Curve(np.full((1, 2), 1.6), np.array([[0.224, 0.371]])), 1.0, 1.0)
+        drawn, end = terminal.getvalue().count("\r"), time.monotonic() + 30
+        while terminal.getvalue().count("\r") < drawn + 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert terminal.getvalue().count("\r") >= drawn + 3
+    assert "acc 0.22 -> 0.37" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("from_thread", [False, True])
