@@ -28,6 +28,7 @@ WHOLE_BATCH_GROUP = 32  # tasks per group if training computes a whole meta-batc
 MAX_NAME_BYTES = 235  # file systems allow 255; this leaves room for .csv and for what write_whole adds
 METRICS = "mean squared error", "accuracy (share of query examples, 0 to 1)"  # of regression, of classification
 EXAMPLES = "support set, before any update", "query set"  # of update 0, of the others
+SPLIT_NAMES = {"val": "validation", "test": "test"}  # in words
 TITLE = "Mean validation accuracy/loss, stddev, and confidence intervals"  # the original's line
 
 
@@ -223,10 +224,10 @@ def test(
         return
     dataset = recipe.dataset
     values = np.asarray(curve.accuracies if dataset.images else curve.losses, float)
-    print(TITLE)
-    print(statistics(values))
     metric = METRICS[dataset.images is not None]
     _print_table(values, metric, protocol)
+    print(TITLE)
+    print(statistics(values))
 
     best, iteration = run.best(), int(Path(prefix).name.removeprefix("model"))
     is_best = iteration == best.best
@@ -294,7 +295,8 @@ def test(
         result = f"{means[update]:.4f} +- {ci95[update]:.4f}"
         if dataset.images:
             result = f"{100 * means[update]:.2f} +- {100 * ci95[update]:.2f} %"
-        print(f"The paper's column, update{update}: {measure} {result} over {protocol.tasks} {protocol.split} tasks.")
+        tasks = f"{protocol.tasks} {SPLIT_NAMES[protocol.split]} tasks"
+        print(f"The paper's column, update{update}: {measure} {result} over {tasks}.")
     if reported and not paper:
         print("No column is the paper's: the classes, or their numbers of images, are not exactly the published ones.")
     say(f"Written: {results / name}.csv, .pkl and results.json.")
@@ -319,7 +321,7 @@ def print_comparison(names: Sequence[str], curves: Sequence[Curve], split: str) 
         columns = [statistics(values) for values in (first, second, second - first)]
     for letter, name in zip("AB", names, strict=True):
         say(f"{letter}: {name}")
-    print(f"\n{METRICS[images]}, the same {len(first)} {split} tasks\n")
+    print(f"\n{METRICS[images]}, the same {len(first)} {SPLIT_NAMES[split]} tasks\n")
     print("updates          A       95 %          B       95 %      B - A       95 %   of")
     for update in range(first.shape[1]):
         (mean, _, ci95), (other, _, other_ci95), (difference, _, its_ci95) = (
@@ -333,11 +335,22 @@ def print_comparison(names: Sequence[str], curves: Sequence[Curve], split: str) 
 
 
 def _print_table(values, metric, protocol):
-    """Print a readable table, one line per number of updates. values: [tasks, 1 + updates]."""
+    """Print a readable table, one line per number of updates. values: [tasks, 1 + updates].
+
+    The last lines are one, such as "6-10", if they would read the same.
+    """
     means, _, ci95 = statistics(values)
     medians = np.median(np.nan_to_num(values, nan=np.inf), axis=0)
-    print(f"\n{metric}, {protocol.tasks} {protocol.split} tasks\n")
+    rows = [
+        f"{mean:10.4g} +- {half_width:7.3g} {median:10.4g}   {EXAMPLES[update > 0]}"
+        for update, (mean, half_width, median) in enumerate(zip(means, ci95, medians, strict=True))
+    ]
+    last = len(rows) - 1
+    same = last
+    while same and rows[same - 1] == rows[last]:
+        same -= 1
+    print(f"\n{metric}, {protocol.tasks} {SPLIT_NAMES[protocol.split]} tasks\n")
     print("updates       mean       95 %     median   of")
-    for update, (mean, half_width, median) in enumerate(zip(means, ci95, medians, strict=True)):
-        print(f"{update:7} {mean:10.4g} +- {half_width:7.3g} {median:10.4g}   {EXAMPLES[update > 0]}")
+    for update, row in enumerate(rows[: same + 1]):
+        print(f"{f'{same}-{last}' if update == same < last else update:>7} {row}")
     print()

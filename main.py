@@ -706,6 +706,9 @@ def main(argv: list[str], workers: "Cluster") -> None:
             f"{name} {'on' if devices.computed()[name] else 'off'}" for name in ("tensor_float_32", "deterministic")
         ]
         say(f"Computed on {', '.join(devices.gpus())}: {', '.join(settings)}.")
+    else:
+        cores = FLAGS.threads or devices.cores()
+        print(f"Computed on {devices.processor() or 'CPU'}, {cores} core{'s' * (cores > 1)}.")
     recipe = recipe_of(FLAGS)
     if taken := defaults_taken(FLAGS):
         print(f"Defaults of --datasource={recipe.data_set}: {' '.join(taken)}")

@@ -3,6 +3,8 @@
     python plot.py sinusoid MAML=<run folder> Pretrained=<run folder> --output figures/sinusoid
     python plot.py updates MAML=results/sinusoid_maml.json Oracle=results/sinusoid_oracle.json --output figures/updates
     python plot.py training Omniglot=<run folder> --output figures/training
+    python plot.py training Point=<run folder of rl/main.py> --output figures/rl_training
+    python plot.py updates MAML=results/rl_point_exact_maml.json Random=results/rl_point_random.json --output figures/rl
     python plot.py task Omniglot=<run folder> --output figures/task
     python plot.py confusion Characters=answers.csv --output figures/confusion
 
@@ -110,7 +112,7 @@ def sinusoid_figure(models: Mapping[str, tuple[InnerLoop, Weights]], tasks: Sequ
 def updates_figure(
     tests: Mapping[str, Sequence[Mapping]], paper: Mapping[str, Mapping[int, tuple[float, float]]] | None = None
 ) -> Figure:
-    """Draw mean squared error or accuracy after each update, with 95% confidence intervals (paper, figure 3).
+    """Draw mean squared error, accuracy or return after each update, with 95% confidence intervals (paper, figure 3).
 
     tests: label -> entries of results.json, one line each. Entries with the same K share a panel. At most five labels.
     paper: label -> K -> the paper's accuracy and the half-width of its interval, in percent, drawn as a dashed line.
@@ -120,7 +122,10 @@ def updates_figure(
     metrics = {label: {test["metric"] for test in entries} for label, entries in tests.items()}
     if len(set().union(*metrics.values())) > 1:
         listed = "; ".join(f"{label}: {', '.join(sorted(names))}" for label, names in metrics.items())
-        raise InputError(f"label=path: errors and accuracies cannot share an axis ({listed}); draw a figure for each")
+        raise InputError(
+            f"label=path: errors, accuracies and returns cannot share an axis ({listed}); draw a figure for each"
+        )
+    is_return = "return" in set().union(*metrics.values())
     shots = sorted({test["support_examples_a_class_K"] for entries in tests.values() for test in entries})
     figure = Figure(figsize=(0.8 + 3.2 * len(shots), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shots), squeeze=False, sharey=True)[0]
@@ -137,12 +142,13 @@ def updates_figure(
                 panel.axhspan(mean - half_width, mean + half_width, color=color, alpha=0.15, linewidth=0)
                 panel.axhline(mean, color=color, linestyle="--", linewidth=1.2)
     for panel, shot in zip(axes, shots, strict=True):
-        panel.set_title(f"{shot}-shot")
-        panel.set_xlabel("updates (0: support set, before adaptation)")
+        panel.set_title(shot if is_return else f"{shot}-shot")
+        panel.set_xlabel("updates" if is_return else "updates (0: support set, before adaptation)")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     is_error = "mean squared error" in set().union(*metrics.values())
-    (_log_scale if is_error else _accuracy_scale)(axes)
-    axes[0].set_ylabel("mean squared error" if is_error else "accuracy, %")
+    if not is_return:
+        (_log_scale if is_error else _accuracy_scale)(axes)
+    axes[0].set_ylabel("return" if is_return else "mean squared error" if is_error else "accuracy, %")
     if paper and any(paper.values()):
         handles["paper, in the same color"] = Line2D([], [], color="black", linestyle="--", linewidth=1.2)
     legend(figure, handles.values(), handles.keys())
@@ -159,14 +165,17 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
     axes = figure.subplots(1, len(folders), squeeze=False)[0]
     for panel, (label, folder) in zip(axes, folders.items(), strict=True):
         curves = report.scalars(folder)
-        updates = recipe.from_flags(_flags(folder), str(folder / "flags.json")).inner_steps
-        metric = "accuracy" if "metatrain_Pre-update_accuracy" in curves else "loss"
+        metric = next((name for name in ("return", "accuracy") if f"metatrain_Pre-update_{name}" in curves), "loss")
+        rl = metric == "return"
+        updates = 1 if rl else recipe.from_flags(_flags(folder), str(folder / "flags.json")).inner_steps
         after = f"Post-update_{metric}__step_{updates}"
         times = f"{updates} update" + "s" * (updates > 1)
         for tag, name, color in (
-            (f"metatrain_Pre-update_{metric}", "training, support set before any update", ORANGE),
-            (f"metatrain_{after}", f"training, query set after {times}", BLUE),
+            (f"metatrain_Pre-update_{metric}", f"training, {'' if rl else 'support set '}before any update", ORANGE),
+            (f"metatrain_{after}", f"training, {'' if rl else 'query set '}after {times}", BLUE),
         ):
+            if rl and tag not in curves:
+                continue  # the oracle and the pretrained policy have no update in training
             if tag not in curves:
                 raise InputError(
                     f"{folder}: TensorBoard events of {tag} are missing; choose a run trained without --nolog"
@@ -180,11 +189,12 @@ def training_figure(folders: Mapping[str, Path]) -> Figure:
         if f"metaval_{after}" in curves:
             steps, values = np.transpose(sorted(curves[f"metaval_{after}"].items()))
             panel.plot(steps, values, _marker(steps), color="black", linewidth=1, label=f"validation, after {times}")
-        (_log_scale if metric == "loss" else _accuracy_scale)([panel])
+        if not rl:
+            (_log_scale if metric == "loss" else _accuracy_scale)([panel])
         panel.set_title(label)
         panel.set_xlabel("outer iteration")
         panel.xaxis.set_major_formatter("{x:,.0f}")
-        panel.set_ylabel("accuracy, %" if metric == "accuracy" else "mean squared error")
+        panel.set_ylabel({"accuracy": "accuracy, %", "loss": "mean squared error"}.get(metric, metric))
         panel.legend()
     return figure
 
@@ -430,10 +440,11 @@ def main() -> None:
         ("sinusoid", "fits of sinusoid models before and after updates (paper, figure 2)"),
         (
             "updates",
-            "error or accuracy after each update (paper, figure 3), from results/*.json or a run's results.json. For "
+            "error or accuracy after each update (paper, figure 3), from results/*.json or a run's results.json, "
+            "also of rl/main.py. For "
             "results/*.json, a dashed line is the paper's accuracy with its 95% confidence interval",
         ),
-        ("training", "training curves of run folders"),
+        ("training", "training curves of run folders, also of rl/main.py"),
         (
             "task",
             f"a test task of images: support images, and a run's predictions for {QUERIES} query images per class. "
@@ -504,10 +515,10 @@ def _tests(path, update_lr):
     """
     fix = "choose a file of results/, or a run's results.json"
     try:
-        if path.name == "results.json":
-            tests = runs.read_json(path, list, fix)
-        else:
-            tests = runs.read_json(path, dict, fix).get("tests", [])
+        record = runs.read_json(path, object, fix)
+        if isinstance(record, dict) and "results" in record:
+            return [_of_returns(record, path, fix)]
+        tests = record.get("tests", []) if isinstance(record, dict) else record
     except FileNotFoundError:
         raise InputError(f"{path}: does not exist; {fix}") from None
     if not (isinstance(tests, list) and all(map(_is_entry, tests))):
@@ -523,6 +534,19 @@ def _tests(path, update_lr):
 
     tests.sort(key=rank)
     return list({test["support_examples_a_class_K"]: test for test in tests}.values())
+
+
+def _of_returns(record, path, fix):
+    """Return a test of reinforcement learning, from its results.json or results/rl_<row>.json, as one of those above.
+
+    Its panel is its environment's instead of K's.
+    """
+    flags = record.get("flags")
+    environment = flags.get("env") if isinstance(flags, dict) else None
+    test = record | {"metric": "return", "split": "test", "support_examples_a_class_K": 0, "inner_step_size_alpha": 0}
+    if not (isinstance(environment, str) and _is_entry(test)):
+        raise InputError(f"{path}: is not a list of test results; {fix}")
+    return test | {"support_examples_a_class_K": environment}
 
 
 def _published(path):

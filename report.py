@@ -1,10 +1,12 @@
 """Everything a run reports: printed lines, a progress bar, and TensorBoard event files.
 
-The tags are the original's (metatrain_ and metaval_, its maml.py), plus the mean loss per example, the norm of the
-meta-gradient, the milliseconds per step, the run's flags, and pictures of a validation task.
+The original's tags (metatrain_ and metaval_, its maml.py) are flat. Ours are in groups: train/, validation/, test/ and
+speed/. They are the mean loss per example, the norm of the meta-gradient, the milliseconds per step, the result of a
+test, and pictures of tasks. The run's flags are text.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -29,13 +31,23 @@ from recipe import Recipe, to_flags
 from utils import Curve, Tasks
 
 PRINT_INTERVAL, SINUSOID_PRINT_INTERVAL = 100, 1000  # iterations (the original's main.py)
+REFRESH_SECONDS = 3  # of the progress line, if a step takes longer
 FILES = "events.out.tfevents.*"  # TensorFlow's name for event files
 TEST_FOLDER = "test"  # in the run folder, for the events of tests
+OUR_GROUPS = {"metatrain": "train", "metaval": "validation"}
+OLD_TAGS = {  # of ours until December 2026 -> now
+    "metatrain_gradient_norm": "train/gradient_norm",
+    "metatrain_step_milliseconds": "speed/step_milliseconds",
+    "validation_task": "validation/task",
+    "test_task": "test/task",
+}
 FIRST_COLUMNS = {"datasource", "num_classes", "update_batch_size", "update_lr", "num_updates"}  # of the HParams table
 MAX_PICTURED = 5  # support images per class, and query images per class, in a picture
 MAX_CLASSES = 20  # in a picture
+MAX_QUERIES = 25  # of a class in a picture
+A_LINE = 6  # images; TensorBoard reduces pictures to the width of its cards, so wider ones have illegible text
 ENLARGE_TO = 84  # pixels; small images are enlarged up to this side, large ones reduced to less than twice that
-FONT_SIZE, GAP = 13, 12  # pixels; GAP separates support and query images
+FONT_SIZE, GAP = 18, 12  # pixels; GAP separates support and query images
 RIGHT, WRONG, WHITE, BLACK = (40, 170, 60), (220, 50, 40), (255, 255, 255), (0, 0, 0)  # RGB
 
 
@@ -120,17 +132,30 @@ class Report(Events):
         self.unprinted = []  # (before, after) of each summary since the last printed line
         disable = None if show_progress else True  # None: enable on terminals only
         self.progress = tqdm(total=recipe.steps, initial=start, unit=" iterations", disable=disable)
+        self.closed = threading.Event()
+        if not self.progress.disable:
+            threading.Thread(target=self._refresh, daemon=True).start()
+
+    def _refresh(self):
+        """Redraw the progress line, which tqdm does only after a step, so that it shows the time while a step runs."""
+        while not self.closed.wait(REFRESH_SECONDS):
+            self.progress.refresh()
 
     def __exit__(self, *exception):
+        self.closed.set()
         self.progress.close()
         super().__exit__(*exception)
 
-    def training(self, iteration: int, curve: Curve, gradient_norm: float, milliseconds: float) -> None:
-        """Report the curve of an iteration's training tasks, and its step's gradient norm and duration."""
-        values = {"metatrain_gradient_norm": gradient_norm, "metatrain_step_milliseconds": milliseconds}
+    def training(self, iteration: int, curve: Curve, gradient_norm: float, milliseconds: float | None) -> None:
+        """Report the curve of an iteration's training tasks, and its step's gradient norm and duration if known."""
+        values = {"train/gradient_norm": gradient_norm}
+        if milliseconds is not None:
+            values["speed/step_milliseconds"] = milliseconds
         self.scalars(iteration, self._curve_scalars("metatrain", curve) | values)
-        self.progress.set_postfix_str("loss {:.4g} -> {:.4g}".format(*self._mean_losses(curve)), refresh=False)
-        self.unprinted.append(before_and_after(curve, self.recipe.inner_steps))
+        values = before_and_after(curve, self.recipe.inner_steps)
+        form = "acc {:.2f} -> {:.2f}" if curve.accuracies.shape[1] else "loss {:.4g} -> {:.4g}"
+        self.progress.set_postfix_str(form.format(*values), refresh=False)
+        self.unprinted.append(values)
         if iteration and iteration % (PRINT_INTERVAL if self.images else SINUSOID_PRINT_INTERVAL) == 0:
             pretrain = self.recipe.pretrain_steps
             name = f"Iteration {iteration - pretrain}" if iteration >= pretrain else f"Pretrain Iteration {iteration}"
@@ -143,7 +168,7 @@ class Report(Events):
         tell("Validation results: {:.6g}, {:.6g}".format(*before_and_after(curve, self.recipe.inner_steps)))
 
     def _curve_scalars(self, prefix, curve):
-        """Return a curve's means over tasks, by the original's tags."""
+        """Return a curve's means over tasks by the original's tags, and its means per example by ours."""
         values = {}
         for metric, columns in (("loss", curve.losses), ("accuracy", curve.accuracies)):
             for updates, mean in enumerate(np.mean(columns, axis=0)):
@@ -151,7 +176,9 @@ class Report(Events):
                 values[f"{prefix}_{tag}"] = float(mean)
         if self.images:  # the sinusoid's loss is already a mean over examples
             tags = "Pre-update_mean_loss", f"Post-update_mean_loss__step_{self.recipe.inner_steps}"
-            values |= {f"{prefix}_{tag}": mean for tag, mean in zip(tags, self._mean_losses(curve), strict=True)}
+            values |= {
+                f"{OUR_GROUPS[prefix]}/{tag}": mean for tag, mean in zip(tags, self._mean_losses(curve), strict=True)
+            }
         return values
 
     def _mean_losses(self, curve):
@@ -176,13 +203,14 @@ def test_scalar(folder: Path, iteration: int, metric: str, value: float) -> None
     and training may still append to the older one.
     """
     with Events(folder / TEST_FOLDER, iteration) as events:
-        events.scalars(iteration, {metric: value})
+        events.scalars(iteration, {f"{TEST_FOLDER}/{metric}": value})
 
 
 def read(folder: Path) -> list[list[Event]]:
     """Return the events of each event file in a folder, oldest file first.
 
-    Events that a later file replaces are left out. A file is read up to its first truncated or damaged record.
+    Events that a later file replaces are left out, and tags that had another name are renamed. A file is read up to its
+    first truncated or damaged record.
     """
     files = filter(None, (list(EventFileLoader(str(path)).Load()) for path in folder.glob(FILES)))
     kept = []
@@ -190,7 +218,18 @@ def read(folder: Path) -> list[list[Event]]:
         for start in (event.step for event in events if event.session_log.status == SessionLog.START):
             kept = [[event for event in older if event.step < start] for older in kept]
         kept.append(events)
+    for event in chain(*kept):
+        for value in event.summary.value:
+            value.tag = _today(value.tag, folder.name == TEST_FOLDER)
     return kept
+
+
+def _today(tag, of_test):
+    """Return today's name of a tag of the original or of ours. of_test: it is from the folder of a test."""
+    if of_test and tag in ("accuracy", "loss"):
+        return f"{TEST_FOLDER}/{tag}"
+    prefix, _, rest = tag.partition("_")
+    return f"{OUR_GROUPS[prefix]}/{rest}" if prefix in OUR_GROUPS and "mean_loss" in rest else OLD_TAGS.get(tag, tag)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -206,10 +245,10 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 def _table(flags, updates):
     """Return the columns of the HParams table. All runs have the same ones: TensorBoard reads them from any run."""
     metrics = [
-        hparams.Metric("accuracy", group=TEST_FOLDER, display_name="test accuracy"),
+        hparams.Metric("test/accuracy", group=TEST_FOLDER, display_name="test accuracy"),
         hparams.Metric(f"metaval_Post-update_accuracy__step_{updates}", display_name="validation accuracy"),
         hparams.Metric(f"metatrain_Post-update_accuracy__step_{updates}", display_name="training accuracy"),
-        hparams.Metric("loss", group=TEST_FOLDER, display_name="test loss (sinusoid)"),
+        hparams.Metric("test/loss", group=TEST_FOLDER, display_name="test loss (sinusoid)"),
         hparams.Metric(f"metatrain_Post-update_loss__step_{updates}", display_name="training loss"),
     ]
     summary = hparams.hparams_config_pb([hparams.HParam(name) for name in flags], metrics)
@@ -224,15 +263,16 @@ def _table(flags, updates):
 def _layout(updates, images):
     """Return the Custom Scalars page: at most four charts."""
     curves = {"Accuracy": "accuracy", "Loss per example": "mean_loss"} if images else {"Training loss": "loss"}
+    groups = "(metatrain_|metaval_|train/|validation/)"
     charts = {
         f"{name} before any update and after {updates}": (
-            f"(metatrain|metaval)_(Pre-update_{metric}|Post-update_{metric}__step_{updates})$"
+            f"{groups}(Pre-update_{metric}|Post-update_{metric}__step_{updates})$"
         )
         for name, metric in curves.items()
     }
-    charts |= {
-        "Milliseconds per step": "metatrain_step_milliseconds",
-        "Norm of the meta-gradient": "metatrain_gradient_norm",
+    charts |= {  # with the old tags
+        "Milliseconds per step": "(speed/|metatrain_)step_milliseconds",
+        "Norm of the meta-gradient": "(train/|metatrain_)gradient_norm",
     }
     charts = [
         layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[regex]))
@@ -245,38 +285,44 @@ def task_picture(task: Tasks, names: Sequence[str], scores: np.ndarray) -> np.nd
     """Draw a task: for each class its name, its support images, and the query images classified as it.
 
     Correctly classified query images have a green frame, the others a red one. The size is bounded: only the first
-    MAX_CLASSES classes are drawn, with at most MAX_PICTURED * MAX_CLASSES query images each.
+    MAX_CLASSES classes are drawn, with at most MAX_QUERIES query images each, in lines of A_LINE images.
 
     Args: one task of images, the names of its classes, scores [N * Q, N]. Return uint8 [height, width, 3].
     """
     support_row, query_row, guesses = (np.argmax(x, -1) for x in (task.support_y, task.query_y, scores))
     way = scores.shape[1]
     count = MAX_PICTURED * way  # examples are ordered so that these are MAX_PICTURED of each class
-    rows, names = [], names[:MAX_CLASSES]
+    blocks, names = [], names[:MAX_CLASSES]
     for label in range(len(names)):
-        row = [_framed(image, WHITE) for image in task.support_x[support_row == label][:MAX_PICTURED]]
-        row.append(np.full_like(row[0][:, :GAP], 255))
+        support = [_framed(image, WHITE) for image in task.support_x[support_row == label][:MAX_PICTURED]]
         query = zip(task.query_x[:count], query_row, guesses, strict=False)
-        query = [(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label]
-        row += [_framed(x, color) for x, color in query[: MAX_PICTURED * MAX_CLASSES]]
-        rows.append(np.concatenate(row, 1))
+        query = [(x, RIGHT if true == label else WRONG) for x, true, guess in query if guess == label][:MAX_QUERIES]
+        query = [_framed(x, color) for x, color in query]
+        first = max(0, A_LINE - len(support))  # queries next to the support images
+        lines = [[*support, np.full_like(support[0][:, :GAP], 255), *query[:first]]]
+        lines += [query[start : start + A_LINE] for start in range(first, len(query), A_LINE)]
+        blocks.append([np.concatenate(images, 1) for images in lines])
 
     font = ImageFont.load_default(FONT_SIZE)
     classes = f"{len(names)} of {way:,} classes: " if len(names) < way else ""
     legend = [(f"{classes}support, then queries classified as it:", BLACK), ("right", RIGHT), ("wrong", WRONG)]
     legend_width = round(font.getlength(" ".join(text for text, _ in legend)))
-    width, high, line = max(legend_width, *(row.shape[1] for row in rows)), len(rows[0]), 2 * FONT_SIZE
-    picture = Image.new("RGB", (width, line + (line + high) * len(rows)), WHITE)
+    width, high, line = max(legend_width, *(row.shape[1] for row in chain(*blocks))), len(blocks[0][0]), 2 * FONT_SIZE
+    height = line + sum(line + high * len(block) for block in blocks)
+    picture = Image.new("RGB", (width, height), WHITE)
     draw, x = ImageDraw.Draw(picture), 0
     for text, color in legend:
         draw.text((x, FONT_SIZE), text, color, font, "lm")
         x += font.getlength(f"{text} ")
-    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
-        top, name = line + (line + high) * number, printable(name)
+    top = line
+    for name, block in zip(map(printable, names), blocks, strict=True):
         while font.getlength(name) > width:
             name = f"…{name[2:]}"  # the end of a folder's name identifies it better
         draw.text((0, top + FONT_SIZE), name, BLACK, font, "lm")
-        picture.paste(Image.fromarray(row), (0, top + line))
+        top += line
+        for row in block:
+            picture.paste(Image.fromarray(row), (0, top))
+            top += high
     return np.asarray(picture)
 
 

@@ -177,7 +177,7 @@ def train(
                     tell(f"WARNING: {tag}: no picture of iteration {iteration} ({reason}); training continues")
 
         def picture_task(iteration: int) -> None:
-            picture(iteration, "validation_task", lambda: _task_picture(maml, data, settings, recipe.inner_steps))
+            picture(iteration, "validation/task", lambda: _task_picture(maml, data, settings, recipe.inner_steps))
 
         if images and start == 0:
             picture_task(0)  # before any step
@@ -220,7 +220,7 @@ def train(
         if images and run.validation.best != total - 1:
             picture_task(total - 1)
         if last_picture:
-            picture(total - 1, "test_task", lambda: last_picture(maml))
+            picture(total - 1, "test/task", lambda: last_picture(maml))
     say(f"Done: {total} iterations, the last saved in {prefix}.")
     if (best := run.validation).best >= 0:
         print(f"Best on validation: model{best.best}, accuracy {best.accuracy:.6g} on {best.tasks} tasks.")
@@ -248,6 +248,7 @@ class Steps:
         self.block = maml.inner.network.steps_a_call
         self.drawn = {}  # index of a block -> Future of its tasks
         self.timed, self.seconds = 0, 0.0  # steps since the last call of milliseconds(), and their time
+        self.compiled = set()  # of "is pretraining": the first call of each kind compiles, and is not timed
 
     def __enter__(self) -> "Steps":
         self.background = ThreadPoolExecutor(1)
@@ -261,9 +262,9 @@ class Steps:
         number, place = divmod(iteration, self.block)
         return Tasks(*(part[place] for part in self._block(number)))
 
-    def milliseconds(self) -> float:
-        """Return the mean time per step since the last call, in ms."""
-        mean = 1000 * self.seconds / self.timed
+    def milliseconds(self) -> float | None:
+        """Return the mean time per step since the last call, in ms; None if all of them included compilation."""
+        mean = 1000 * self.seconds / self.timed if self.timed else None
         self.timed, self.seconds = 0, 0.0
         return mean
 
@@ -289,8 +290,10 @@ class Steps:
                 step = self.maml.pretrain_step if pretrain else self.maml.train_step
                 _, norm = self.workers.together(step, Tasks(*(part[0] for part in tasks)))
             first_norm = norm if first_norm is None else first_norm
-            self.timed += count
-            self.seconds += time.perf_counter() - began
+            if pretrain in self.compiled:
+                self.timed += count
+                self.seconds += time.perf_counter() - began
+            self.compiled.add(pretrain)
             self.done += count
             if self.progress is not None:
                 self.progress.update(count)

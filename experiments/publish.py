@@ -29,6 +29,7 @@ from files import InputError, say, user_path, writing
 PUBLISHED = ROOT / "logs" / "published"
 CHECKSUMS = "SHA256SUMS"
 EVENT_INTERVAL = 1000
+CURVES = "metatrain_", "metaval_", "train/", "validation/P", "speed/"  # tags of curves, not of pictures
 EVENTS = "events.out.tfevents.0.published"
 
 
@@ -74,7 +75,7 @@ def write_events(folder: Path, copy: Path) -> None:
     kept = {}  # the last event of each key
     for event in itertools.chain(*report.read(folder)):
         tags = tuple(value.tag for value in event.summary.value)
-        curve = bool(tags) and all(tag.startswith(("metatrain_", "metaval_")) for tag in tags)
+        curve = bool(tags) and all(tag.startswith(CURVES) for tag in tags)
         if event.file_version or (tags and not (curve and event.step % EVENT_INTERVAL)):
             kept[tags, event.step if curve else None] = event
     copy.mkdir(exist_ok=True)

@@ -277,7 +277,7 @@ def assert_same_ending(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(value, right[name], err_msg=name)
 
 
-STEP_TIME = "metatrain_step_milliseconds"
+STEP_TIME = "speed/step_milliseconds"
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -503,11 +503,11 @@ def test_a_published_model_has_the_results_of_its_run(tmp_path):
     events = EventFileLoader(str(copy / "events.out.tfevents.0.published")).Load()
     points = {(value.tag, event.step) for event in events for value in event.summary.value}
     assert {step for tag, step in points if tag == "metatrain_Post-update_loss__step_1"} == {0, 1000, 2000}
-    assert {"flags", "_hparams_/session_start_info", "custom_scalars__config__", "test_task"} <= {
+    assert {"flags", "_hparams_/session_start_info", "custom_scalars__config__", "test/task"} <= {
         tag for tag, _ in points
     }
     (tested,) = json.loads((copy / "results.json").read_text())
-    assert events_of_test(copy) == {"loss": pytest.approx(tested["results"][10]["mean"])}
+    assert events_of_test(copy) == {"test/loss": pytest.approx(tested["results"][10]["mean"])}
 
 
 def test_publishing_a_run_into_its_own_folder_is_refused(tmp_path):
@@ -564,10 +564,10 @@ def test_published_runs_have_everything_tensorboard_shows(folder):
     flags = json.loads((folder / "flags.json").read_text())
     flags_table = tf.make_ndarray(values["flags"].tensor).item().decode()
     assert all(f"| --{name} | {value} |" in flags_table for name, value in flags.items())
-    picture = "test_task" if flags["datasource"] == "sinusoid" else "validation_task"
+    picture = "test/task" if flags["datasource"] == "sinusoid" else "validation/task"
     assert tf.io.decode_png(values[picture].tensor.string_val[2]).shape[2] == 3
     ((metric, number),) = events_of_test(folder).items()
-    assert metric == ("loss" if flags["datasource"] == "sinusoid" else "accuracy")
+    assert metric == ("test/loss" if flags["datasource"] == "sinusoid" else "test/accuracy")
     (recorded,) = [  # the last column that the paper reports
         [column["mean"] for column in entry["results"] if column["the_papers_number"]][-1]
         for entry in json.loads((folder / "results.json").read_text())

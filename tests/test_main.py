@@ -170,29 +170,34 @@ def summaries(tag: str, last: int) -> list[int]:
 def test_a_sinusoid_runs_events(sinusoid_run):
     """They include iteration 0 and pretraining, but neither accuracies nor validation."""
     written = events(sinusoid_run.folder, "scalars")
-    assert written.keys() == curve_tags("metatrain", ("loss",), 5) | {"metatrain_gradient_norm", STEP_TIME}
+    assert written.keys() == curve_tags("metatrain", ("loss",), 5) | {"train/gradient_norm", STEP_TIME}
     for tag, points in written.items():
-        assert [step for step, _ in points] == summaries(tag, 2001)
+        compiled = {0, 1100} if tag == STEP_TIME else set()  # the first steps of pretraining and of meta-training
+        assert [step for step, _ in points] == [step for step in summaries(tag, 2001) if step not in compiled]
     assert all(milliseconds > 0 for _, milliseconds in written[STEP_TIME])
     ((step, text),) = events(sinusoid_run.folder, "text")["flags"]
     assert step == 0
     for line in ("| --pretrain_iterations | 1100 |", "| --norm | None |", "| --update_lr | 0.001 |"):
         assert line in text.item().decode()
     assert {"_hparams_/session_start_info", "_hparams_/experiment"} <= events(sinusoid_run.folder, "hparams").keys()
-    assert [step for step, _ in events(sinusoid_run.folder, "images")["test_task"]] == [2001]  # drawn by plot.py
+    assert [step for step, _ in events(sinusoid_run.folder, "images")["test/task"]] == [2001]  # drawn by plot.py
 
 
 def test_an_image_runs_events(omniglot_run):
     written = scalars(omniglot_run.folder)
-    train = curve_tags("metatrain", ("loss", "accuracy"), 10) | curve_tags("metatrain", ("mean_loss",), 1)
-    train |= {"metatrain_gradient_norm"}
-    assert written.keys() == train | curve_tags("metaval", ("loss", "accuracy", "mean_loss"), 1)
+    train = curve_tags("metatrain", ("loss", "accuracy"), 10) | {"train/gradient_norm"}
+    ours = {"Pre-update_mean_loss", "Post-update_mean_loss__step_1"}
+    train |= {f"train/{tag}" for tag in ours}
+    assert written.keys() == train | curve_tags("metaval", ("loss", "accuracy"), 1) | {
+        f"validation/{tag}" for tag in ours
+    }
     for tag, points in written.items():
         assert [step for step, _ in points] == (summaries(tag, 509) if tag in train else [500])
     # 5-way 1-shot: the loss is a sum over 5 support, or 5 query, examples.
     for tag in ("metaval_Pre-update_{}", "metaval_Post-update_{}__step_1"):
-        assert written[tag.format("mean_loss")][0][1] == pytest.approx(written[tag.format("loss")][0][1] / 5)
-    pictures = events(omniglot_run.folder, "images")["validation_task"]
+        ours = tag.format("mean_loss").replace("metaval_", "validation/")
+        assert written[ours][0][1] == pytest.approx(written[tag.format("loss")][0][1] / 5)
+    pictures = events(omniglot_run.folder, "images")["validation/task"]
     assert [step for step, _ in pictures] == [0, 500, 509]  # the first and last iteration, and the best validation
     for _, picture in pictures:
         assert tf.io.decode_png(picture[2]).shape[0] > 5 * 88  # a row per class
@@ -213,7 +218,7 @@ def test_tensorboards_custom_charts_and_hparams_table(omniglot_run, sinusoid_run
         run(*flags, f"--logdir={tmp_path}", "--train=False", "--test_set=True")
         metric = "accuracy" if curves == 4 else "loss"
         (entry,) = json.loads((copy / "results.json").read_text())
-        ((_, value),) = events(copy / "test", "scalars")[metric]
+        ((_, value),) = events(copy / "test", "scalars")[f"test/{metric}"]
         assert value.item() == pytest.approx(entry["results"][3 if curves == 4 else 10]["mean"], rel=1e-6)
         context = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
         context.Reload()
@@ -223,7 +228,7 @@ def test_tensorboards_custom_charts_and_hparams_table(omniglot_run, sinusoid_run
         assert sessions.session_start_info.group_name == ""  # TensorBoard then uses the run's path
         plugin = context.SummaryMetadata(copy.name, "_hparams_/experiment").plugin_data
         columns = PluginData.FromString(plugin.content).experiment
-        run_tags = {tag for tag in tags if tag != "loss"} | {metric}
+        run_tags = set(tags) | {f"test/{metric}"}
         displayed = [info.display_name for info in columns.metric_infos if info.name.tag in run_tags]
         accuracies = ["test accuracy", "validation accuracy", "training accuracy"]
         losses = ["training loss"] if curves == 4 else ["test loss (sinusoid)", "training loss"]
@@ -245,7 +250,7 @@ def test_tensorboards_hparams_table_has_a_row_per_run(tmp_path):
     request = ListSessionGroupsRequest(allowed_statuses=[STATUS_UNKNOWN, STATUS_RUNNING], slice_size=9)
     groups = Handler(RequestContext(), table, "", request).run().session_groups
     assert [group.name for group in groups] == ["a/cls_5", "b/cls_5"]
-    values = [[value.value for value in group.metric_values if value.name.tag == "loss"] for group in groups]
+    values = [[value.value for value in group.metric_values if value.name.tag == "test/loss"] for group in groups]
     assert values == [[pytest.approx(0.661)], [pytest.approx(0.995)]]
 
 
@@ -256,7 +261,7 @@ def test_a_summary_has_the_norm_of_its_iterations_meta_gradient(uninterrupted):
     loss = functools.partial(support_loss, maml.inner)
     gradient, _ = method.meta_gradient(loss, maml.values(), tasks, maml.layout)  # iteration 300 of 330 in pretraining
     norm = np.sqrt(sum(np.sum(np.square(part)) for part in gradient.values()))
-    assert dict(scalars(uninterrupted.folder)["metatrain_gradient_norm"])[300] == pytest.approx(norm, rel=1e-4)
+    assert dict(scalars(uninterrupted.folder)["train/gradient_norm"])[300] == pytest.approx(norm, rel=1e-4)
 
 
 def evaluated(run: Finished, model: str, split: str, shot: int, inner_lr: float, count: int, steps: int) -> Curve:
@@ -449,16 +454,37 @@ def test_classes_in_two_splits_are_reported(photo_run, photos, few_test_tasks, t
     assert entry["classes_also_trained_on"] == 2
 
 
+def table(printed: str) -> list[tuple[int, list[float]]]:
+    """Return the table that a test prints: a row of mean, interval and median for each number of updates."""
+    found = re.findall(r"^ +(\d+)-?(\d*) +(\S+) \+- +(\S+) +(\S+) +(?:query|support) set", printed, re.MULTILINE)
+    return [(j, [*map(float, row)]) for first, last, *row in found for j in range(int(first), int(last or first) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "printed_rows"),
+    [([0.2, 0.5, 0.5, 0.7, 0.7, 0.7], 4), ([0.2, 0.2], 2), ([0.2, 0.3, 0.7, 0.3], 4), ([0.5], 1)],
+)
+def test_a_table_ends_where_its_rows_stop_changing(accuracies, printed_rows, capsys):
+    """Only the last rows are joined. The support set's row stays on its own."""
+    evaluate._print_table(np.array([accuracies, accuracies]), "accuracy", evaluate.Protocol("val", 1, 0.1, tasks=2))
+    printed = capsys.readouterr().out
+    assert [(j, row[0]) for j, row in table(printed)] == list(enumerate(accuracies))
+    assert printed.count(" set") == printed_rows
+
+
 @pytest.mark.usefixtures("generated_are_published")
 def test_a_test_prints_a_table_and_the_papers_column(omniglot_run, photo_run, few_test_tasks, tmp_path):
     """The table has a line per update. The paper's column is printed only for the paper's data sets."""
     flags = "--train=False", "--test_set=True", f"--results_dir={tmp_path}"
     printed = run(*omniglot_run.flags, *flags)
-    rows = re.findall(r"^ +(\d+) +(\S+) \+- +(\S+) +(\S+) +(query|support) set", printed, re.MULTILINE)
+    rows = table(printed)
     _, (means, _, ci95) = read_csv(tmp_path / "test_ubs1_stepsize0.4.csv")
     median = np.median(read_pickle(tmp_path / "test_ubs1_stepsize0.4.pkl"), 0)
-    assert [int(row[0]) for row in rows] == list(range(11))
-    np.testing.assert_allclose(np.array(rows)[:, 1:4].astype(float).T, [means, ci95, median], rtol=1e-2, atol=1e-4)
+    assert [update for update, _ in rows] == list(range(11))
+    np.testing.assert_allclose(np.transpose([row for _, row in rows]), [means, ci95, median], rtol=1e-2, atol=1e-4)
+    assert printed.index("updates  ") < printed.index("Mean validation accuracy/loss")
+    assert "test tasks\n\nupdates" in printed
+    assert "validation tasks\n\nupdates" in run(*omniglot_run.flags, "--train=False", f"--results_dir={tmp_path}")
     assert "The paper's column, update3: accuracy" in printed
     assert "The paper's column" not in run(*photo_run.flags, *flags)
     photos = photo_run.flags[2].removeprefix("--data_path=")

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 
 import plot
 import recipe
+import report
 from data_generator import SinusoidTasks
 from files import InputError
 
@@ -309,6 +310,39 @@ def test_training_figure_plots_the_events(tmp_path):
     assert (panel.get_title(), panel.get_ylabel()) == ("Omniglot", "accuracy, %")
     (panel,) = plot.training_figure({"Sine": RUN}).axes
     assert (panel.get_ylabel(), panel.get_yscale()) == ("mean squared error", "log")
+
+
+def test_training_figure_plots_returns(tmp_path):
+    """Of reinforcement learning. A run without an update in training has one curve."""
+    for name, tags in (
+        ("maml", ["Pre-update_return", "Post-update_return__step_1"]),
+        ("oracle", ["Pre-update_return"]),
+    ):
+        with report.Events(tmp_path / name, 0) as events:
+            for step in range(3):
+                events.scalars(step, {f"metatrain_{tag}": -10.0 * (step + number) for number, tag in enumerate(tags)})
+    panels = plot.training_figure({name: tmp_path / name for name in ("maml", "oracle")}).axes
+    assert [panel.get_ylabel() for panel in panels] == ["return"] * 2
+    curves = [{label: y for label, (_, y) in lines(panel).items() if label[0] != "_"} for panel in panels]
+    np.testing.assert_allclose(curves[0]["training, after 1 update"], [-10, -20, -30])
+    np.testing.assert_allclose(curves[1]["training, before any update"], [0, -10, -20])
+    assert [len(curve) for curve in curves] == [2, 1]
+
+
+def test_updates_figure_plots_returns(tmp_path):
+    """From a run's results.json. Other records are refused in one line."""
+    columns = [{"updates": j, "mean": -40 + 10 * j, "ci95": 1} for j in range(3)]
+    record = {"flags": {"env": "point"}, "metric": "return, a sum", "results": columns}
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    tests = plot._tests(tmp_path / "results.json", None)
+    (panel,) = plot.updates_figure({"mine": tests}).axes
+    ((x, y),) = lines(panel).values()
+    np.testing.assert_array_equal([x, y], [[0, 1, 2], [-40, -30, -20]])
+    assert (panel.get_title(), panel.get_ylabel(), panel.get_yscale()) == ("point", "return", "linear")
+    for damaged in ({"flags": {}}, {"flags": 3}, {"results": [3]}, {"results": 3}):
+        (tmp_path / "results.json").write_text(json.dumps(record | damaged))
+        with pytest.raises(InputError, match=r"results\.json: "):
+            plot._tests(tmp_path / "results.json", None)
 
 
 def test_learned_step_sizes_are_not_replaced(monkeypatch):

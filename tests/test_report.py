@@ -50,6 +50,23 @@ def test_the_originals_values_are_read(tmp_path):
     assert report.scalars(tmp_path) == {"metatrain_Pre-update_loss": {100: 2}}
 
 
+def test_readers_accept_the_names_that_our_tags_had(tmp_path):
+    """The original's tags, and a user's own, keep theirs."""
+    names = {
+        "metatrain_Post-update_mean_loss__step_5": "train/Post-update_mean_loss__step_5",
+        "metaval_Pre-update_mean_loss": "validation/Pre-update_mean_loss",
+        "metatrain_gradient_norm": "train/gradient_norm",
+        "metatrain_step_milliseconds": "speed/step_milliseconds",
+    }
+    names |= {tag: tag for tag in ("metaval_Pre-update_loss", "metatrain_Pre-update_loss", "loss", "train/x")}
+    with Events(tmp_path, 0) as events:
+        events.scalars(0, dict.fromkeys(names, 1.0))
+    assert report.scalars(tmp_path) == {tag: {0: 1} for tag in names.values()}
+    with Events(tmp_path / "test", 0) as events:
+        events.scalars(0, {"loss": 2})
+    assert report.scalars(tmp_path / "test") == {"test/loss": {0: 2}}
+
+
 @pytest.mark.parametrize("cut", [1, 30])
 def test_a_killed_process_loses_only_its_last_value(cut, tmp_path):
     write(tmp_path, 0, [0, 100, 200], value=1)
@@ -84,7 +101,7 @@ def test_a_task_picture_sorts_and_frames_query_images_by_prediction():
     height, width, _ = picture.shape
     assert height == line + 2 * (line + side)
     tops, lefts = [2 * line, 3 * line + side], [0, side + GAP, 2 * side + GAP]
-    assert lefts[-1] + side <= width < lefts[-1] + 2 * side  # the width of the images or the legend, not of the name
+    assert lefts[-1] + side <= width < 6 * side  # the width of the images or the legend, not of the name
     colors = [[tuple(map(int, picture[y + side // 2, x + side // 2])) for x in lefts] for y in tops]
     assert colors == [
         [(51,) * 3, (77,) * 3, (230,) * 3],  # class 0: its support image, then the query images classified as it
@@ -103,11 +120,17 @@ def test_a_task_picture_has_a_bounded_size():
         scores = np.eye(way)[np.zeros(2 * way, int)]
         task, names = Tasks(images, labels, images, labels), [str(label) for label in range(way)]
         height, width, _ = task_picture(task, names, scores).shape
-        assert height <= 20 * (2 * ENLARGE_TO + 4 + 2 * FONT_SIZE) + 2 * FONT_SIZE
-        assert width <= 105 * (2 * ENLARGE_TO + 4) + GAP
+        assert height <= (20 + 5) * (2 * ENLARGE_TO + 4 + 2 * FONT_SIZE) + 2 * FONT_SIZE
+        assert width <= 6 * (2 * ENLARGE_TO + 4) + GAP
 
 
 def test_a_task_picture_has_five_examples_per_class():
+    """Six images a line, so that TensorBoard shows the text large enough: the other queries follow below."""
     images, labels = np.zeros((14, ENLARGE_TO, ENLARGE_TO, 1)), np.tile(np.eye(2), (7, 1))
     picture = task_picture(Tasks(images, labels, images, labels), ["a", "b"], scores=labels)
-    assert picture.shape[1] == 2 * 5 * (ENLARGE_TO + 4) + GAP
+    side, line = ENLARGE_TO + 4, 2 * FONT_SIZE
+    assert picture.shape[0] == line + 2 * (line + 2 * side)
+    top = 2 * line + side  # of the first class's second line
+    right = (picture[top] == RIGHT).all(-1)
+    assert right[: 4 * side].all() and not right[4 * side :].any()
+    assert (picture[top - side, 5 * side + GAP : 6 * side + GAP] == RIGHT).all()

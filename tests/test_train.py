@@ -1,6 +1,8 @@
 """The training loop: its schedule, its steps, and its use as a library."""
 
 import functools
+import io
+import sys
 import threading
 import time
 import types
@@ -62,9 +64,14 @@ def test_each_step_has_its_own_tasks_and_pretraining_comes_first(block):
         pretrain_step=functools.partial(one_step, pretrain=True),
     )
     with train.Steps(maml, data, example, Stop()) as steps:
+        timed = []
         for end in (3, 17, 25):
             steps.advance(end)
             assert steps.done == len(taken) == end
+            timed.append(steps.timed)
+            assert (steps.milliseconds() is None) == (timed[-1] == 0)
+    # The first call of pretraining, and that of meta-training, compile, so their steps are not timed.
+    assert timed == ([2, 13, 8] if block == 1 else [0, 12, 8])
     assert [pretrain for pretrain, _ in taken] == [True] * 15 + [False] * 10
     for t, (_, query_x) in enumerate(taken):
         np.testing.assert_array_equal(query_x, data.draw(example.seed, "train", 4 * t, 4).query_x)
@@ -79,9 +86,24 @@ def test_mean_losses_are_per_example(loss, function, tmp_path, capsys):
     losses = [function(np.zeros((5 * n, 5), np.float32), np.tile(np.eye(5, dtype=np.float32), (n, 1))) for n in (2, 3)]
     with report.Report(tmp_path, 0, example) as reporter:
         reporter.validation(500, Curve(np.array([losses]), np.array([[0.25, 0.5]])))
-    for tag in ("metaval_Pre-update_mean_loss", "metaval_Post-update_mean_loss__step_1"):
+    for tag in ("validation/Pre-update_mean_loss", "validation/Post-update_mean_loss__step_1"):
         assert report.scalars(tmp_path)[tag] == {500: pytest.approx(np.log(5), rel=1e-6)}
     assert capsys.readouterr().out == "Validation results: 0.25, 0.5\n"
+
+
+def test_the_progress_line_shows_accuracies_and_moves_during_a_step(monkeypatch, tmp_path):
+    """It is drawn again and again although no step ends."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(report, "REFRESH_SECONDS", 0.01)
+    with report.Report(tmp_path, 0, Recipe(data_set="cub", inner_steps=1), log=False) as reporter:
+        reporter.training(0, Curve(np.full((1, 2), 1.6), np.array([[0.224, 0.371]])), 1.0, 1.0)
+        drawn, end = terminal.getvalue().count("\r"), time.monotonic() + 30
+        while terminal.getvalue().count("\r") < drawn + 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert terminal.getvalue().count("\r") >= drawn + 3
+    assert "acc 0.22 -> 0.37" in terminal.getvalue()
 
 
 @pytest.mark.parametrize("from_thread", [False, True])
@@ -143,5 +165,5 @@ def test_a_picture_that_fails_does_not_end_the_training(owner, function, omniglo
     with run.locked():
         assert train.train(example, run, recipe.build(example), data, train.Settings())
     assert run.iterations() == [0]
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: validation_task")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: validation/task")]
     assert len(warnings) == 2 and all("too large" in line and "details" not in line for line in warnings)
