@@ -1112,7 +1112,8 @@ def test_threads_do_not_change_the_weights(small, monkeypatch, tmp_path):
     assert_same_ending(*folders)
 
 
-def test_training_is_reproducible(three_steps, tmp_path):
+def test_training_is_reproducible(three_steps, monkeypatch, tmp_path):
+    monkeypatch.setattr("tests.helpers.MODELS", {})  # initialize again, too
     repeated = variables(finished(tmp_path, "--metatrain_iterations=3").folder, "model2")
     for name, value in three_steps.items():
         np.testing.assert_array_equal(value, repeated[name], err_msg=name)

@@ -77,7 +77,7 @@ def find_imagenet(source: Path) -> Photographs:
 def read_csv(file: archive.File) -> dict[str, list[str]]:
     """Return {label: file names} of a csv file: a header such as `filename,label`, then a line per image.
 
-    Other columns, spaces around a value, quotes and empty lines have no meaning.
+    Other columns, spaces around a value, quotes and empty lines are ignored.
     """
     lines = csv.reader(file.read_bytes().decode("utf-8-sig", "replace").splitlines(), skipinitialspace=True)
     names, columns = defaultdict(list), None
